@@ -1,0 +1,229 @@
+"""The bundle folder: opening, verifying, creating, and changing its tasks."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import BundleError, BundleIntegrityError, PrefixError
+from .manifest import FileEntry, Manifest, TaskEntry, check_new_task_name, unknown_task
+from .prefix import Prefix
+from .storage import (
+    locked,
+    partial_name,
+    sha256_of_file,
+    sync_folder,
+    sync_tree,
+    write_file_atomically,
+)
+
+MANIFEST_NAME = "manifest.json"
+PREFIXES_NAME = "prefixes"
+# A manifest lists tasks by the thousand, not by the million; a larger file is not one.
+_MAX_MANIFEST_BYTES = 64 << 20
+
+
+class Bundle:
+    """A bundle folder on disk.
+
+    Attributes:
+        root: the folder.
+        manifest: what it holds, as it was when it was last read or changed through this object.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self.root = root
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """The bundle in a folder; its manifest is checked, and that every file is there with the size it should have.
+
+        Raises:
+            BundleError: no bundle, a manifest that is damaged, of a newer version, or that leads outside the folder.
+            BundleIntegrityError: a file is missing or of another size.
+        """
+        root = Path(path)
+        bundle = cls(root, read_manifest(root))
+        for entry in bundle.entries():
+            bundle._check_size(entry)
+        return bundle
+
+    def entries(self) -> list[FileEntry]:
+        """Every file that the manifest names."""
+        return [*self.manifest.files.values(), *(task.file for task in self.manifest.tasks.values())]
+
+    def verify(self) -> None:
+        """Compare every file with its SHA-256.
+
+        Raises:
+            BundleIntegrityError: naming the first file that differs.
+        """
+        for entry in self.entries():
+            self._check_size(entry)
+            found = sha256_of_file(self.root / entry.path)
+            if found != entry.sha256:
+                raise BundleIntegrityError(
+                    f"{self.root / entry.path}: expected SHA-256 {entry.sha256}, found {found}; "
+                    "the file was changed or damaged: build or copy the bundle again"
+                )
+
+    def _check_size(self, entry: FileEntry) -> None:
+        path = self.root / entry.path
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            raise BundleError(f"{path}: expected a file inside the bundle, found a link to {path.resolve()}")
+        if not path.is_file():
+            raise BundleIntegrityError(
+                f"{path}: expected a file of {entry.size} bytes, found none; copy the bundle again"
+            )
+        size = path.stat().st_size
+        if size != entry.size:
+            raise BundleIntegrityError(
+                f"{path}: expected {entry.size} bytes, found {size}; the copy is incomplete or the file was changed"
+            )
+
+    @property
+    def graph_path(self) -> Path:
+        """The ONNX graph."""
+        return self.root / self.manifest.graph
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names, sorted."""
+        return tuple(sorted(self.manifest.tasks))
+
+    def prefix(self, task: str) -> Prefix:
+        """A task's prefix, read from its file and compared with the manifest.
+
+        Raises:
+            UnknownTaskError: there is no such task; the message lists those that there are.
+            PrefixError: its file is damaged or holds another prefix than the manifest says.
+        """
+        entry = self.manifest.tasks.get(task)
+        if entry is None:
+            raise unknown_task(task, self.manifest.tasks)
+        path = self.root / entry.file.path
+        prefix = Prefix.load(path)
+        self.check_prefix(prefix, str(path))
+        if (prefix.prefix_length, prefix.position_base) != (entry.prefix_length, entry.position_base):
+            raise PrefixError(
+                f"{path}: expected prefix length {entry.prefix_length} and position base {entry.position_base} as the "
+                f"manifest says, found {prefix.prefix_length} and {prefix.position_base}"
+            )
+        return prefix
+
+    def check_prefix(self, prefix: Prefix, where: str) -> None:
+        """Refuse a prefix that does not fit the bundle's model; `where` names it in the message.
+
+        Raises:
+            PrefixMismatchError
+        """
+        self.manifest.geometry.check_prefix(prefix, self.manifest.model.fingerprint, where)
+
+    def add_task(self, name: str, prefix: Prefix) -> None:
+        """Add a task to the folder: its file first, then the manifest, replaced in one step.
+
+        An engine that has the bundle open does not see it; see `Engine.add_task`.
+
+        Raises:
+            TaskNameError, DuplicateTaskError, PrefixMismatchError: nothing was changed.
+            OSError: the disk is full or not writable; the bundle is as it was.
+        """
+        self.check_prefix(prefix, f"task {name!r}")
+        with locked(self.root):
+            self.manifest = read_manifest(self.root)
+            check_new_task_name(name, self.manifest.tasks)
+            entry = write_prefix(self.root, name, prefix)
+            try:
+                self._replace_manifest(self.manifest.with_task(name, entry))
+            except BaseException:
+                (self.root / entry.file.path).unlink(missing_ok=True)
+                raise
+
+    def remove_task(self, name: str) -> None:
+        """Remove a task: from the manifest, replaced in one step, then its file.
+
+        Raises:
+            UnknownTaskError: there is no such task.
+            OSError: the disk is not writable; the bundle is as it was.
+        """
+        with locked(self.root):
+            self.manifest = read_manifest(self.root)
+            changed = self.manifest.without_task(name)
+            path = self.root / self.manifest.tasks[name].file.path
+            self._replace_manifest(changed)
+            path.unlink(missing_ok=True)
+
+    def _replace_manifest(self, manifest: Manifest) -> None:
+        write_file_atomically(self.root / MANIFEST_NAME, manifest.to_json().encode())
+        self.manifest = manifest
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of a bundle folder.
+
+    Raises:
+        BundleError: no bundle, or a manifest that is damaged, of a newer version, or that leads outside the folder.
+    """
+    path = root / MANIFEST_NAME
+    try:
+        if path.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise BundleError(f"{path}: expected a manifest of at most {_MAX_MANIFEST_BYTES} bytes")
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BundleError(
+            f"{root}: expected a bundle (a folder with {MANIFEST_NAME}), found none; make one with: prefix-export build"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path}: cannot be read: {error}") from error
+    return Manifest.from_json(text, str(path))
+
+
+def write_prefix(root: Path, name: str, prefix: Prefix) -> TaskEntry:
+    """Write a task's prefix into a bundle folder and return the manifest's entry for it."""
+    relative = f"{PREFIXES_NAME}/{name}.safetensors"
+    path = root / relative
+    path.parent.mkdir(exist_ok=True)
+    prefix.save(path)
+    return TaskEntry(describe_file(root, relative), prefix.prefix_length, prefix.position_base)
+
+
+def describe_file(root: Path, relative: str) -> FileEntry:
+    """A file's size and SHA-256, as the manifest lists them."""
+    path = root / relative
+    return FileEntry(relative, path.stat().st_size, sha256_of_file(path))
+
+
+def check_output(output: Path) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        BundleError: the output exists, or the folder that it is to stand in does not.
+    """
+    if output.exists() or output.is_symlink():
+        raise BundleError(f"{output}: expected a folder that does not exist yet; remove it or choose another --output")
+    if not output.absolute().parent.is_dir():
+        raise BundleError(f"{output.absolute().parent}: expected a folder to write the bundle into, found none")
+
+
+@contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """A fresh sibling folder that becomes `output` when the block ends well, and is removed when it does not.
+
+    Raises:
+        BundleError: the output exists, or the folder that it is to stand in does not.
+    """
+    check_output(output)
+    staging = partial_name(output.absolute())
+    staging.mkdir()
+    try:
+        yield staging
+        sync_tree(staging)
+        check_output(output)
+        staging.rename(output)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    sync_folder(output.absolute().parent)

@@ -1,0 +1,285 @@
+"""`prefix-runtime`, the command line of the device: flags and printed text, nothing else.
+
+The commands are plain `click` objects; `prefix_export.cli` offers those that need no more than the runtime as its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import __version__
+from .errors import PrefixRuntimeError, RequestError
+
+if TYPE_CHECKING:
+    from .bundle import Bundle
+    from .engine import Engine, GenerationOptions
+    from .prefix import Prefix
+    from .results import GenerationResult
+
+BUNDLE = click.Path(path_type=Path)
+
+
+class ErrorReportingGroup(click.Group):
+    """A group whose commands end with one line and exit code 1 for a library's own error; a bug keeps its traceback."""
+
+    expected_errors: tuple[type[Exception], ...] = (PrefixRuntimeError, OSError)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, its expected errors turned into click's."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # click ends quietly when the reader of a pipe has gone
+        except self.expected_errors as error:
+            raise click.ClickException(" ".join(str(error).split())) from error
+
+
+@click.group(cls=ErrorReportingGroup)
+@click.version_option(__version__)
+def main() -> None:
+    """Run a frozen model under trained prefixes, one per task."""
+
+
+@main.command()
+@click.argument("path", type=BUNDLE)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(path: Path, as_json: bool) -> None:
+    """Say what the bundle or prefix file at PATH holds."""
+    from .bundle import Bundle
+    from .prefix import Prefix
+
+    if path.is_file():
+        print_fields(Prefix.load(path).describe(), as_json)
+    else:
+        print_bundle(Bundle.open(path), as_json)
+
+
+@main.command()
+@click.argument("bundle", type=BUNDLE)
+def verify(bundle: Path) -> None:
+    """Compare every file of BUNDLE with its SHA-256, and read every prefix."""
+    from .bundle import Bundle
+
+    click.echo(verified(Bundle.open(bundle)))
+
+
+@main.group()
+def tasks() -> None:
+    """List, add or remove the tasks of a bundle."""
+
+
+@tasks.command("list")
+@click.argument("bundle", type=BUNDLE)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_tasks(bundle: Path, as_json: bool) -> None:
+    """List the tasks of BUNDLE with their prefix lengths."""
+    from .bundle import Bundle
+
+    entries = Bundle.open(bundle).manifest.tasks
+    if as_json:
+        click.echo(json.dumps({name: asdict(entries[name]) for name in sorted(entries)}))
+        return
+    for name in sorted(entries):
+        click.echo(f"{name}\tprefix length {entries[name].prefix_length}\t{entries[name].file.size} bytes")
+
+
+@tasks.command("add")
+@click.argument("bundle", type=BUNDLE)
+@click.argument("prefix", metavar="[TASK=]PATH")
+def add_task(bundle: Path, prefix: str) -> None:
+    """Add the prefix file at PATH to BUNDLE, as TASK or under the file's name."""
+    from .prefix import Prefix
+
+    add_to_bundle(bundle, prefix, lambda path, _: Prefix.load(path))
+
+
+@tasks.command("remove")
+@click.argument("bundle", type=BUNDLE)
+@click.argument("task")
+def remove_task(bundle: Path, task: str) -> None:
+    """Remove TASK from BUNDLE."""
+    from .bundle import Bundle
+
+    Bundle.open(bundle).remove_task(task)
+    click.echo(f"removed {task} from {bundle}")
+
+
+@main.command()
+@click.argument("bundle", type=BUNDLE)
+@click.argument("prompt", required=False)
+@click.option("--token-ids", metavar="IDS", help="Token ids with commas between them, in place of PROMPT.")
+@click.option("--task", "names", multiple=True, help="Whose prefix to use; repeat to compare. Default: the bare model.")
+@click.option("--max-new-tokens", type=int, help="At the most. Default: 256, or what the context has room for.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token.")
+@click.option("--top-k", type=int, default=0, help="Keep the k most likely tokens. Default: all.")
+@click.option("--top-p", type=float, default=1.0, help="Keep the tokens that make up this probability. Default: all.")
+@click.option("--min-p", type=float, default=0.0, help="Keep tokens this likely against the best. Default: all.")
+@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 discourages. Default: 1.")
+@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--stop", multiple=True, help="End before this text; repeatable.")
+@click.option("--provider", default="cpu", show_default=True, help="Execution provider.")
+@click.option("--threads", type=int, help="Of one run. Default: onnxruntime's choice.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a task when it is done, do not stream.")
+@click.option("--metrics/--no-metrics", default=None, help="Print latencies to stderr. Default: on a terminal.")
+def generate(bundle: Path, prompt: str | None, token_ids: str | None, names: tuple[str, ...], **flags: Any) -> None:
+    """Answer PROMPT with BUNDLE, streaming; without PROMPT it is read from standard input."""
+    from .engine import load
+
+    request = _prompt(prompt, token_ids)
+    options = _options(flags)
+    engine = load(bundle, provider=flags["provider"], threads=flags["threads"])
+    show_metrics = sys.stderr.isatty() if flags["metrics"] is None else flags["metrics"]
+    for name in names or (None,):
+        if flags["as_json"]:
+            click.echo(json.dumps(_as_json(engine.generate(**request, task=name, **options))))
+            continue
+        if len(names) > 1:
+            click.echo(click.style(f"── {name}", bold=True))
+        result = _print_stream(engine, request, name, options)
+        if show_metrics:
+            click.echo(click.style(_metrics_line(result), dim=True), err=True)
+
+
+def add_to_bundle(bundle: Path, prefix: str, read: Callable[[Path, Bundle], Prefix]) -> None:
+    """Add what `read` makes of `[TASK=]PATH` to a bundle and print that."""
+    from .bundle import Bundle
+
+    name, path = split_task(prefix)
+    opened = Bundle.open(bundle)
+    opened.add_task(name, read(path, opened))
+    click.echo(f"added {name} to {bundle}")
+
+
+def split_task(text: str) -> tuple[str, Path]:
+    """The task and the path in `[TASK=]PATH`; without a task the file's or the folder's name."""
+    name, separator, rest = text.partition("=")
+    if separator and not Path(text).exists():
+        return name, Path(rest)
+    path = Path(text)
+    # PEFT's file is called alike in every folder: the folder's name tells more.
+    named = path.absolute().parent if path.stem == "adapter_model" else path.absolute()
+    return (named.name if path.is_dir() or named != path.absolute() else named.stem), path
+
+
+def verified(bundle: Bundle) -> str:
+    """Verify a bundle's hashes and prefixes; returns the line that says so."""
+    bundle.verify()
+    for name in bundle.tasks:
+        bundle.prefix(name)
+    return f"{bundle.root}: {len(bundle.entries())} files and {len(bundle.tasks)} prefixes are as the manifest says"
+
+
+def print_bundle(bundle: Bundle, as_json: bool) -> None:
+    """Print what a bundle holds."""
+    manifest = bundle.manifest
+    if as_json:
+        click.echo(manifest.to_json(), nl=False)
+        return
+    first = manifest.geometry.layers[0]
+    size = sum(entry.size for entry in manifest.files.values())
+    print_fields(
+        {
+            "format": f"bundle, by {manifest.producer}",
+            "model": f"{manifest.model.name} ({manifest.model.architecture})",
+            "fingerprint": manifest.model.fingerprint,
+            "layers": str(len(manifest.geometry.layers)),
+            "key/value heads": str(first.key_value_heads),
+            "head size": str(first.head_dim),
+            "context": f"{manifest.geometry.context_length} positions, {manifest.max_length} used",
+            "graph": f"{manifest.mode}, {manifest.flavour} flavour, {manifest.precision}, for {manifest.target}",
+            "size": f"{size / 1e6:.1f} MB without prefixes",
+            "tasks": ", ".join(
+                f"{name} (prefix length {manifest.tasks[name].prefix_length}, {_parity_note(manifest.parity, name)})"
+                for name in bundle.tasks
+            )
+            or "none",
+        },
+        as_json,
+    )
+
+
+def print_fields(fields: dict[str, str], as_json: bool) -> None:
+    """Print names and values, a line each or as JSON."""
+    if as_json:
+        click.echo(json.dumps(fields))
+        return
+    width = max(map(len, fields))
+    for name, value in fields.items():
+        click.echo(f"{name:<{width}}  {value}")
+
+
+def _parity_note(parity: Any, task: str) -> str:
+    result = (parity or {}).get("tasks", {}).get(task)
+    if not isinstance(result, dict):
+        return "not compared"
+    return f"agrees with {result.get('reference')} within {result.get('largest_logit_difference', float('nan')):.1e}"
+
+
+def _prompt(prompt: str | None, token_ids: str | None) -> dict[str, Any]:
+    if token_ids is not None:
+        if prompt is not None:
+            raise click.UsageError("give either PROMPT or --token-ids")
+        try:
+            return {"token_ids": [int(part) for part in token_ids.split(",")]}
+        except ValueError as error:
+            raise RequestError(
+                f"--token-ids: expected whole numbers with commas between, found {token_ids!r}"
+            ) from error
+    if prompt is None:
+        prompt = sys.stdin.read()
+    return {"prompt": prompt}
+
+
+def _options(flags: dict[str, Any]) -> GenerationOptions:
+    from .sampling import Sampling
+
+    settings = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return {
+        "max_new_tokens": flags["max_new_tokens"],
+        "sampling": Sampling(**{name: flags[name] for name in settings}),
+        "stop": flags["stop"],
+    }
+
+
+def _print_stream(
+    engine: Engine, request: dict[str, Any], task: str | None, options: GenerationOptions
+) -> GenerationResult:
+    for chunk in engine.stream(**request, task=task, **options):
+        click.echo(chunk.text, nl=False)
+        sys.stdout.flush()
+    assert chunk.result is not None  # the last chunk's
+    if chunk.result.text is None:
+        click.echo(",".join(map(str, chunk.result.token_ids)), nl=False)
+    click.echo()
+    return chunk.result
+
+
+def _metrics_line(result: GenerationResult) -> str:
+    metrics = result.metrics
+    return (
+        f"   first token {metrics.time_to_first_token * 1e3:.1f} ms, then {metrics.inter_token_latency * 1e3:.2f} ms a "
+        f"token; prefix {metrics.prefix_length}, prompt {metrics.prompt_length}, {metrics.new_tokens} new tokens "
+        f"({result.finish_reason})"
+    )
+
+
+def _as_json(result: GenerationResult) -> dict[str, Any]:
+    metrics = result.metrics
+    return {
+        "task": result.task,
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "finish_reason": result.finish_reason,
+        "metrics": {
+            **asdict(metrics),
+            "inter_token_latency": metrics.inter_token_latency if metrics.inter_token_latencies else None,
+            "tokens_per_second": metrics.tokens_per_second,
+        },
+    }

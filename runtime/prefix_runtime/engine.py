@@ -1,0 +1,403 @@
+"""The public face: `load` a bundle, then `Engine.generate` and `Engine.stream` under a task."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict, Unpack, overload
+
+import numpy as np
+
+from .bundle import Bundle
+from .decoding import decode
+from .errors import BundleError, ContextOverflowError, RequestError
+from .kv_cache import CachePool, KeyValueCache
+from .prefix import Prefix
+from .results import Chunk, GenerationResult, Metrics
+from .sampling import Sampling, make_sampler
+from .session import Session
+from .tasks import TaskStore
+from .text import GrowingText, TextCodec
+
+DEFAULT_MAX_NEW_TOKENS = 256
+DEFAULT_CACHE_BYTES = 2 << 30
+_GREEDY = Sampling()
+
+
+class GenerationOptions(TypedDict, total=False):
+    """What `generate` and `stream` take by name.
+
+    max_new_tokens: at the most; where it is not given 256, or fewer if the context has no room for them.
+    sampling: how tokens are chosen; greedy where it is not given.
+    stop: strings that end the text and are left out of it.
+    """
+
+    max_new_tokens: int | None
+    sampling: Sampling
+    stop: str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Request:
+    prompt: tuple[int, ...]
+    task: str | None
+    prefix: Prefix | None
+    max_new_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...]
+    task_selection: float  # seconds, to find the prefix
+    preparation: float  # seconds, all in all
+
+    @property
+    def length(self) -> int:
+        """Positions that prefix, prompt and new tokens take."""
+        return (self.prefix.prefix_length if self.prefix else 0) + len(self.prompt) + self.max_new_tokens
+
+
+def load(
+    path: str | Path,
+    *,
+    provider: str = "cpu",
+    threads: int | None = None,
+    max_length: int | None = None,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+    verify: bool = False,
+) -> Engine:
+    """An engine on a bundle folder.
+
+    Args:
+        path: the bundle.
+        provider: the execution provider: "cpu".
+        threads: of one run; None leaves the choice to onnxruntime.
+        max_length: positions that prefix and text may take together; at most, and by default, the bundle's own.
+        cache_bytes: that key/value buffers may take before idle ones are dropped.
+        verify: compare every file's SHA-256 first.
+
+    Raises:
+        BundleError, BundleIntegrityError: the folder is not a bundle, or not whole.
+        ProviderError: onnxruntime cannot open the graph with this provider.
+
+    >>> engine = load("bundle")  # doctest: +SKIP
+    >>> engine.generate("name[Aromi], food[Chinese]", task="e2e").text  # doctest: +SKIP
+    """
+    bundle = Bundle.open(path)
+    if verify:
+        bundle.verify()
+    limit = bundle.manifest.max_length
+    if max_length is not None and not 1 <= max_length <= limit:
+        raise RequestError(f"max_length: expected 1 to the bundle's {limit}, found {max_length}")
+    session = Session(bundle.graph_path, provider, threads)
+    return Engine(bundle, session, max_length or limit, cache_bytes)
+
+
+class Engine:
+    """A frozen model and its tasks, ready to generate; made by `load`. Safe to call from many threads.
+
+    Attributes:
+        bundle: that it was loaded from.
+    """
+
+    def __init__(self, bundle: Bundle, session: Session, max_length: int, cache_bytes: int) -> None:
+        self.bundle = bundle
+        self._geometry = bundle.manifest.geometry
+        self._max_length = max_length
+        self._store = TaskStore(bundle)
+        self._pool = CachePool(session, self._geometry, max_length, cache_bytes)
+        self._codec = _read_codec(bundle)
+        self._end_tokens = _read_end_tokens(bundle)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names, sorted."""
+        return self._store.names
+
+    def add_task(self, name: str, prefix: Prefix | str | Path) -> None:
+        """Add a task to this engine, at once and for as long as it lives; `Bundle.add_task` changes the folder.
+
+        Args:
+            name: letters, digits, `_`, `-`, `.`.
+            prefix: or the path of its canonical file.
+
+        Raises:
+            TaskNameError, DuplicateTaskError: the name.
+            PrefixError, PrefixMismatchError: the prefix is malformed or does not fit the model.
+        """
+        self._store.add(name, prefix if isinstance(prefix, Prefix) else Prefix.load(prefix))
+
+    def remove_task(self, name: str) -> None:
+        """Remove a task from this engine and free its buffers; requests that are under way go on.
+
+        Raises:
+            UnknownTaskError
+        """
+        prefix = self._store.remove(name)
+        if prefix is not None:
+            self._pool.forget(prefix)
+
+    @overload
+    def generate(
+        self, prompt: str, *, task: str | None = None, **options: Unpack[GenerationOptions]
+    ) -> GenerationResult: ...
+    @overload
+    def generate(
+        self, prompt: list[str], *, task: str | Sequence[str | None] | None = None, **options: Unpack[GenerationOptions]
+    ) -> list[GenerationResult]: ...
+    @overload
+    def generate(
+        self, *, token_ids: Sequence[int], task: str | None = None, **options: Unpack[GenerationOptions]
+    ) -> GenerationResult: ...
+    @overload
+    def generate(
+        self,
+        *,
+        token_ids: Sequence[Sequence[int]],
+        task: str | Sequence[str | None] | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> list[GenerationResult]: ...
+    def generate(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        task: str | Sequence[str | None] | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> GenerationResult | list[GenerationResult]:
+        """Answer a prompt, or each of a list of prompts, which are taken in turn.
+
+        Args:
+            prompt: text, encoded with the special tokens that the model's tokenizer adds by itself.
+            token_ids: in place of text, taken as they are.
+            task: whose prefix to use; None runs the bare model. For a list of prompts one task, or one for each.
+            options: see `GenerationOptions`.
+
+        Raises:
+            UnknownTaskError: there is no such task; the message lists those that there are.
+            RequestError: the prompt is empty, an id is not in the vocabulary, a setting is out of range.
+            ContextOverflowError: prefix, prompt and new tokens do not fit.
+        """
+        prompts, single = _as_list(prompt, token_ids)
+        tasks = _one_each(task, len(prompts))
+        # All are checked before the first is run: a list is answered whole or not at all.
+        requests = [self._request(item, name, options) for item, name in zip(prompts, tasks, strict=True)]
+        results = [self._run(request) for request in requests]
+        return results[0] if single else results
+
+    @overload
+    def stream(
+        self, prompt: str, *, task: str | None = None, **options: Unpack[GenerationOptions]
+    ) -> Iterator[Chunk]: ...
+    @overload
+    def stream(
+        self, *, token_ids: Sequence[int], task: str | None = None, **options: Unpack[GenerationOptions]
+    ) -> Iterator[Chunk]: ...
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        task: str | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Iterator[Chunk]:
+        """Answer one prompt, a chunk for each new token; see `generate` for the arguments and errors.
+
+        What is wrong with the request is raised by the call, not by the first step.
+        """
+        prompts, single = _as_list(prompt, token_ids)
+        if not single:
+            raise RequestError("stream: expected one prompt, found a list; use generate for lists")
+        return self._steps(self._request(prompts[0], task, options))
+
+    def room(self, task: str | None = None) -> int:
+        """Tokens of prompt and new text that fit the context under a task, or without one.
+
+        Raises:
+            UnknownTaskError
+        """
+        return self._room(None if task is None else self._store.get(task))
+
+    def logits(self, token_ids: Sequence[int], task: str | None = None) -> np.ndarray:
+        """The logits [sequence, vocab] float32 after each of the tokens.
+
+        Raises:
+            UnknownTaskError, RequestError, ContextOverflowError: as in `generate`.
+        """
+        request = self._request(token_ids, task, {"max_new_tokens": 0}, least_new_tokens=0)
+        with self._pool.lease(request.prefix, request.length) as cache:
+            return cache.extend(np.array(request.prompt, np.int64), keep_all_logits=True)
+
+    def _run(self, request: _Request) -> GenerationResult:
+        *_, last = self._steps(request)
+        assert last.result is not None  # by the definition of the last chunk
+        return last.result
+
+    def _steps(self, request: _Request) -> Iterator[Chunk]:
+        started = time.perf_counter()
+        with self._pool.lease(request.prefix, request.length) as cache:
+            yield from self._decode(request, cache, time.perf_counter() - started)
+
+    def _decode(self, request: _Request, cache: KeyValueCache, lease: float) -> Iterator[Chunk]:
+        sampler = make_sampler(request.sampling)
+        text = self._codec.growing_text(request.stop) if self._codec else None
+        token_ids: list[int] = []
+        seconds: list[float] = []
+        for step in decode(cache, request.prompt, sampler, self._end_tokens, request.max_new_tokens):
+            token_ids.append(step.token_id)
+            seconds.append(step.seconds)
+            piece = text.push(step.token_id) if text else ""
+            reason = _finish_reason(step.is_end, text, len(token_ids) == request.max_new_tokens)
+            if reason is None:
+                yield Chunk(piece, step.token_id, None)
+                continue
+            if text and reason != "stop":
+                piece += text.finish()
+            metrics = _metrics(request, lease, seconds)
+            result = GenerationResult(text.text if text else None, tuple(token_ids), reason, request.task, metrics)
+            yield Chunk(piece, step.token_id, result)
+            return
+
+    def _request(
+        self, prompt: str | Sequence[int], task: str | None, options: GenerationOptions, least_new_tokens: int = 1
+    ) -> _Request:
+        started = time.perf_counter()
+        stop = _as_stop(options.get("stop", ()))
+        if stop and self._codec is None:
+            raise RequestError(f"stop: {self.bundle.root} has no tokenizer, so text cannot be looked at; leave it out")
+        selecting = time.perf_counter()
+        prefix = None if task is None else self._store.get(task)
+        selected = time.perf_counter() - selecting
+        ids = self._encode(prompt)
+        limit = options.get("max_new_tokens")
+        max_new_tokens = self._check_length(prefix, len(ids), limit, least_new_tokens)
+        sampling = options.get("sampling", _GREEDY)
+        preparation = time.perf_counter() - started
+        return _Request(ids, task, prefix, max_new_tokens, sampling, stop, selected, preparation)
+
+    def _encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            if self._codec is None:
+                raise RequestError(f"prompt: {self.bundle.root} has no tokenizer: expected token_ids, found text")
+            ids = tuple(self._codec.encode(prompt)) if prompt else ()
+        else:
+            ids = tuple(int(token_id) for token_id in prompt)
+        if not ids:
+            raise RequestError("prompt: expected at least one token, found none")
+        for index, token_id in enumerate(ids):
+            if not 0 <= token_id < self._geometry.vocab_size:
+                raise RequestError(
+                    f"token_ids[{index}]: expected 0 to {self._geometry.vocab_size - 1}, found {token_id}"
+                )
+        return ids
+
+    def _check_length(self, prefix: Prefix | None, prompt: int, new: int | None, least: int) -> int:
+        """The new tokens that may be asked for; None stands for the default."""
+        if new is not None and (isinstance(new, bool) or new < least):
+            raise RequestError(f"max_new_tokens: expected {least} or more, found {new}")
+        room = self._room(prefix)
+        wanted = prompt + (least if new is None else new)
+        if wanted > room:
+            raise ContextOverflowError(
+                f"expected at most {room} tokens of prompt and new text (context {self._geometry.context_length}, "
+                f"max_length {self._max_length}, prefix {prefix.prefix_length if prefix else 0}), "
+                f"found a prompt of {prompt} and {wanted - prompt} new; shorten the prompt or lower max_new_tokens"
+            )
+        return min(DEFAULT_MAX_NEW_TOKENS, room - prompt) if new is None else new
+
+    def _room(self, prefix: Prefix | None) -> int:
+        if prefix is None:
+            return min(self._max_length, self._geometry.context_length)
+        # A prefix takes room in the buffer, and positions of the model where its text begins behind it.
+        return min(self._max_length - prefix.prefix_length, self._geometry.context_length - prefix.position_base)
+
+
+def _as_list(
+    prompt: str | list[str] | None, token_ids: Sequence[int] | Sequence[Sequence[int]] | None
+) -> tuple[list[Any], bool]:
+    """The prompts, and whether a single one was given."""
+    if (prompt is None) == (token_ids is None):
+        raise RequestError("expected either a prompt or token_ids, found " + ("neither" if prompt is None else "both"))
+    if prompt is not None:
+        if isinstance(prompt, str):
+            return [prompt], True
+        if all(isinstance(item, str) for item in prompt):
+            return list(prompt), False
+        raise RequestError("prompt: expected text or a list of texts; give token ids as token_ids=")
+    if isinstance(token_ids, str | bytes):
+        raise RequestError("token_ids: expected whole numbers, found text; give text as the prompt")
+    assert token_ids is not None  # by the first check
+    rows: list[Any] = list(token_ids)
+    if rows and all(isinstance(row, Sequence | np.ndarray) for row in rows):
+        for row in rows:
+            _check_ids(row)
+        return rows, False
+    _check_ids(rows)
+    return [rows], True
+
+
+def _check_ids(row: Sequence[object]) -> None:
+    for index, token_id in enumerate(row):
+        if isinstance(token_id, bool) or not isinstance(token_id, int | np.integer):
+            raise RequestError(f"token_ids[{index}]: expected a whole number, found {token_id!r}")
+
+
+def _one_each(task: str | Sequence[str | None] | None, count: int) -> list[str | None]:
+    if task is None or isinstance(task, str):
+        return [task] * count
+    if len(task) != count:
+        raise RequestError(f"task: expected one, or one for each of the {count} prompts, found {len(task)}")
+    return list(task)
+
+
+def _as_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(string, str) and string for string in strings):
+        raise RequestError(f"stop: expected strings of at least one character, found {list(strings)}")
+    return strings
+
+
+def _finish_reason(is_end: bool, text: GrowingText | None, is_last: bool) -> str | None:
+    if text and text.stopped:
+        return "stop"
+    if is_end:
+        return "end_token"
+    return "length" if is_last else None
+
+
+def _metrics(request: _Request, lease: float, seconds: Sequence[float]) -> Metrics:
+    return Metrics(
+        prompt_length=len(request.prompt),
+        prefix_length=request.prefix.prefix_length if request.prefix else 0,
+        new_tokens=len(seconds),
+        task_selection=request.task_selection + lease,
+        time_to_first_token=request.preparation + lease + seconds[0],
+        inter_token_latencies=tuple(seconds[1:]),
+    )
+
+
+def _read_codec(bundle: Bundle) -> TextCodec | None:
+    name = "tokenizer.json"
+    return TextCodec(bundle.root / name) if name in bundle.manifest.files else None
+
+
+def _read_end_tokens(bundle: Bundle) -> frozenset[int]:
+    """The end tokens of generation_config.json, or of config.json where that names none."""
+    for name in ("generation_config.json", "config.json"):
+        if name not in bundle.manifest.files:
+            continue
+        path = bundle.root / name
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise BundleError(f"{path}: expected a JSON object, found text that is none") from error
+        if found is not None:
+            return frozenset(_token_list(found, path))
+    return frozenset()
+
+
+def _token_list(found: Any, path: Path) -> list[int]:
+    listed = found if isinstance(found, list) else [found]
+    if not all(isinstance(token_id, int) for token_id in listed):
+        raise BundleError(f"{path}: eos_token_id: expected a token id or a list of them, found {found!r}")
+    return listed

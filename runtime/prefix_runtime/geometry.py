@@ -1,0 +1,70 @@
+"""The shape of a model, as far as a prefix and a key/value buffer care."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .errors import PrefixMismatchError
+
+if TYPE_CHECKING:
+    from .prefix import Prefix
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """One attention layer: its key/value heads and their size."""
+
+    key_value_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A decoder-only model: its attention layers, its context in positions and its vocabulary in tokens."""
+
+    layers: tuple[LayerGeometry, ...]
+    context_length: int
+    vocab_size: int
+
+    @property
+    def values_per_position(self) -> int:
+        """Numbers that one position takes in the keys and values of all layers."""
+        return sum(2 * layer.key_value_heads * layer.head_dim for layer in self.layers)
+
+    def check_prefix(self, prefix: Prefix, fingerprint: str | None, where: str) -> None:
+        """Refuse a prefix that was made for another model.
+
+        Raises:
+            PrefixMismatchError: naming what was expected and found, or the fingerprints that differ.
+        """
+        others = sorted(site for site in prefix.sites if site != "decoder")
+        if others or "decoder" not in prefix.sites:
+            raise PrefixMismatchError(
+                f"{where}: expected a prefix for the decoder alone, as this is a decoder-only model, "
+                f"found one for {', '.join(sorted(prefix.sites))}"
+            )
+        found = prefix.sites["decoder"]
+        if len(found) != len(self.layers):
+            raise PrefixMismatchError(f"{where}: expected {len(self.layers)} layers, found {len(found)}")
+        for index, (expected, layer) in enumerate(zip(self.layers, found, strict=True)):
+            for tensor, array in (("key", layer.key), ("value", layer.value)):
+                _check_layer(expected, array.shape, f"{where}: layer {index}, {tensor}")
+        if fingerprint and prefix.base_fingerprint and prefix.base_fingerprint != fingerprint:
+            raise PrefixMismatchError(
+                f"{where}: made for another base model: expected fingerprint {fingerprint[:20]}…, "
+                f"found {prefix.base_fingerprint[:20]}…; use the model that the prefix was trained on"
+            )
+        if prefix.position_base + 1 > self.context_length:
+            raise PrefixMismatchError(
+                f"{where}: prefix of length {prefix.prefix_length} leaves no room for text in a context of "
+                f"{self.context_length} positions"
+            )
+
+
+def _check_layer(expected: LayerGeometry, shape: tuple[int, ...], where: str) -> None:
+    heads, _, head_dim = shape
+    if heads != expected.key_value_heads:
+        raise PrefixMismatchError(f"{where}: expected {expected.key_value_heads} key/value heads, found {heads}")
+    if head_dim != expected.head_dim:
+        raise PrefixMismatchError(f"{where}: expected head size {expected.head_dim}, found {head_dim}")

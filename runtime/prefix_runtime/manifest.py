@@ -1,0 +1,280 @@
+"""The bundle's manifest: what it says, how it is written, and what is refused when it is read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
+
+from .errors import BundleError, DuplicateTaskError, TaskNameError, UnknownTaskError
+from .geometry import Geometry, LayerGeometry
+
+FORMAT = "prefix-export.bundle"
+FORMAT_VERSION = 1
+_TASK_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,63}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of the bundle: path relative to the bundle with `/`, size in bytes, SHA-256 in hexadecimal."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """A task: its prefix's file, length and position base."""
+
+    file: FileEntry
+    prefix_length: int
+    position_base: int
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """The frozen model: as the user named it, its architecture's class and its weights' fingerprint."""
+
+    name: str
+    architecture: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle holds.
+
+    Attributes:
+        producer: name and version of what wrote the bundle.
+        model: the frozen model.
+        geometry: its shape.
+        max_length: positions that prefix and text may take together.
+        mode: "feed": the prefix is the graph's initial past.
+        flavour: "fast": past and present share one buffer (com.microsoft GroupQueryAttention).
+        precision: of the weights: "fp32".
+        target: what the graph was made for: "cpu".
+        graph: the graph's path.
+        files: every file but the prefixes and the manifest itself, by path.
+        tasks: by name.
+        parity: the certificate that `build` wrote, or None where it was told not to verify.
+    """
+
+    producer: str
+    model: ModelEntry
+    geometry: Geometry
+    max_length: int
+    mode: str
+    flavour: str
+    precision: str
+    target: str
+    graph: str
+    files: Mapping[str, FileEntry]
+    tasks: Mapping[str, TaskEntry] = field(default_factory=dict)
+    parity: Mapping[str, Any] | None = None
+
+    def with_task(self, name: str, entry: TaskEntry) -> Manifest:
+        """This manifest with one more task.
+
+        Raises:
+            TaskNameError: the name cannot be one.
+            DuplicateTaskError: the name is taken.
+        """
+        check_new_task_name(name, self.tasks)
+        return replace(self, tasks={**self.tasks, name: entry})
+
+    def without_task(self, name: str) -> Manifest:
+        """This manifest without a task, and without its part of the parity certificate.
+
+        Raises:
+            UnknownTaskError: there is none of this name.
+        """
+        if name not in self.tasks:
+            raise unknown_task(name, self.tasks)
+        parity = self.parity
+        if parity is not None:
+            results = {task: result for task, result in parity.get("tasks", {}).items() if task != name}
+            parity = {**parity, "tasks": results}
+        return replace(self, tasks={task: e for task, e in self.tasks.items() if task != name}, parity=parity)
+
+    def to_json(self) -> str:
+        """The manifest's text, the same for the same content."""
+        fields = asdict(self)
+        fields["files"] = [fields["files"][path] for path in sorted(self.files)]
+        fields["tasks"] = dict(sorted(fields["tasks"].items()))
+        return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **fields}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Manifest:
+        """The manifest in a text; `where` names it in messages.
+
+        Raises:
+            BundleError: naming the field, what was expected and what was found.
+        """
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{where}: expected JSON, found text that is none ({error})") from error
+        return _read_manifest(_Fields(content, where))
+
+
+def check_task_name(name: str) -> None:
+    """Refuse a name that cannot name a task, and so a file.
+
+    Raises:
+        TaskNameError: empty, absolute, with a separator or `..`, or with other characters than the portable ones.
+    """
+    if not isinstance(name, str) or not _TASK_NAME.fullmatch(name) or ".." in name or name.endswith("."):
+        raise TaskNameError(
+            f"task name: expected 1 to 64 letters, digits, '_', '-' or '.', beginning with a letter, digit or '_', "
+            f"without '..' and not ending in '.', found {name!r}"
+        )
+
+
+def check_new_task_name(name: str, taken: Iterable[str]) -> None:
+    """Refuse a name that cannot be one, or that is taken, also by one that differs in case alone.
+
+    Raises:
+        TaskNameError, DuplicateTaskError
+    """
+    check_task_name(name)
+    for other in taken:
+        # Some file systems take both names for one file.
+        if other.lower() == name.lower():
+            raise DuplicateTaskError(
+                f"task {name!r}: there is already {other!r}; remove it first or choose another name"
+            )
+
+
+def unknown_task(name: str, known: Iterable[str]) -> UnknownTaskError:
+    """The error for a task that is not there; it lists those that are."""
+    listed = ", ".join(sorted(known)) or "none"
+    return UnknownTaskError(f"task {name!r}: there is none of this name; tasks here: {listed}")
+
+
+def check_relative_path(path: str, where: str) -> None:
+    """Refuse a path that leads out of the bundle.
+
+    Raises:
+        BundleError
+    """
+    parts = path.split("/")
+    unsafe = "\\" in path or ":" in path or "\0" in path or any(part in ("", ".", "..") for part in parts)
+    if unsafe or PurePosixPath(path).is_absolute():
+        raise BundleError(f"{where}: expected a relative path inside the bundle, found {path!r}")
+
+
+class _Fields:
+    """A JSON object that is read field by field, each with its type and a message that names its place."""
+
+    def __init__(self, content: object, where: str) -> None:
+        if not isinstance(content, dict):
+            raise BundleError(f"{where}: expected a JSON object, found {type(content).__name__}")
+        self._content, self.where = content, where
+
+    def get(self, key: str, kind: type[T]) -> T:
+        value = self._content.get(key)
+        # JSON's true is Python's 1: a number must not be a truth value.
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            found = "nothing" if key not in self._content else f"{type(value).__name__} {str(value)[:60]!r}"
+            raise BundleError(f"{self.where}: {key}: expected {kind.__name__}, found {found}")
+        return value
+
+    def optional(self, key: str, kind: type[T]) -> T | None:
+        return None if self._content.get(key) is None else self.get(key, kind)
+
+    def count(self, key: str, least: int = 0) -> int:
+        value = self.get(key, int)
+        if not least <= value < 2**63:
+            raise BundleError(f"{self.where}: {key}: expected a number of {least} or more, found {value}")
+        return value
+
+    def child(self, key: str) -> _Fields:
+        return _Fields(self.get(key, dict), f"{self.where}: {key}")
+
+    def children(self, key: str) -> list[_Fields]:
+        return [_Fields(item, f"{self.where}: {key}[{i}]") for i, item in enumerate(self.get(key, list))]
+
+    def named(self, key: str, read: Callable[[_Fields], T]) -> dict[str, T]:
+        items = self.get(key, dict)
+        return {name: read(_Fields(item, f"{self.where}: {key}.{name}")) for name, item in items.items()}
+
+    def choice(self, key: str, *choices: str) -> str:
+        value = self.get(key, str)
+        if value not in choices:
+            raise BundleError(
+                f"{self.where}: {key}: expected {' or '.join(map(repr, choices))}, found {value!r}; "
+                "update prefix-runtime"
+            )
+        return value
+
+
+def _read_manifest(fields: _Fields) -> Manifest:
+    if fields.get("format", str) != FORMAT:
+        raise BundleError(f"{fields.where}: expected format {FORMAT!r}, found {fields.get('format', str)!r}")
+    version = fields.count("format_version", least=1)
+    if version > FORMAT_VERSION:
+        raise BundleError(
+            f"{fields.where}: expected format version {FORMAT_VERSION} or older, found {version}; update prefix-runtime"
+        )
+    files = {entry.path: entry for entry in map(_read_file, fields.children("files"))}
+    tasks = fields.named("tasks", _read_task)
+    for name in tasks:
+        check_task_name(name)
+    graph = fields.get("graph", str)
+    if graph not in files:
+        raise BundleError(f"{fields.where}: graph: expected one of the listed files, found {graph!r}")
+    return Manifest(
+        producer=fields.get("producer", str),
+        model=_read_model(fields.child("model")),
+        geometry=_read_geometry(fields.child("geometry")),
+        max_length=fields.count("max_length", least=1),
+        mode=fields.choice("mode", "feed"),
+        flavour=fields.choice("flavour", "fast"),
+        precision=fields.choice("precision", "fp32"),
+        target=fields.choice("target", "cpu"),
+        graph=graph,
+        files=files,
+        tasks=tasks,
+        parity=_read_parity(fields),
+    )
+
+
+def _read_parity(fields: _Fields) -> dict[str, Any] | None:
+    parity = fields.optional("parity", dict)
+    if parity is not None:
+        _Fields(parity, f"{fields.where}: parity").get("tasks", dict)
+    return parity
+
+
+def _read_file(fields: _Fields) -> FileEntry:
+    path, sha256 = fields.get("path", str), fields.get("sha256", str)
+    check_relative_path(path, f"{fields.where}: path")
+    if not _SHA256.fullmatch(sha256):
+        raise BundleError(f"{fields.where}: sha256: expected 64 hexadecimal digits, found {sha256[:70]!r}")
+    return FileEntry(path, fields.count("size"), sha256)
+
+
+def _read_task(fields: _Fields) -> TaskEntry:
+    return TaskEntry(
+        _read_file(fields.child("file")), fields.count("prefix_length", least=1), fields.count("position_base")
+    )
+
+
+def _read_model(fields: _Fields) -> ModelEntry:
+    return ModelEntry(fields.get("name", str), fields.get("architecture", str), fields.get("fingerprint", str))
+
+
+def _read_geometry(fields: _Fields) -> Geometry:
+    layers = tuple(
+        LayerGeometry(layer.count("key_value_heads", least=1), layer.count("head_dim", least=1))
+        for layer in fields.children("layers")
+    )
+    if not layers:
+        raise BundleError(f"{fields.where}: layers: expected at least one, found none")
+    return Geometry(layers, fields.count("context_length", least=1), fields.count("vocab_size", least=1))

@@ -1,0 +1,299 @@
+"""`Prefix`, the central immutable value, and its canonical file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+from safetensors.numpy import save as serialize
+
+from .errors import PrefixError
+from .storage import write_file_atomically
+from .tensor_file import TensorFile
+
+SITES = ("decoder", "cross", "encoder")
+"""Decoder self-attention, decoder-to-encoder attention, encoder self-attention."""
+
+FORMAT = "prefix-export.prefix"
+FORMAT_VERSION = 1
+_TENSOR_NAME = re.compile(r"(decoder|cross|encoder)\.(0|[1-9][0-9]{0,3})\.(key|value)")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPrefix:
+    """One layer's prefix: `key` and `value`, each [num_key_value_heads, prefix_length, head_dim], read-only.
+
+    A key of a model with rotary positions is stored after rotation, as it was trained.
+    """
+
+    key: np.ndarray
+    value: np.ndarray
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a prefix came from: the checkpoint's format and the SHA-256 of its file."""
+
+    format: str
+    sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Trained keys and values for every attention layer of a frozen model; equal and hashed by content.
+
+    Attributes:
+        sites: for each attention site (see `SITES`) one `LayerPrefix` per layer; float32 or float16, finite.
+        position_base: the position of the first token of text: `prefix_length` (PEFT; Li and Liang's GPT-2 code;
+            P-tuning v2) or 0 (Li and Liang's BART code; AdapterHub).
+        base_fingerprint: of the base model that it was trained on, or None where the source does not tell.
+        source: where it came from, or None.
+        head: the task's own head weights, by name, for methods that train one.
+        metadata: free text, str to str.
+
+    Raises:
+        PrefixError: a wrong number of axes, shapes or dtypes that differ between layers, NaN, infinity.
+
+    Source: Li and Liang, "Prefix-Tuning", ACL 2021, equation 3: the activations of the prefix are free parameters.
+
+    >>> import numpy as np
+    >>> key = np.zeros((2, 5, 8), np.float32)
+    >>> Prefix({"decoder": (LayerPrefix(key, key),)}, position_base=5).prefix_length
+    5
+    """
+
+    sites: Mapping[str, tuple[LayerPrefix, ...]]
+    position_base: int
+    base_fingerprint: str | None = None
+    source: Source | None = None
+    head: Mapping[str, np.ndarray] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        frozen = {
+            site: tuple(LayerPrefix(_read_only(layer.key), _read_only(layer.value)) for layer in layers)
+            for site, layers in self.sites.items()
+        }
+        object.__setattr__(self, "sites", MappingProxyType(frozen))
+        head = {name: _read_only(array) for name, array in self.head.items()}
+        object.__setattr__(self, "head", MappingProxyType(head))
+        object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
+        self._check()
+
+    def _check(self) -> None:
+        unknown = sorted(set(self.sites) - set(SITES))
+        if unknown or not self.sites or not all(self.sites.values()):
+            raise PrefixError(f"expected at least one layer at the sites {', '.join(SITES)}, found {unknown or 'none'}")
+        arrays = dict(self._arrays())
+        name, first = next(iter(arrays.items()))
+        _check_first(name, first)
+        for name, array in arrays.items():
+            _check_array(name, array, first)
+        for name, array in self.head.items():
+            _check_finite(f"head.{name}", array)
+        if self.position_base not in (0, self.prefix_length):
+            raise PrefixError(
+                f"position_base: expected 0 or the prefix length {self.prefix_length}, found {self.position_base}"
+            )
+
+    def _arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        for site in SITES:
+            for index, layer in enumerate(self.sites.get(site, ())):
+                yield f"{site}.{index}.key", layer.key
+                yield f"{site}.{index}.value", layer.value
+
+    @property
+    def prefix_length(self) -> int:
+        """Positions that the prefix takes in every layer."""
+        return int(next(iter(self.sites.values()))[0].key.shape[1])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """float32 or float16, the same for every key and value."""
+        return next(iter(self.sites.values()))[0].key.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(array.nbytes for _, array in self._arrays())
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256, in hexadecimal, of everything that the prefix holds."""
+        digest = hashlib.sha256(json.dumps(self._header(), sort_keys=True).encode())
+        for name, array in self._tensors().items():
+            digest.update(f"{name}{array.dtype.str}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return self.content_hash == other.content_hash if isinstance(other, Prefix) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.content_hash)
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        head = {f"head.{name}": self.head[name] for name in sorted(self.head)}
+        return dict(self._arrays()) | head
+
+    def _header(self) -> dict[str, str]:
+        header = {
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "position_base": str(self.position_base),
+            "metadata": json.dumps(dict(self.metadata), sort_keys=True),
+        }
+        if self.base_fingerprint:
+            header["base_fingerprint"] = self.base_fingerprint
+        if self.source:
+            header["source_format"] = self.source.format
+            header["source_sha256"] = self.source.sha256
+        return header
+
+    def describe(self) -> dict[str, str]:
+        """What the prefix is, for people."""
+        layers = next(iter(self.sites.values()))
+        heads, _, head_dim = layers[0].key.shape
+        return {
+            "format": "prefix file",
+            "sites": ", ".join(self.sites),
+            "layers": str(len(layers)),
+            "key/value heads": str(heads),
+            "head size": str(head_dim),
+            "prefix length": str(self.prefix_length),
+            "position base": str(self.position_base),
+            "dtype": str(self.dtype),
+            "base model": self.base_fingerprint or "unknown",
+            "source": self.source.format if self.source else "unknown",
+            "content": f"sha256:{self.content_hash}",
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the canonical file, whole or not at all, replacing what was there.
+
+        One safetensors file: `{site}.{layer}.key`, `{site}.{layer}.value`, `head.{name}`; the rest in its metadata.
+        """
+        tensors = {name: np.ascontiguousarray(array) for name, array in self._tensors().items()}
+        write_file_atomically(Path(path), serialize(tensors, metadata=self._header()))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Prefix:
+        """The prefix in a canonical file; its arrays are views of the mapped file.
+
+        Raises:
+            PrefixError: the file is missing, damaged, of another kind or a newer version, or holds what is no prefix.
+        """
+        file = TensorFile(path)
+        try:
+            return _from_tensor_file(file)
+        except PrefixError as error:
+            text = str(error)
+            raise PrefixError(text if text.startswith(str(path)) else f"{path}: {text}") from error
+
+
+def is_prefix_file(file: TensorFile) -> bool:
+    """Whether a safetensors file says that it is a canonical prefix file, of whatever version."""
+    return file.metadata.get("format") == FORMAT
+
+
+def _from_tensor_file(file: TensorFile) -> Prefix:
+    if not is_prefix_file(file):
+        raise PrefixError(
+            f"expected a prefix file (metadata format {FORMAT!r}), found format {file.metadata.get('format')!r}"
+        )
+    version = _integer(file.metadata, "format_version")
+    if not 1 <= version <= FORMAT_VERSION:
+        raise PrefixError(f"expected format version {FORMAT_VERSION} or older, found {version}; update prefix-runtime")
+    head = {name.removeprefix("head."): file.array(name) for name in file.tensors if name.startswith("head.")}
+    source = None
+    if "source_format" in file.metadata:
+        source = Source(file.metadata["source_format"], file.metadata.get("source_sha256", ""))
+    return Prefix(
+        sites=_read_sites(file),
+        position_base=_integer(file.metadata, "position_base"),
+        base_fingerprint=file.metadata.get("base_fingerprint"),
+        source=source,
+        head=head,
+        metadata=_read_metadata(file.metadata.get("metadata", "{}")),
+    )
+
+
+def _read_sites(file: TensorFile) -> dict[str, tuple[LayerPrefix, ...]]:
+    found: dict[str, dict[int, dict[str, np.ndarray]]] = {}
+    for name in file.tensors:
+        if name.startswith("head."):
+            continue
+        match = _TENSOR_NAME.fullmatch(name)
+        if match is None:
+            raise PrefixError(f"expected tensors like 'decoder.0.key', found {name!r}")
+        site, layer, part = match.groups()
+        found.setdefault(site, {}).setdefault(int(layer), {})[part] = file.array(name)
+    return {site: _in_order(site, layers) for site, layers in found.items()}
+
+
+def _in_order(site: str, layers: dict[int, dict[str, np.ndarray]]) -> tuple[LayerPrefix, ...]:
+    for index in range(len(layers)):
+        if set(layers.get(index, ())) != {"key", "value"}:
+            raise PrefixError(
+                f"expected a key and a value for each of the {len(layers)} layers of {site}, "
+                f"found layer {index} incomplete"
+            )
+    return tuple(LayerPrefix(layers[index]["key"], layers[index]["value"]) for index in range(len(layers)))
+
+
+def _read_metadata(text: str) -> dict[str, str]:
+    try:
+        metadata = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PrefixError("metadata: expected a JSON object, found text that is none") from error
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise PrefixError("metadata: expected a JSON object of texts")
+    return metadata
+
+
+def _integer(metadata: Mapping[str, str], key: str) -> int:
+    text = metadata.get(key, "")
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise PrefixError(f"metadata {key}: expected a whole number, found {text[:40]!r}")
+    return int(text)
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    # A writable array may be changed by its owner later on: the prefix keeps a copy of its own.
+    frozen = np.array(array) if array.flags.writeable else array
+    frozen.flags.writeable = False
+    return frozen
+
+
+def _check_first(name: str, array: np.ndarray) -> None:
+    if array.ndim != 3 or 0 in array.shape:
+        raise PrefixError(
+            f"{name}: expected shape [num_key_value_heads, prefix_length, head_dim], none of them 0, "
+            f"found {list(array.shape)}"
+        )
+    if array.dtype not in (np.float32, np.float16):
+        raise PrefixError(f"{name}: expected float32 or float16, found {array.dtype}")
+
+
+def _check_array(name: str, array: np.ndarray, first: np.ndarray) -> None:
+    _check_first(name, array)
+    if array.dtype != first.dtype:
+        raise PrefixError(f"{name}: expected {first.dtype} as in the first layer, found {array.dtype}")
+    if array.shape[1] != first.shape[1]:
+        raise PrefixError(
+            f"{name}: expected prefix length {first.shape[1]} as in the first layer, found {array.shape[1]}"
+        )
+    _check_finite(name, array)
+
+
+def _check_finite(name: str, array: np.ndarray) -> None:
+    if not np.isfinite(array).all():
+        index = np.argwhere(~np.isfinite(array))[0].tolist()
+        raise PrefixError(f"{name}: expected finite numbers, found {array[tuple(index)]} at {index}")

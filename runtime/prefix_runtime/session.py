@@ -1,0 +1,92 @@
+"""onnxruntime: opening a graph, binding arrays to its inputs and outputs, running it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from .errors import ProviderError
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider"}
+_ERROR_SEVERITY = 3
+
+
+class Session:
+    """An ONNX graph opened by onnxruntime; may be run by many threads at once, each with a `Binding` of its own.
+
+    Args:
+        path: the graph; its external weights lie beside it.
+        provider: the execution provider: "cpu".
+        threads: of one run; None leaves the choice to onnxruntime (one a physical core).
+
+    Raises:
+        ProviderError: the provider is unknown or not installed, or onnxruntime refuses the graph.
+    """
+
+    def __init__(self, path: Path, provider: str = "cpu", threads: int | None = None) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = _ERROR_SEVERITY
+        if threads is not None:
+            if threads < 1:
+                raise ProviderError(f"threads: expected 1 or more, found {threads}")
+            options.intra_op_num_threads = threads
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=[_provider_name(provider)])
+        except ProviderError:
+            raise
+        except Exception as error:  # onnxruntime's own errors share no base but Exception.
+            raise ProviderError(f"{path}: onnxruntime {ort.__version__} cannot open the graph: {error}") from error
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The graph's inputs, in its order."""
+        return tuple(node.name for node in self._session.get_inputs())
+
+    def binding(self) -> Binding:
+        """A new, empty binding."""
+        return Binding(self._session)
+
+
+class Binding:
+    """Arrays bound to a graph's inputs and outputs: a run reads and writes them where they are, nothing is copied."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+        # onnxruntime is given addresses: the arrays must live as long as they are bound.
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def input(self, name: str, array: np.ndarray) -> None:
+        """Bind a C-contiguous array to an input, in place of what was bound there."""
+        self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        self._arrays[name] = array
+
+    def output(self, name: str, array: np.ndarray) -> None:
+        """Bind a C-contiguous array to an output, in place of what was bound there."""
+        self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        self._arrays[name] = array
+
+    def run(self) -> None:
+        """Run the graph on what is bound.
+
+        Raises:
+            ProviderError: the run fails.
+        """
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # as above
+            raise ProviderError(f"onnxruntime {ort.__version__} cannot run the graph: {error}") from error
+
+
+def _provider_name(provider: str) -> str:
+    name = _PROVIDERS.get(provider)
+    if name is None:
+        raise ProviderError(f"provider: expected one of {', '.join(_PROVIDERS)}, found {provider!r}")
+    available: Sequence[Any] = ort.get_available_providers()
+    if name not in available:
+        raise ProviderError(f"provider {provider!r}: this onnxruntime has only {', '.join(available)}")
+    return name
