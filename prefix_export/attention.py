@@ -1,0 +1,199 @@
+"""The attention functions that a model is run and traced under.
+
+transformers dispatches every attention layer of most models to a function that a caller may register
+(`AttentionInterface`, transformers 5.23). Under such a function the untouched model tells its geometry (`probe`) and is
+traced with the operator that the target runs (`GroupQueryAttention`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+
+from .errors import UnsupportedArchitectureError
+
+AttentionFunction = Callable[..., torch.Tensor]
+"""`function(module, query, key, value, **kwargs)`: query [batch, heads, sequence, head_dim], key and value
+[batch, num_key_value_heads, sequence, head_dim], rotated where the model does, to [batch, sequence, heads, head_dim].
+"""
+
+_NAME = "prefix_export"
+_active: ContextVar[AttentionFunction] = ContextVar("attention function")
+
+# What models hand to an attention function and what changes nothing here: positions are in the keys already, the
+# operator is causal by definition, and nothing is trained.
+_WITHOUT_EFFECT = frozenset(
+    {"cache_position", "dropout", "is_causal", "output_attentions", "output_hidden_states", "position_ids", "use_cache"}
+)
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """What one attention layer of a model looks like; the window is None where attention is not limited to one."""
+
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    sliding_window: int | None
+
+
+def _dispatch(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    _attention_mask: None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    # No mask function is registered under this name, so transformers makes no mask.
+    return _active.get()(module, query, key, value, **kwargs), None
+
+
+AttentionInterface.register(_NAME, _dispatch)
+
+
+@contextmanager
+def attention(model: PreTrainedModel, function: AttentionFunction) -> Iterator[None]:
+    """Run a model's attention layers by a function of ours for a while.
+
+    Raises:
+        UnsupportedArchitectureError: the model does not go through transformers' attention interface.
+    """
+    before = model.config._attn_implementation  # noqa: SLF001  # there is no public way to ask
+    token = _active.set(function)
+    try:
+        try:
+            model.set_attn_implementation(_NAME)
+        except (ValueError, ImportError, AttributeError) as error:
+            raise _not_on_the_interface(model) from error
+        yield
+    finally:
+        _active.reset(token)
+        model.set_attn_implementation(before)
+
+
+def probe(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
+    """The attention layers of a model, found by running it on one token.
+
+    Raises:
+        UnsupportedArchitectureError: a layer is not plain self-attention or does not go through the interface.
+    """
+    found: dict[int, AttentionLayer] = {}
+
+    def record(
+        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        index = getattr(module, "layer_idx", None)
+        if index is None or index in found or key.shape != value.shape:
+            raise UnsupportedArchitectureError(
+                f"{type(model).__name__}: expected one self-attention a layer with keys and values of one shape, "
+                f"found a second or another kind in {type(module).__name__}; such models are not supported yet"
+            )
+        _, heads, sequence, head_dim = query.shape
+        found[index] = AttentionLayer(heads, key.shape[1], key.shape[3], kwargs.get("sliding_window"))
+        return query.new_zeros(query.shape[0], sequence, heads, head_dim)
+
+    token = torch.zeros(1, 1, dtype=torch.int64)
+    with torch.no_grad(), attention(model, record):
+        model(input_ids=token, position_ids=token, use_cache=False)
+    layers = model.config.get_text_config().num_hidden_layers
+    if sorted(found) != list(range(layers)):
+        raise _not_on_the_interface(model)
+    return tuple(found[index] for index in range(layers))
+
+
+class GroupQueryAttention:
+    """Attention over a past that lies in one buffer with the present: the operator that onnxruntime runs in place.
+
+    Emits `com.microsoft::GroupQueryAttention` (onnxruntime 1.32, docs/ContribOperators.md), for every layer once.
+
+    Args:
+        past: for each layer key and value, [batch, num_key_value_heads, past, head_dim].
+        lengths: filled positions of each row less one, with the new tokens, [batch] int32.
+        total: the longest row's, a scalar, int32.
+
+    Attributes:
+        present: for each layer that was traced key and value, shaped like the past.
+    """
+
+    def __init__(
+        self, past: list[tuple[torch.Tensor, torch.Tensor]], lengths: torch.Tensor, total: torch.Tensor
+    ) -> None:
+        self._past, self._lengths, self._total = past, lengths, total
+        self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """See `AttentionFunction`; [batch, sequence, heads, head_dim]."""
+        _refuse_unknown(module, kwargs)
+        index = int(module.layer_idx)  # type: ignore[arg-type]  # torch types every attribute of a module as a tensor
+        past_key, past_value = self._past[index]
+        batch, heads, sequence, head_dim = query.shape
+        attributes = {"num_heads": heads, "kv_num_heads": key.shape[1], "scale": scaling or head_dim**-0.5}
+        if sliding_window:
+            attributes["local_window_size"] = sliding_window
+        if softcap:
+            attributes["softcap"] = softcap
+        output, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention",
+            (_packed(query), _packed(key), _packed(value), past_key, past_value, self._lengths, self._total),
+            attrs=attributes,
+            dtypes=(query.dtype,) * 3,
+            shapes=((batch, sequence, heads * head_dim), past_key.shape, past_value.shape),
+            version=1,
+        )
+        self.present[index] = (present_key, present_value)
+        return output.view(batch, sequence, heads, head_dim)
+
+
+def check_fast_flavour(model: PreTrainedModel, layers: tuple[AttentionLayer, ...]) -> None:
+    """Refuse what `GroupQueryAttention` cannot run on a CPU.
+
+    Raises:
+        UnsupportedArchitectureError
+    """
+    for index, layer in enumerate(layers):
+        if layer.head_dim % 8:
+            raise UnsupportedArchitectureError(
+                f"{type(model).__name__}: layer {index}: expected a head size that is a multiple of 8, which "
+                f"onnxruntime's GroupQueryAttention needs, found {layer.head_dim}"
+            )
+
+
+def _packed(tensor: torch.Tensor) -> torch.Tensor:
+    """[batch, heads, sequence, head_dim] to [batch, sequence, heads * head_dim]."""
+    batch, heads, sequence, head_dim = tensor.shape
+    return tensor.transpose(1, 2).reshape(batch, sequence, heads * head_dim)
+
+
+def _refuse_unknown(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+    unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in _WITHOUT_EFFECT)
+    if unknown:
+        raise UnsupportedArchitectureError(
+            f"{type(module).__name__}: expected plain causal attention, found the arguments {', '.join(unknown)}; "
+            "the attention function would have to compute them"
+        )
+
+
+def _not_on_the_interface(model: PreTrainedModel) -> UnsupportedArchitectureError:
+    return UnsupportedArchitectureError(
+        f"{type(model).__name__}: expected every attention layer to go through transformers' AttentionInterface, found "
+        "layers that compute attention themselves; the architecture needs an export path of its own, which this "
+        "version does not have"
+    )

@@ -1,0 +1,210 @@
+"""The recipe: a base model and trained prefixes to a bundle."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from prefix_runtime import Bundle, Manifest, Prefix, load
+from prefix_runtime.bundle import MANIFEST_NAME, check_output, describe_file, staged, write_prefix
+from prefix_runtime.manifest import ModelEntry, check_new_task_name
+from prefix_runtime.storage import write_file_atomically
+
+from . import __version__, formats
+from .attention import check_fast_flavour
+from .errors import ModelError
+from .graph import GRAPH_NAME, export_graph
+from .models import BaseModel, load_base_model
+from .parity import TaskParity, certify, reference_for
+
+StepListener = Callable[[str], None]
+"""Told what begins, before it begins."""
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to build.
+
+    Attributes:
+        model: a Hub id or a folder.
+        prefixes: a trained checkpoint for each task.
+        output: the bundle's folder, which must not exist yet.
+        max_length: positions that prefix and text may take together; None takes the model's context.
+        verify: compare the graph with the source framework before the bundle is moved into place.
+    """
+
+    model: str
+    prefixes: Mapping[str, Path]
+    output: Path
+    max_length: int | None = None
+    verify: bool = True
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What was built.
+
+    Attributes:
+        bundle: as it is on disk.
+        parity: by task, the bare model under None; empty where it was not verified.
+        seconds: that the whole took.
+        warnings: what the user should know, a line each.
+    """
+
+    bundle: Bundle
+    parity: Mapping[str | None, TaskParity]
+    seconds: float
+    warnings: tuple[str, ...] = field(default=())
+
+
+def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> BuildResult:
+    """Fold the prefixes, export the model, compare both with the source framework, and write the bundle.
+
+    Raises:
+        PrefixExportError, PrefixRuntimeError: naming what is wrong; nothing is left behind.
+        OSError: the disk is full or not writable; nothing is left behind.
+    """
+    started = time.perf_counter()
+    check_output(request.output)
+    _check_names(request.prefixes)
+    on_step(f"loading {request.model}")
+    base = load_base_model(request.model)
+    check_fast_flavour(base.model, base.layers)
+    max_length = _max_length(request, base)
+    on_step("folding prefixes")
+    prefixes = {task: fold(path, base) for task, path in request.prefixes.items()}
+    with staged(request.output) as folder:
+        on_step("exporting the graph")
+        export_graph(base.model, base.layers, folder)
+        _save_configs(base, folder)
+        on_step("hashing")
+        manifest = _manifest(base, max_length, prefixes, folder)
+        _write_manifest(folder, manifest)
+        parity: dict[str | None, TaskParity] = {}
+        if request.verify:
+            parity = _compare(base, folder, prefixes, request.prefixes, on_step)
+            _write_manifest(folder, replace(manifest, parity=certificate(parity)))
+        on_step("writing the bundle")
+    warnings = tuple(_warnings(request, base, prefixes))
+    return BuildResult(Bundle.open(request.output), parity, time.perf_counter() - started, warnings)
+
+
+def fold(path: Path, base: BaseModel) -> Prefix:
+    """The prefix in a checkpoint, checked against a base model and marked as made for it.
+
+    Raises:
+        CheckpointError, PrefixError, PrefixMismatchError
+    """
+    prefix = formats.read(path, base.geometry)
+    base.geometry.check_prefix(prefix, base.fingerprint, str(path))
+    return replace(prefix, base_fingerprint=base.fingerprint)
+
+
+def verify_against(
+    bundle: Bundle, model: str, on_step: StepListener = lambda step: None
+) -> dict[str | None, TaskParity]:
+    """Compare a bundle's graph with a base model, under every task and without.
+
+    Raises:
+        ParityError: they differ.
+        ModelError: the model cannot be loaded, or it is not the one that the bundle was built from.
+    """
+    on_step(f"loading {model}")
+    base = load_base_model(model)
+    if base.fingerprint != bundle.manifest.model.fingerprint:
+        raise ModelError(
+            f"model {model!r}: expected the bundle's base model {bundle.manifest.model.name!r}, found other weights "
+            f"(fingerprint {base.fingerprint[:20]}…, not {bundle.manifest.model.fingerprint[:20]}…)"
+        )
+    prefixes = {task: bundle.prefix(task) for task in bundle.tasks}
+    return _compare(base, bundle.root, prefixes, dict.fromkeys(prefixes), on_step)
+
+
+def certificate(parity: Mapping[str | None, TaskParity]) -> dict[str, object]:
+    """The comparison as the manifest keeps it."""
+    tasks = {task: asdict(result) for task, result in parity.items() if task is not None}
+    return {"bare_model": asdict(parity[None]), "tasks": tasks}
+
+
+def _check_names(prefixes: Mapping[str, Path]) -> None:
+    taken: list[str] = []
+    for name in prefixes:
+        check_new_task_name(name, taken)
+        taken.append(name)
+
+
+def _max_length(request: BuildRequest, base: BaseModel) -> int:
+    context = base.geometry.context_length
+    if request.max_length is not None and not 1 <= request.max_length <= context:
+        raise ModelError(
+            f"max_length: expected 1 to the context of {request.model}, {context}, found {request.max_length}"
+        )
+    return request.max_length or context
+
+
+def _save_configs(base: BaseModel, folder: Path) -> None:
+    base.model.config.save_pretrained(folder)
+    base.generation_config.save_pretrained(folder)
+    if base.tokenizer is not None:
+        base.tokenizer.save_pretrained(folder)
+
+
+def _manifest(base: BaseModel, max_length: int, prefixes: Mapping[str, Prefix], folder: Path) -> Manifest:
+    files = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
+    return Manifest(
+        producer=f"prefix-export {__version__}",
+        model=ModelEntry(base.name, type(base.model).__name__, base.fingerprint),
+        geometry=base.geometry,
+        max_length=max_length,
+        mode="feed",
+        flavour="fast",
+        precision="fp32",
+        target="cpu",
+        graph=GRAPH_NAME,
+        files={name: describe_file(folder, name) for name in files},
+        tasks={task: write_prefix(folder, task, prefix) for task, prefix in prefixes.items()},
+    )
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_file_atomically(folder / MANIFEST_NAME, manifest.to_json().encode())
+
+
+def _compare(
+    base: BaseModel,
+    folder: Path,
+    prefixes: Mapping[str, Prefix],
+    sources: Mapping[str, Path | None],
+    on_step: StepListener,
+) -> dict[str | None, TaskParity]:
+    on_step("opening the bundle")
+    engine = load(folder)
+    references = {None: reference_for(base, None, None)} | {
+        task: reference_for(base, prefix, sources[task]) for task, prefix in prefixes.items()
+    }
+    return certify(
+        base, engine, references, lambda task: on_step(f"comparing {'the bare model' if task is None else task}")
+    )
+
+
+def _warnings(request: BuildRequest, base: BaseModel, prefixes: Mapping[str, Prefix]) -> list[str]:
+    found = []
+    if base.tokenizer is None:
+        found.append(f"{request.model} has no tokenizer: the bundle takes token ids, not text")
+    for task, prefix in prefixes.items():
+        said = prefix.metadata.get("base_model", "")
+        if said and Path(said).name != Path(base.name).name:
+            found.append(f"task {task!r} says that it was trained on {said!r}, not on {base.name!r}")
+        hidden = [i for i, layer in enumerate(base.layers) if _vanishes(layer.sliding_window, prefix)]
+        if hidden:
+            found.append(
+                f"task {task!r}: the prefix of length {prefix.prefix_length} leaves the sliding window of "
+                f"{base.layers[hidden[0]].sliding_window} positions as the text grows, in {len(hidden)} layers"
+            )
+    return found
+
+
+def _vanishes(window: int | None, prefix: Prefix) -> bool:
+    return window is not None and prefix.prefix_length >= window

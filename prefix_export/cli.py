@@ -1,0 +1,195 @@
+"""`prefix-export`, the command line: flags and printed text, nothing else. Torch is imported inside the commands."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from prefix_runtime import cli as runtime
+from prefix_runtime.errors import PrefixRuntimeError
+
+from . import __version__
+from .errors import PrefixExportError
+
+if TYPE_CHECKING:
+    from prefix_runtime import Bundle, Prefix
+
+    from .build import BuildResult, StepListener
+
+
+class _Group(runtime.ErrorReportingGroup):
+    expected_errors = (PrefixExportError, PrefixRuntimeError, OSError)
+
+
+@click.group(cls=_Group)
+@click.version_option(__version__)
+def main() -> None:
+    """Trained prefixes and their frozen model, to a bundle that runs without torch."""
+
+
+@main.command()
+@click.option("--model", required=True, help="Hub id or folder of the frozen base model.")
+@click.option(
+    "--prefix",
+    "prefixes",
+    metavar="[TASK=]PATH",
+    multiple=True,
+    help="A trained prefix: a PEFT adapter folder or file, or a prefix file. Repeatable; TASK defaults to its name.",
+)
+@click.option("--output", type=click.Path(path_type=Path), default="bundle", show_default=True, help="Must not exist.")
+@click.option("--max-length", type=int, help="Positions that prefix and text may take. Default: the model's context.")
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with the source framework.")
+def build(model: str, prefixes: tuple[str, ...], output: Path, max_length: int | None, verify: bool) -> None:
+    """Export the model and fold the prefixes into a bundle."""
+    from .build import BuildRequest, build
+
+    request = BuildRequest(model, _by_task(prefixes), output, max_length, verify)
+    with _libraries_quiet(), _cleaning_up_when_terminated(), _progress() as on_step:
+        result = build(request, on_step)
+    _print_summary(result)
+    for warning in result.warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+
+@main.command()
+@click.argument("path", type=runtime.BUNDLE)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(path: Path, as_json: bool) -> None:
+    """Say what the bundle, prefix file or adapter at PATH holds."""
+    from prefix_runtime.bundle import MANIFEST_NAME, Bundle
+
+    from . import formats
+
+    if (path / MANIFEST_NAME).exists():
+        runtime.print_bundle(Bundle.open(path), as_json)
+    else:
+        runtime.print_fields(dict(formats.describe(path)), as_json)
+
+
+@main.command()
+@click.argument("bundle", type=runtime.BUNDLE)
+@click.option("--model", help="Also compare the graph with this Hub id or folder, under every task.")
+def verify(bundle: Path, model: str | None) -> None:
+    """Compare every file of BUNDLE with its SHA-256, and the graph with the model if it is given."""
+    from prefix_runtime import Bundle
+
+    opened = Bundle.open(bundle)
+    click.echo(runtime.verified(opened))
+    if model is not None:
+        from .build import verify_against
+
+        with _libraries_quiet(), _progress() as on_step:
+            parity = verify_against(opened, model, on_step)
+        for task, result in parity.items():
+            click.echo(
+                f"{'the bare model' if task is None else task}: agrees with {result.reference} within "
+                f"{result.largest_logit_difference:.1e}"
+            )
+
+
+@main.group()
+def tasks() -> None:
+    """List, add or remove the tasks of a bundle."""
+
+
+@tasks.command("add")
+@click.argument("bundle", type=runtime.BUNDLE)
+@click.argument("prefix", metavar="[TASK=]PATH")
+def add_task(bundle: Path, prefix: str) -> None:
+    """Fold the adapter or prefix file at PATH and add it to BUNDLE, as TASK or under its own name.
+
+    It is checked against the bundle's geometry; `verify --model` compares it with the model.
+    """
+    from . import formats
+
+    def read(path: Path, opened: Bundle) -> Prefix:
+        return formats.read(path, opened.manifest.geometry)
+
+    runtime.add_to_bundle(bundle, prefix, read)
+
+
+tasks.add_command(runtime.list_tasks)
+tasks.add_command(runtime.remove_task)
+main.add_command(runtime.generate)
+
+
+def _by_task(prefixes: tuple[str, ...]) -> dict[str, Path]:
+    named = [runtime.split_task(prefix) for prefix in prefixes]
+    twice = {name for name, _ in named if sum(name == other for other, _ in named) > 1}
+    if twice:
+        raise click.UsageError(f"--prefix: two prefixes for the task {min(twice)!r}; name them with TASK=PATH")
+    return dict(named)
+
+
+def _print_summary(result: BuildResult) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    manifest = result.bundle.manifest
+    geometry = manifest.geometry
+    layer = geometry.layers[0]
+    megabytes = sum(entry.size for entry in result.bundle.entries()) / 1e6
+    click.echo(
+        f"{result.bundle.root}: {manifest.model.name} ({manifest.model.architecture}), {len(geometry.layers)} layers, "
+        f"{layer.key_value_heads} key/value heads of {layer.head_dim}, context {geometry.context_length}; "
+        f"{manifest.precision}, {megabytes:.1f} MB in {result.seconds:.0f} s"
+    )
+    table = Table("task", "prefix length", "size", "agrees with", "largest logit difference", "greedy tokens")
+    for task in (None, *result.bundle.tasks):
+        entry = manifest.tasks[task] if task else None
+        parity = result.parity.get(task)
+        table.add_row(
+            task or "(no prefix)",
+            str(entry.prefix_length) if entry else "0",
+            f"{entry.file.size / 1e6:.2f} MB" if entry else "",
+            parity.reference if parity else "not compared",
+            f"{parity.largest_logit_difference:.1e}" if parity else "",
+            "equal" if parity else "",
+        )
+    # In a pipe there is no width to keep to.
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+@contextmanager
+def _progress() -> Iterator[StepListener]:
+    """A spinner with the step and its time on a terminal; silence in a pipe."""
+    if not sys.stderr.isatty():
+        yield lambda step: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        current = progress.add_task("")
+        yield lambda step: progress.reset(current, description=step)
+
+
+@contextmanager
+def _libraries_quiet() -> Iterator[None]:
+    """Keep progress bars and advice of the libraries, which are not the user's to follow, from the terminal."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _cleaning_up_when_terminated() -> Iterator[None]:
+    """Turn a polite kill into an exit, so that what is half-written is removed."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

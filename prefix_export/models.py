@@ -1,0 +1,150 @@
+"""The frozen base model: found, loaded, measured and identified."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from optimum.exporters.tasks import TasksManager
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.hub import cached_file
+
+from prefix_runtime import Geometry, LayerGeometry
+
+from .attention import AttentionLayer, probe
+from .errors import ModelError, UnsupportedArchitectureError
+
+_TASK = "text-generation"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen model in float32, in evaluation mode.
+
+    Attributes:
+        name: as the user named it; a folder by its last part.
+        model: the torch module.
+        layers: its attention layers.
+        geometry: what the runtime has to know of its shape.
+        fingerprint: of its weights, see `fingerprint`.
+        tokenizer: its own, or None where it has none.
+    """
+
+    name: str
+    model: PreTrainedModel
+    layers: tuple[AttentionLayer, ...]
+    geometry: Geometry
+    fingerprint: str
+    tokenizer: PreTrainedTokenizerBase | None
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """Its generation defaults, of which the runtime reads the end tokens."""
+        config = self.model.generation_config
+        return config if config is not None else GenerationConfig()
+
+
+def load_base_model(name: str) -> BaseModel:
+    """A base model by its Hub id or its folder; Hugging Face's cache and offline variables apply.
+
+    Raises:
+        ModelError: it cannot be found or loaded, or is no decoder-only language model.
+        UnsupportedArchitectureError: its attention does not go through transformers' attention interface.
+    """
+    config = _load_config(name)
+    model = _load_model(name, config)
+    layers = probe(model)
+    geometry = Geometry(
+        layers=tuple(LayerGeometry(layer.key_value_heads, layer.head_dim) for layer in layers),
+        context_length=_context_length(name, config),
+        vocab_size=config.get_text_config().vocab_size,
+    )
+    shown = Path(name).resolve().name if Path(name).is_dir() else name
+    return BaseModel(shown, model, layers, geometry, fingerprint(model), _load_tokenizer(name))
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A text that is the same for the same weights and differs for others: `sha256:` and 64 hexadecimal digits.
+
+    Weights count by shape and content in float32, not by name, order or the precision that they were stored in: a
+    library that renames its parameters does not change it. Tied weights count once.
+    """
+    digests = sorted(_digest(parameter) for parameter in model.parameters())
+    return "sha256:" + hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _digest(parameter: torch.nn.Parameter) -> str:
+    array = parameter.detach().float().contiguous().numpy()
+    digest = hashlib.sha256(str(array.shape).encode())
+    digest.update(array.data)
+    return digest.hexdigest()
+
+
+def _load_config(name: str) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model {name!r}: expected a Hub id or a folder with a config.json, found {_first_line(error)}"
+        ) from error
+    if config.is_encoder_decoder:
+        raise UnsupportedArchitectureError(
+            f"model {name!r}: expected a decoder-only language model, found the encoder-decoder {config.model_type!r}; "
+            "cross-attention needs an export path of its own, which this version does not have"
+        )
+    return config
+
+
+def _load_model(name: str, config: PreTrainedConfig) -> PreTrainedModel:
+    try:
+        model_class = TasksManager.get_model_class_for_task(_TASK, framework="pt", model_type=config.model_type)
+        model = model_class.from_pretrained(name, config=config, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"model {name!r}: expected a causal language model that transformers can load, found {_first_line(error)}"
+        ) from error
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def _context_length(name: str, config: PreTrainedConfig) -> int:
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(length, int) or length < 1:
+        raise ModelError(
+            f"model {name!r}: config.json: max_position_embeddings: expected a number above 0, found {length}"
+        )
+    return length
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    # Without any of these files transformers makes a tokenizer of nothing for some architectures.
+    if not any(_has_file(name, file) for file in _TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ModelError(
+            f"model {name!r}: expected a tokenizer that transformers can load, found {_first_line(error)}"
+        ) from error
+    return tokenizer
+
+
+def _has_file(name: str, file: str) -> bool:
+    found: str | None = cached_file(
+        name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return found is not None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,261 @@
+"""The source framework against the exported graph: the same inputs, the same answers."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+from prefix_runtime import Engine, Prefix
+
+from .errors import ParityError, PrefixExportError
+from .formats import peft as peft_format
+from .models import BaseModel
+
+ABSOLUTE_TOLERANCE = 1e-4
+"""Largest difference of a logit that is accepted, in float32."""
+
+RELATIVE_TOLERANCE = 1e-5
+"""The same as a part of the largest logit, for models whose logits go beyond 10, where float32 itself is coarser."""
+
+_PROMPT_LENGTHS = (1, 7, 33)
+_NEW_TOKENS = 12
+
+
+class Reference(Protocol):
+    """A source framework's model under one task; `name` says which framework."""
+
+    name: str
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """The logits [sequence, vocab] float32 after each token of a prompt."""
+
+    def greedy(self, token_ids: Sequence[int], new_tokens: int) -> list[int]:
+        """The framework's own new tokens, an end token included."""
+
+
+@dataclass(frozen=True)
+class TaskParity:
+    """One task's comparison: with what, the largest difference of a logit, what is accepted, whether tokens agree."""
+
+    reference: str
+    largest_logit_difference: float
+    tolerance: float
+    greedy_tokens_equal: bool
+    prompts: int
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the graph may be shipped."""
+        return self.greedy_tokens_equal and self.largest_logit_difference <= self.tolerance
+
+
+class CacheReference:
+    """transformers' own model with a prefix as its initial cache, or without one."""
+
+    def __init__(self, model: PreTrainedModel, prefix: Prefix | None) -> None:
+        self.name = f"transformers {version('transformers')}"
+        self._model, self._prefix = model, prefix
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """See `Reference`."""
+        cache, base = self._cache()
+        return _numpy(self._forward(token_ids, cache, base))
+
+    def greedy(self, token_ids: Sequence[int], new_tokens: int) -> list[int]:
+        """See `Reference`."""
+        cache, position = self._cache()
+        ends = _end_tokens(self._model)
+        tokens: list[int] = []
+        step = list(token_ids)
+        while len(tokens) < new_tokens and not (tokens and tokens[-1] in ends):
+            logits = self._forward(step, cache, position)
+            position += len(step)
+            step = [int(logits[-1].argmax())]
+            tokens += step
+        return tokens
+
+    def _cache(self) -> tuple[DynamicCache, int]:
+        cache = DynamicCache()
+        if self._prefix is None:
+            return cache, 0
+        for index, layer in enumerate(self._prefix.sites["decoder"]):
+            key, value = (torch.tensor(np.asarray(array, np.float32))[None] for array in (layer.key, layer.value))
+            cache.update(key, value, index)
+        return cache, self._prefix.position_base
+
+    def _forward(self, token_ids: Sequence[int], cache: DynamicCache, position: int) -> torch.Tensor:
+        ids = torch.tensor([list(token_ids)])
+        with torch.no_grad():
+            output = self._model(
+                input_ids=ids,
+                attention_mask=torch.ones(1, cache.get_seq_length() + ids.shape[1], dtype=torch.int64),
+                position_ids=torch.arange(position, position + ids.shape[1])[None],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+
+class PeftReference:
+    """PEFT's own model of an adapter, as PEFT loads and runs it."""
+
+    def __init__(self, model: Any) -> None:
+        self.name = f"peft {version('peft')}"
+        self._model = model
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """See `Reference`."""
+        ids = torch.tensor([list(token_ids)])
+        with torch.no_grad():
+            return _numpy(self._model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0])
+
+    def greedy(self, token_ids: Sequence[int], new_tokens: int) -> list[int]:
+        """See `Reference`."""
+        ids = torch.tensor([list(token_ids)])
+        with torch.no_grad():
+            output = self._model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                num_beams=1,
+                repetition_penalty=1.0,
+            )
+        tokens: list[int] = output[0, ids.shape[1] :].tolist()
+        return tokens
+
+
+def reference_for(base: BaseModel, prefix: Prefix | None, source: Path | None) -> AbstractContextManager[Reference]:
+    """What a task is compared with: PEFT itself for its adapters, otherwise transformers with the prefix as its cache.
+
+    Raises:
+        PrefixExportError: the source is an adapter of PEFT's and PEFT is not installed.
+    """
+    if source is not None and peft_format.matches(source):
+        return _peft_reference(base.model, peft_format.open_adapter(source))
+    return nullcontext(CacheReference(base.model, prefix))
+
+
+@contextmanager
+def _peft_reference(model: PreTrainedModel, adapter: peft_format.Adapter) -> Iterator[Reference]:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise PrefixExportError(
+            f"{adapter.weights_path}: expected PEFT to compare the exported graph with, found it not installed; "
+            "pip install 'prefix-export[peft]', or build with --no-verify"
+        ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        # PEFT loads folders with these names alone, and loads pickles if it finds any: it is shown just the two files.
+        shutil.copyfile(adapter.config_path, Path(folder) / peft_format.CONFIG_NAME)
+        shutil.copyfile(adapter.weights_path, Path(folder) / peft_format.WEIGHTS_NAME)
+        wrapped = PeftModel.from_pretrained(model, folder)
+    yield PeftReference(wrapped.eval())
+
+
+def certify(
+    base: BaseModel,
+    engine: Engine,
+    references: Mapping[str | None, AbstractContextManager[Reference]],
+    on_task: Callable[[str | None], None],
+) -> dict[str | None, TaskParity]:
+    """Compare each task, and the bare model under None, with its reference.
+
+    Args:
+        base: the frozen model.
+        engine: on the exported graph.
+        references: by task.
+        on_task: told each task before its comparison.
+
+    Raises:
+        ParityError: a task does not agree: which, by how much, and what was accepted.
+    """
+    results: dict[str | None, TaskParity] = {}
+    with _plain_generation(base.model):
+        for task, opening in references.items():
+            on_task(task)
+            with opening as reference:
+                result = compare(reference, engine, task, _prompts(engine, task))
+            _refuse_disagreement(task, result)
+            results[task] = result
+    return results
+
+
+def compare(reference: Reference, engine: Engine, task: str | None, prompts: Sequence[Sequence[int]]) -> TaskParity:
+    """The comparison of one task on some prompts, each of which leaves room for a new token."""
+    difference = largest = 0.0
+    for prompt in prompts:
+        expected = reference.logits(prompt)
+        difference = max(difference, float(np.abs(expected - engine.logits(prompt, task)).max()))
+        largest = max(largest, float(np.abs(expected).max()))
+    tolerance = max(ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE * largest)
+    equal = all(_same_tokens(reference, engine, task, prompt, tolerance) for prompt in prompts)
+    return TaskParity(reference.name, difference, tolerance, equal, len(prompts))
+
+
+def _same_tokens(
+    reference: Reference, engine: Engine, task: str | None, prompt: Sequence[int], tolerance: float
+) -> bool:
+    new_tokens = min(_NEW_TOKENS, engine.room(task) - len(prompt))
+    expected = reference.greedy(prompt, new_tokens)
+    found = engine.generate(token_ids=prompt, task=task, max_new_tokens=new_tokens).token_ids
+    for index, (left, right) in enumerate(zip(expected, found, strict=False)):
+        if left != right:
+            # Two tokens closer than the accepted difference of either are a tie, which either side may break its way.
+            logits = engine.logits([*prompt, *expected[:index]], task)[-1]
+            return bool(abs(logits[left] - logits[right]) <= 2 * tolerance)
+    return len(expected) == len(found)
+
+
+def _prompts(engine: Engine, task: str | None) -> list[list[int]]:
+    """Random prompts, the same every time; as long as the context allows."""
+    random = np.random.default_rng(0)
+    vocab_size = engine.bundle.manifest.geometry.vocab_size
+    lengths = sorted({min(length, engine.room(task) - 1) for length in _PROMPT_LENGTHS})
+    return [random.integers(vocab_size, size=length).tolist() for length in lengths if length > 0]
+
+
+def _refuse_disagreement(task: str | None, result: TaskParity) -> None:
+    if not result.agrees:
+        what = "the bare model" if task is None else f"task {task!r}"
+        tokens = "equal" if result.greedy_tokens_equal else "different"
+        raise ParityError(
+            f"{what}: expected the exported graph to agree with {result.reference} within {result.tolerance:.1e} "
+            f"and in greedy tokens, found logits {result.largest_logit_difference:.1e} apart, {tokens} tokens"
+        )
+
+
+@contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Generate greedily for a while, whatever the model's own defaults; its end tokens stay."""
+    before = model.generation_config
+    model.generation_config = GenerationConfig(
+        eos_token_id=getattr(before, "eos_token_id", None), pad_token_id=getattr(before, "pad_token_id", None)
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def _end_tokens(model: PreTrainedModel) -> set[int]:
+    found = getattr(model.generation_config, "eos_token_id", None)
+    if found is None:
+        return set()
+    return set(found) if isinstance(found, list) else {found}
+
+
+def _numpy(logits: torch.Tensor) -> np.ndarray:
+    array: np.ndarray = logits.float().numpy()
+    return array
