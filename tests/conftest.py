@@ -1,0 +1,146 @@
+"""Small models of real architectures, adapters that PEFT made for them, and bundles built from both."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import PrefixTuningConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from prefix_export.build import BuildRequest, build
+
+VOCAB_SIZE = 384
+CONTEXT = 320
+_GPT = {"n_embd": 64, "n_head": 4, "n_layer": 3, "n_positions": CONTEXT}
+_LLAMA = {
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "intermediate_size": 96,
+    "max_position_embeddings": CONTEXT,
+}
+_NEOX = {**_LLAMA, "num_attention_heads": 4}
+_NEOX.pop("num_key_value_heads")
+
+CONFIGS = {
+    "gpt2": (transformers.GPT2Config, _GPT),
+    "gpt_bigcode": (transformers.GPTBigCodeConfig, _GPT),
+    "opt": (
+        transformers.OPTConfig,
+        {"hidden_size": 64, "word_embed_proj_dim": 64, "num_attention_heads": 4, "num_hidden_layers": 3, "ffn_dim": 96,
+         "max_position_embeddings": CONTEXT},
+    ),
+    "gpt_neox": (transformers.GPTNeoXConfig, _NEOX),
+    "llama": (transformers.LlamaConfig, _LLAMA),
+    "qwen2": (transformers.Qwen2Config, _LLAMA),
+    "qwen3": (transformers.Qwen3Config, {**_LLAMA, "head_dim": 16}),
+    "phi3": (transformers.Phi3Config, {**_LLAMA, "original_max_position_embeddings": CONTEXT, "sliding_window": None}),
+    "mistral": (transformers.MistralConfig, {**_LLAMA, "sliding_window": None}),
+    "gemma": (transformers.GemmaConfig, {**_LLAMA, "head_dim": 16}),
+    "stablelm": (transformers.StableLmConfig, {**_LLAMA, "num_attention_heads": 4}),
+    "granite": (transformers.GraniteConfig, _LLAMA),
+    "mistral_windowed": (transformers.MistralConfig, {**_LLAMA, "sliding_window": 24}),
+    "bloom": (transformers.BloomConfig, {"hidden_size": 64, "n_head": 4, "n_layer": 3}),
+    "gptj": (transformers.GPTJConfig, {**_GPT, "rotary_dim": 8}),
+    "t5": (transformers.T5Config, {"d_model": 64, "num_layers": 2, "num_heads": 4, "d_kv": 16, "d_ff": 96}),
+}  # fmt: skip
+
+
+def pytest_configure():
+    # Two workers on two cores: more threads would only get into each other's way.
+    torch.set_num_threads(1)
+
+
+class Workshop:
+    """Makes models, adapters and bundles in a folder, each once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def model(self, architecture: str = "gpt2", *, tokenizer: bool = False, seed: int = 0) -> Path:
+        """A folder with a random model whose logits are spread wide enough to tell right from wrong."""
+        folder = self.root / f"{architecture}-{seed}{'-text' if tokenizer else ''}"
+        if not folder.exists():
+            config_class, sizes = CONFIGS[architecture]
+            special = {"bos_token_id": None, "eos_token_id": 0 if tokenizer else None, "pad_token_id": None}
+            config = config_class(vocab_size=VOCAB_SIZE, **sizes, **special)
+            torch.manual_seed(seed)
+            if config.is_encoder_decoder:
+                model = transformers.AutoModelForSeq2SeqLM.from_config(config)
+            else:
+                model = AutoModelForCausalLM.from_config(config)
+            _spread(model)
+            model.save_pretrained(folder)
+            if tokenizer:
+                byte_tokenizer().save_pretrained(folder)
+        return folder
+
+    def adapter(self, model: Path, length: int, *, projection: bool = False, seed: int = 0) -> Path:
+        """An adapter folder that PEFT saved: a random prefix of this length."""
+        folder = self.root / f"{model.name}-adapter-{length}-{projection}-{seed}"
+        if not folder.exists():
+            config = PrefixTuningConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=length, prefix_projection=projection, encoder_hidden_size=16
+            )
+            torch.manual_seed(seed)
+            wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
+            for parameter in wrapped.prompt_encoder.parameters():
+                torch.nn.init.normal_(parameter)
+            wrapped.save_pretrained(folder)
+        return folder
+
+    def bundle(self, architecture: str = "gpt2", lengths: tuple[int, ...] = (3, 20), *, tokenizer: bool = True) -> Path:
+        """A verified bundle with the tasks `p3`, `p20` and so on, for prefixes of these lengths; not to be changed."""
+        folder = self.root / f"{architecture}-{'-'.join(map(str, lengths))}{'-text' if tokenizer else ''}.bundle"
+        if not folder.exists():
+            model = self.model(architecture, tokenizer=tokenizer)
+            prefixes = {f"p{length}": self.adapter(model, length) for length in lengths}
+            build(BuildRequest(str(model), prefixes, folder))
+        return folder
+
+
+def _spread(model: torch.nn.Module) -> None:
+    """Make a random model's answers depend on everything: larger weights, biases and norms that are not trivial."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer whose characters outside of ASCII are several tokens; id 0 ends a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 4] * 8, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.fixture(scope="session")
+def shared_bundle(workshop) -> Path:
+    """A GPT-2 bundle with a tokenizer and the tasks `p3` and `p20`; not to be changed."""
+    return workshop.bundle()
+
+
+@pytest.fixture
+def bundle(shared_bundle, tmp_path) -> Path:
+    """A copy of the shared bundle, to be changed and broken."""
+    return Path(shutil.copytree(shared_bundle, tmp_path / "bundle"))

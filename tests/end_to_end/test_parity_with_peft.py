@@ -1,0 +1,109 @@
+"""Every architecture against PEFT's own model: logits, and the tokens of its `generate`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import prefix_runtime
+
+ARCHITECTURES = (
+    "gpt2",
+    "opt",
+    "gpt_neox",
+    "gpt_bigcode",
+    "llama",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "mistral",
+    "mistral_windowed",
+    "gemma",
+    "stablelm",
+    "granite",
+)
+LENGTHS = (1, 10, 50, 200)
+TOLERANCE = 1e-4
+PROMPT = np.random.default_rng(1).integers(1, 384, size=45).tolist()
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def engine(workshop, architecture):
+    return prefix_runtime.load(workshop.bundle(architecture, LENGTHS, tokenizer=False), threads=1)
+
+
+@pytest.fixture(scope="module", params=LENGTHS)
+def length(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def peft_model(workshop, architecture, length):
+    model = workshop.model(architecture)
+    base = AutoModelForCausalLM.from_pretrained(model)
+    return PeftModel.from_pretrained(base, workshop.adapter(model, length)).eval()
+
+
+def peft_logits(model, token_ids):
+    ids = torch.tensor([token_ids])
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].numpy()
+
+
+def peft_tokens(model, token_ids, new_tokens):
+    ids = torch.tensor([token_ids])
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    return tuple(output[0, len(token_ids) :].tolist())
+
+
+@pytest.mark.parametrize("prompt", [PROMPT[:1], PROMPT], ids=["one token", "many tokens"])
+def test_logits_equal_pefts(engine, peft_model, length, prompt):
+    expected = peft_logits(peft_model, prompt)
+    assert np.ptp(expected) > 1, "logits that hardly differ would prove nothing"
+    np.testing.assert_allclose(engine.logits(prompt, f"p{length}"), expected, rtol=0, atol=TOLERANCE)
+
+
+def test_the_prefix_changes_the_answer(engine, length):
+    assert np.abs(engine.logits(PROMPT, f"p{length}") - engine.logits(PROMPT)).max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("prompt", [PROMPT[:1], PROMPT], ids=["one token", "many tokens"])
+def test_greedy_tokens_equal_pefts(engine, peft_model, length, prompt):
+    found = engine.generate(token_ids=prompt, task=f"p{length}", max_new_tokens=24)
+    assert found.token_ids == peft_tokens(peft_model, prompt, 24)
+
+
+def test_greedy_tokens_equal_pefts_up_to_the_end_of_the_context(engine, peft_model, length):
+    task = f"p{length}"
+    room = engine.room(task) - len(PROMPT)
+    found = engine.generate(token_ids=PROMPT, task=task, max_new_tokens=room)
+    assert found.token_ids == peft_tokens(peft_model, PROMPT, room)
+    assert len(found.token_ids) == room == 320 - length - len(PROMPT)
+
+
+def test_decode_steps_give_the_logits_of_one_prefill(engine, length):
+    # Prefill and decode steps are two paths through the operator: the past is read once and then appended to.
+    task = f"p{length}"
+    tokens = engine.generate(token_ids=PROMPT, task=task, max_new_tokens=16).token_ids
+    logits = engine.logits([*PROMPT, *tokens[:-1]], task)[len(PROMPT) - 1 :]
+    assert tuple(logits.argmax(-1).tolist()) == tokens
+
+
+def test_the_bare_model_equals_transformers(engine, workshop, architecture):
+    model = AutoModelForCausalLM.from_pretrained(workshop.model(architecture)).eval()
+    np.testing.assert_allclose(engine.logits(PROMPT), peft_logits(model, PROMPT), rtol=0, atol=TOLERANCE)
