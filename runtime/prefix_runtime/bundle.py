@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import BundleError, BundleIntegrityError, PrefixError
-from .manifest import FileEntry, Manifest, TaskEntry, check_new_task_name, unknown_task
+from .manifest import FileEntry, Manifest, TaskEntry, check_new_task_name, prefix_path, unknown_task
 from .prefix import Prefix
 from .storage import (
     locked,
@@ -20,7 +20,6 @@ from .storage import (
 )
 
 MANIFEST_NAME = "manifest.json"
-PREFIXES_NAME = "prefixes"
 # A manifest lists tasks by the thousand, not by the million; a larger file is not one.
 _MAX_MANIFEST_BYTES = 64 << 20
 
@@ -72,9 +71,13 @@ class Bundle:
 
     def _check_size(self, entry: FileEntry) -> None:
         path = self.root / entry.path
-        if not path.resolve().is_relative_to(self.root.resolve()):
-            raise BundleError(f"{path}: expected a file inside the bundle, found a link to {path.resolve()}")
-        if not path.is_file():
+        try:
+            resolved, is_file = path.resolve(), path.is_file()
+        except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, no name at all
+            raise BundleIntegrityError(f"{path}: expected a file of {entry.size} bytes, found {error}") from error
+        if not resolved.is_relative_to(self.root.resolve()):
+            raise BundleError(f"{path}: expected a file inside the bundle, found a link to {resolved}")
+        if not is_file:
             raise BundleIntegrityError(
                 f"{path}: expected a file of {entry.size} bytes, found none; copy the bundle again"
             )
@@ -120,7 +123,8 @@ class Bundle:
         Raises:
             PrefixMismatchError
         """
-        self.manifest.geometry.check_prefix(prefix, self.manifest.model.fingerprint, where)
+        manifest = self.manifest
+        manifest.geometry.check_prefix(prefix, where, manifest.model.fingerprint, manifest.max_length)
 
     def add_task(self, name: str, prefix: Prefix) -> None:
         """Add a task to the folder: its file first, then the manifest, replaced in one step.
@@ -135,11 +139,13 @@ class Bundle:
         with locked(self.root):
             self.manifest = read_manifest(self.root)
             check_new_task_name(name, self.manifest.tasks)
-            entry = write_prefix(self.root, name, prefix)
             try:
+                entry = write_prefix(self.root, name, prefix)
                 self._replace_manifest(self.manifest.with_task(name, entry))
             except BaseException:
-                (self.root / entry.file.path).unlink(missing_ok=True)
+                # It may have been interrupted after the manifest was replaced: then the file belongs to it.
+                if name not in read_manifest(self.root).tasks:
+                    (self.root / prefix_path(name)).unlink(missing_ok=True)
                 raise
 
     def remove_task(self, name: str) -> None:
@@ -176,14 +182,14 @@ def read_manifest(root: Path) -> Manifest:
         raise BundleError(
             f"{root}: expected a bundle (a folder with {MANIFEST_NAME}), found none; make one with: prefix-export build"
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise BundleError(f"{path}: cannot be read: {error}") from error
     return Manifest.from_json(text, str(path))
 
 
 def write_prefix(root: Path, name: str, prefix: Prefix) -> TaskEntry:
     """Write a task's prefix into a bundle folder and return the manifest's entry for it."""
-    relative = f"{PREFIXES_NAME}/{name}.safetensors"
+    relative = prefix_path(name)
     path = root / relative
     path.parent.mkdir(exist_ok=True)
     prefix.save(path)

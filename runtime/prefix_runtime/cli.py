@@ -233,7 +233,10 @@ def _prompt(prompt: str | None, token_ids: str | None) -> dict[str, Any]:
                 f"--token-ids: expected whole numbers with commas between, found {token_ids!r}"
             ) from error
     if prompt is None:
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.read().removesuffix("\n")  # the one that ends a line of text, not part of it
+        except UnicodeDecodeError as error:
+            raise RequestError(f"standard input: expected UTF-8 text, found {error}") from error
     return {"prompt": prompt}
 
 
@@ -263,10 +266,10 @@ def _print_stream(
 
 def _metrics_line(result: GenerationResult) -> str:
     metrics = result.metrics
+    steps = f", then {metrics.inter_token_latency * 1e3:.2f} ms a token" if metrics.inter_token_latencies else ""
     return (
-        f"   first token {metrics.time_to_first_token * 1e3:.1f} ms, then {metrics.inter_token_latency * 1e3:.2f} ms a "
-        f"token; prefix {metrics.prefix_length}, prompt {metrics.prompt_length}, {metrics.new_tokens} new tokens "
-        f"({result.finish_reason})"
+        f"   first token {metrics.time_to_first_token * 1e3:.1f} ms{steps}; prefix {metrics.prefix_length}, "
+        f"prompt {metrics.prompt_length}, {metrics.new_tokens} new tokens ({result.finish_reason})"
     )
 
 

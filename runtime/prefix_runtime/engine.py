@@ -79,6 +79,7 @@ def load(
     Raises:
         BundleError, BundleIntegrityError: the folder is not a bundle, or not whole.
         ProviderError: onnxruntime cannot open the graph with this provider.
+        RequestError: `max_length` is out of range.
 
     >>> engine = load("bundle")  # doctest: +SKIP
     >>> engine.generate("name[Aromi], food[Chinese]", task="e2e").text  # doctest: +SKIP
@@ -216,7 +217,7 @@ class Engine:
         Raises:
             UnknownTaskError
         """
-        return self._room(None if task is None else self._store.get(task))
+        return self._geometry.room(None if task is None else self._store.get(task), self._max_length)
 
     def logits(self, token_ids: Sequence[int], task: str | None = None) -> np.ndarray:
         """The logits [sequence, vocab] float32 after each of the tokens.
@@ -224,6 +225,7 @@ class Engine:
         Raises:
             UnknownTaskError, RequestError, ContextOverflowError: as in `generate`.
         """
+        _check_ids(token_ids)
         request = self._request(token_ids, task, {"max_new_tokens": 0}, least_new_tokens=0)
         with self._pool.lease(request.prefix, request.length) as cache:
             return cache.extend(np.array(request.prompt, np.int64), keep_all_logits=True)
@@ -253,6 +255,7 @@ class Engine:
                 continue
             if text and reason != "stop":
                 piece += text.finish()
+                reason = "stop" if text.stopped else reason
             metrics = _metrics(request, lease, seconds)
             result = GenerationResult(text.text if text else None, tuple(token_ids), reason, request.task, metrics)
             yield Chunk(piece, step.token_id, result)
@@ -262,6 +265,10 @@ class Engine:
         self, prompt: str | Sequence[int], task: str | None, options: GenerationOptions, least_new_tokens: int = 1
     ) -> _Request:
         started = time.perf_counter()
+        unknown = sorted(set(options) - set(GenerationOptions.__annotations__))
+        if unknown:
+            # As Python itself does: a misspelt option must not be left out silently.
+            raise TypeError(f"expected the options {', '.join(GenerationOptions.__annotations__)}, found {unknown}")
         stop = _as_stop(options.get("stop", ()))
         if stop and self._codec is None:
             raise RequestError(f"stop: {self.bundle.root} has no tokenizer, so text cannot be looked at; leave it out")
@@ -293,9 +300,9 @@ class Engine:
 
     def _check_length(self, prefix: Prefix | None, prompt: int, new: int | None, least: int) -> int:
         """The new tokens that may be asked for; None stands for the default."""
-        if new is not None and (isinstance(new, bool) or new < least):
-            raise RequestError(f"max_new_tokens: expected {least} or more, found {new}")
-        room = self._room(prefix)
+        if new is not None and (isinstance(new, bool) or not isinstance(new, int | np.integer) or new < least):
+            raise RequestError(f"max_new_tokens: expected a whole number, {least} or more, found {new!r}")
+        room = self._geometry.room(prefix, self._max_length)
         wanted = prompt + (least if new is None else new)
         if wanted > room:
             raise ContextOverflowError(
@@ -304,12 +311,6 @@ class Engine:
                 f"found a prompt of {prompt} and {wanted - prompt} new; shorten the prompt or lower max_new_tokens"
             )
         return min(DEFAULT_MAX_NEW_TOKENS, room - prompt) if new is None else new
-
-    def _room(self, prefix: Prefix | None) -> int:
-        if prefix is None:
-            return min(self._max_length, self._geometry.context_length)
-        # A prefix takes room in the buffer, and positions of the model where its text begins behind it.
-        return min(self._max_length - prefix.prefix_length, self._geometry.context_length - prefix.position_base)
 
 
 def _as_list(
@@ -398,6 +399,6 @@ def _read_end_tokens(bundle: Bundle) -> frozenset[int]:
 
 def _token_list(found: Any, path: Path) -> list[int]:
     listed = found if isinstance(found, list) else [found]
-    if not all(isinstance(token_id, int) for token_id in listed):
+    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in listed):
         raise BundleError(f"{path}: eos_token_id: expected a token id or a list of them, found {found!r}")
     return listed

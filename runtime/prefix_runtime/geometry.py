@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from .prefix import Prefix
 
 
+LEAST_TEXT = 2
+"""Positions that a prefix must leave: a token of prompt and a new one."""
+
+
 @dataclass(frozen=True)
 class LayerGeometry:
     """One attention layer: its key/value heads and their size."""
@@ -32,8 +36,23 @@ class Geometry:
         """Numbers that one position takes in the keys and values of all layers."""
         return sum(2 * layer.key_value_heads * layer.head_dim for layer in self.layers)
 
-    def check_prefix(self, prefix: Prefix, fingerprint: str | None, where: str) -> None:
+    def room(self, prefix: Prefix | None, max_length: int) -> int:
+        """Tokens of text that fit behind a prefix, or without one, in `max_length` positions of a buffer."""
+        if prefix is None:
+            return min(max_length, self.context_length)
+        # A prefix takes room in the buffer, and positions of the model where its text begins behind it.
+        return min(max_length - prefix.prefix_length, self.context_length - prefix.position_base)
+
+    def check_prefix(
+        self, prefix: Prefix, where: str, fingerprint: str | None = None, max_length: int | None = None
+    ) -> None:
         """Refuse a prefix that was made for another model.
+
+        Args:
+            prefix: to be checked.
+            where: names it in messages.
+            fingerprint: of the model's weights, or None where only shapes are known.
+            max_length: positions that prefix and text may take together; None takes the context.
 
         Raises:
             PrefixMismatchError: naming what was expected and found, or the fingerprints that differ.
@@ -55,10 +74,11 @@ class Geometry:
                 f"{where}: made for another base model: expected fingerprint {fingerprint[:20]}…, "
                 f"found {prefix.base_fingerprint[:20]}…; use the model that the prefix was trained on"
             )
-        if prefix.position_base + 1 > self.context_length:
+        limit = max_length or self.context_length
+        if self.room(prefix, limit) < LEAST_TEXT:
             raise PrefixMismatchError(
-                f"{where}: prefix of length {prefix.prefix_length} leaves no room for text in a context of "
-                f"{self.context_length} positions"
+                f"{where}: expected a prefix that leaves {LEAST_TEXT} of {limit} positions for text, "
+                f"found one of length {prefix.prefix_length}"
             )
 
 

@@ -14,7 +14,7 @@ from .prefix import Prefix
 from .session import Binding, Session
 
 # Buffers grow in steps, so that requests of about the same length find each other's buffers.
-_CAPACITY_STEP = 128
+_CAPACITY_STEP = 64
 
 
 class KeyValueCache:
@@ -28,12 +28,15 @@ class KeyValueCache:
         capacity: positions that there is room for.
         prefix: what the first positions hold.
         length: positions that are filled, the prefix's included.
+        nbytes: of the keys and values.
+        is_wanted: whether it is to be kept for another request.
     """
 
     def __init__(self, session: Session, geometry: Geometry, capacity: int) -> None:
         self.capacity = capacity
         self.prefix: Prefix | None = None
         self.length = 0
+        self.is_wanted = True
         self._layers: list[tuple[np.ndarray, np.ndarray]] = []
         self._binding = session.binding()
         for index, layer in enumerate(geometry.layers):
@@ -42,17 +45,14 @@ class KeyValueCache:
             for part, array in zip(("key", "value"), self._layers[index], strict=True):
                 self._binding.input(f"past_key_values.{index}.{part}", array)
                 self._binding.output(f"present.{index}.{part}", array)
+        self.nbytes = sum(key.nbytes + value.nbytes for key, value in self._layers)
         self._mask = np.zeros((1, capacity), np.int64)
         self._step = _StepArrays(geometry.vocab_size)
         self._step_is_bound = False
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the keys and values."""
-        return sum(key.nbytes + value.nbytes for key, value in self._layers)
-
     def seed(self, prefix: Prefix | None) -> None:
         """Copy a prefix into the first positions, or none, and forget everything else."""
+        self.prefix = None  # until the new one is whole
         if prefix is not None:
             for (key, value), layer in zip(self._layers, prefix.sites["decoder"], strict=True):
                 key[0, :, : prefix.prefix_length] = layer.key
@@ -146,7 +146,8 @@ class CachePool:
         self._max_length, self._budget = max_length, budget
         self._lock = threading.Lock()
         self._idle: list[KeyValueCache] = []  # the least recently used first
-        self._lent_bytes = 0
+        self._lent: list[KeyValueCache] = []
+        self._lent_bytes = 0  # with those that are being made
 
     @contextmanager
     def lease(self, prefix: Prefix | None, length: int) -> Iterator[KeyValueCache]:
@@ -162,9 +163,11 @@ class CachePool:
             self._give_back(cache)
 
     def forget(self, prefix: Prefix) -> None:
-        """Drop the idle caches that hold a prefix, so that its memory is free."""
+        """Drop the caches that hold a prefix, those of running requests as soon as they end."""
         with self._lock:
             self._idle = [cache for cache in self._idle if cache.prefix is not prefix]
+            for cache in self._lent:
+                cache.is_wanted = cache.is_wanted and cache.prefix is not prefix
 
     def _capacity(self, length: int) -> int:
         steps = -(-length // _CAPACITY_STEP)
@@ -175,17 +178,21 @@ class CachePool:
             cache = self._find(prefix, capacity)
             if cache is not None:
                 self._idle.remove(cache)
+                self._lent.append(cache)
                 self._lent_bytes += cache.nbytes
                 return cache
             needed = 4 * capacity * self._geometry.values_per_position
             self._lent_bytes += needed
             self._shrink()
         try:
-            return KeyValueCache(self._session, self._geometry, capacity)
+            cache = KeyValueCache(self._session, self._geometry, capacity)
         except BaseException:
             with self._lock:
                 self._lent_bytes -= needed
             raise
+        with self._lock:
+            self._lent.append(cache)
+        return cache
 
     def _find(self, prefix: Prefix | None, capacity: int) -> KeyValueCache | None:
         fitting = [cache for cache in self._idle if cache.capacity >= capacity]
@@ -200,8 +207,10 @@ class CachePool:
 
     def _give_back(self, cache: KeyValueCache) -> None:
         with self._lock:
+            self._lent.remove(cache)
             self._lent_bytes -= cache.nbytes
-            self._idle.append(cache)
+            if cache.is_wanted:
+                self._idle.append(cache)
             self._shrink()
 
     def _shrink(self) -> None:

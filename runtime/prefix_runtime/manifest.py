@@ -123,6 +123,11 @@ class Manifest:
         return _read_manifest(_Fields(content, where))
 
 
+def prefix_path(task: str) -> str:
+    """Where a task's prefix lies in the bundle."""
+    return f"prefixes/{task}.safetensors"
+
+
 def check_task_name(name: str) -> None:
     """Refuse a name that cannot name a task, and so a file.
 
@@ -222,10 +227,12 @@ def _read_manifest(fields: _Fields) -> Manifest:
         raise BundleError(
             f"{fields.where}: expected format version {FORMAT_VERSION} or older, found {version}; update prefix-runtime"
         )
-    files = {entry.path: entry for entry in map(_read_file, fields.children("files"))}
+    listed = [_read_file(child) for child in fields.children("files")]
+    files = {entry.path: entry for entry in listed}
+    if len(files) != len(listed):
+        raise BundleError(f"{fields.where}: files: expected each path once, found one twice")
     tasks = fields.named("tasks", _read_task)
-    for name in tasks:
-        check_task_name(name)
+    _check_tasks(tasks, fields.where)
     graph = fields.get("graph", str)
     if graph not in files:
         raise BundleError(f"{fields.where}: graph: expected one of the listed files, found {graph!r}")
@@ -245,11 +252,29 @@ def _read_manifest(fields: _Fields) -> Manifest:
     )
 
 
+def _check_tasks(tasks: Mapping[str, TaskEntry], where: str) -> None:
+    taken: list[str] = []
+    for name, entry in tasks.items():
+        check_new_task_name(name, taken)
+        taken.append(name)
+        # Were it another file, removing the task would remove that.
+        if entry.file.path != prefix_path(name):
+            raise BundleError(
+                f"{where}: tasks.{name}: file: path: expected {prefix_path(name)!r}, found {entry.file.path!r}"
+            )
+
+
 def _read_parity(fields: _Fields) -> dict[str, Any] | None:
     parity = fields.optional("parity", dict)
     if parity is not None:
-        _Fields(parity, f"{fields.where}: parity").get("tasks", dict)
+        results = _Fields(parity, f"{fields.where}: parity")
+        results.named("tasks", _check_result)
     return parity
+
+
+def _check_result(fields: _Fields) -> None:
+    fields.get("reference", str)
+    fields.get("largest_logit_difference", float)
 
 
 def _read_file(fields: _Fields) -> FileEntry:

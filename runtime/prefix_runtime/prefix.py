@@ -86,6 +86,7 @@ class Prefix:
         object.__setattr__(self, "head", MappingProxyType(head))
         object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
         self._check()
+        object.__setattr__(self, "position_base", int(self.position_base))  # numpy's whole numbers are no JSON
 
     def _check(self) -> None:
         unknown = sorted(set(self.sites) - set(SITES))
@@ -97,10 +98,15 @@ class Prefix:
         for name, array in arrays.items():
             _check_array(name, array, first)
         for name, array in self.head.items():
+            _check_dtype(f"head.{name}", array)
             _check_finite(f"head.{name}", array)
-        if self.position_base not in (0, self.prefix_length):
+        if not all(isinstance(text, str) for item in self.metadata.items() for text in item):
+            raise PrefixError(f"metadata: expected texts by name, found {dict(self.metadata)!r:.80}")
+        # The file keeps it as text, where neither 5.0 nor True is a whole number.
+        whole = isinstance(self.position_base, int | np.integer) and not isinstance(self.position_base, bool)
+        if not whole or self.position_base not in (0, self.prefix_length):
             raise PrefixError(
-                f"position_base: expected 0 or the prefix length {self.prefix_length}, found {self.position_base}"
+                f"position_base: expected 0 or the prefix length {self.prefix_length}, found {self.position_base!r}"
             )
 
     def _arrays(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -180,7 +186,7 @@ class Prefix:
 
         One safetensors file: `{site}.{layer}.key`, `{site}.{layer}.value`, `head.{name}`; the rest in its metadata.
         """
-        tensors = {name: np.ascontiguousarray(array) for name, array in self._tensors().items()}
+        tensors = {name: np.asarray(array, order="C") for name, array in self._tensors().items()}
         write_file_atomically(Path(path), serialize(tensors, metadata=self._header()))
 
     @classmethod
@@ -195,7 +201,7 @@ class Prefix:
             return _from_tensor_file(file)
         except PrefixError as error:
             text = str(error)
-            raise PrefixError(text if text.startswith(str(path)) else f"{path}: {text}") from error
+            raise PrefixError(text if text.startswith(str(file.path)) else f"{file.path}: {text}") from error
 
 
 def is_prefix_file(file: TensorFile) -> bool:
@@ -235,7 +241,7 @@ def _read_sites(file: TensorFile) -> dict[str, tuple[LayerPrefix, ...]]:
             raise PrefixError(f"expected tensors like 'decoder.0.key', found {name!r}")
         site, layer, part = match.groups()
         found.setdefault(site, {}).setdefault(int(layer), {})[part] = file.array(name)
-    return {site: _in_order(site, layers) for site, layers in found.items()}
+    return {site: _in_order(site, found[site]) for site in SITES if site in found}
 
 
 def _in_order(site: str, layers: dict[int, dict[str, np.ndarray]]) -> tuple[LayerPrefix, ...]:
@@ -266,10 +272,15 @@ def _integer(metadata: Mapping[str, str], key: str) -> int:
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:
-    # A writable array may be changed by its owner later on: the prefix keeps a copy of its own.
-    frozen = np.array(array) if array.flags.writeable else array
+    # An array that can be written to, if only through what it is a view of, may be changed by its owner later on: the
+    # prefix keeps a copy of its own.
+    frozen = np.array(array) if _is_writable(array) else array
     frozen.flags.writeable = False
     return frozen
+
+
+def _is_writable(array: np.ndarray) -> bool:
+    return bool(array.flags.writeable) or (isinstance(array.base, np.ndarray) and _is_writable(array.base))
 
 
 def _check_first(name: str, array: np.ndarray) -> None:
@@ -278,6 +289,10 @@ def _check_first(name: str, array: np.ndarray) -> None:
             f"{name}: expected shape [num_key_value_heads, prefix_length, head_dim], none of them 0, "
             f"found {list(array.shape)}"
         )
+    _check_dtype(name, array)
+
+
+def _check_dtype(name: str, array: np.ndarray) -> None:
     if array.dtype not in (np.float32, np.float16):
         raise PrefixError(f"{name}: expected float32 or float16, found {array.dtype}")
 

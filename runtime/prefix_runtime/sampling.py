@@ -41,11 +41,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, "0 or more", 0 <= self.temperature < float("inf"))
-        _check("top_k", self.top_k, "a whole number, 0 or more", self.top_k >= 0 and self.top_k == int(self.top_k))
+        _check("top_k", self.top_k, "a whole number, 0 or more", _is_whole(self.top_k))
         _check("top_p", self.top_p, "above 0 and at most 1", 0 < self.top_p <= 1)
         _check("min_p", self.min_p, "0 to 1", 0 <= self.min_p <= 1)
         _check("repetition_penalty", self.repetition_penalty, "above 0", 0 < self.repetition_penalty < float("inf"))
-        _check("seed", self.seed, "None or a whole number, 0 or more", self.seed is None or self.seed >= 0)
+        _check("seed", self.seed, "None or a whole number, 0 or more", self.seed is None or _is_whole(self.seed))
 
 
 def make_sampler(sampling: Sampling) -> Sampler:
@@ -64,22 +64,25 @@ def make_sampler(sampling: Sampling) -> Sampler:
 
 
 def distribution(logits: np.ndarray, token_ids: Sequence[int], sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """The candidates [n] int64 and their probabilities [n] float64, the most likely first.
+    """The candidates [n] int64, by id, and their probabilities [n] float64.
 
     Args:
         logits: [vocab] float32.
         token_ids: of the prompt and the text so far.
         sampling: with a temperature above 0.
     """
-    scores = penalize(logits, token_ids, sampling.repetition_penalty).astype(np.float64) / sampling.temperature
-    ids = _most_likely_first(scores, sampling.top_k)
-    probabilities = np.exp(scores[ids] - scores[ids[0]])
-    probabilities /= probabilities.sum()
-    kept = _nucleus_size(probabilities, sampling.top_p)
-    probabilities = probabilities[:kept]
-    kept = int(np.count_nonzero(probabilities >= sampling.min_p * probabilities[0]))
-    probabilities = probabilities[:kept] / probabilities[:kept].sum()
-    return ids[:kept], probabilities
+    scores = penalize(logits, token_ids, sampling.repetition_penalty).astype(np.float64)
+    scores -= scores.max()
+    with np.errstate(over="ignore"):  # next to no temperature: all but the most likely go to minus infinity
+        scores /= sampling.temperature
+    ids = _top_k(scores, sampling.top_k)
+    probabilities = _normalized(np.exp(scores[ids]))
+    if sampling.top_p < 1:
+        ids, probabilities = _keep(ids, probabilities, _nucleus(probabilities, sampling.top_p))
+    if sampling.min_p > 0:
+        likely = np.flatnonzero(probabilities >= sampling.min_p * probabilities.max())
+        ids, probabilities = _keep(ids, probabilities, likely)
+    return ids, probabilities
 
 
 def penalize(logits: np.ndarray, token_ids: Sequence[int], penalty: float) -> np.ndarray:
@@ -92,19 +95,33 @@ def penalize(logits: np.ndarray, token_ids: Sequence[int], penalty: float) -> np
     return penalized
 
 
-def _most_likely_first(scores: np.ndarray, top_k: int) -> np.ndarray:
+def _top_k(scores: np.ndarray, top_k: int) -> np.ndarray:
     if 0 < top_k < len(scores):
         # As in transformers, ties with the k-th are kept.
-        smallest = np.partition(scores, -top_k)[-top_k]
-        candidates = np.flatnonzero(scores >= smallest)
-        return candidates[np.argsort(-scores[candidates], kind="stable")]
-    return np.argsort(-scores, kind="stable")
+        return np.flatnonzero(scores >= np.partition(scores, -top_k)[-top_k])
+    return np.arange(len(scores))
 
 
-def _nucleus_size(probabilities: np.ndarray, top_p: float) -> int:
-    if top_p >= 1:
-        return len(probabilities)
-    return int(np.searchsorted(probabilities.cumsum(), top_p, side="left")) + 1
+def _nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
+    """Indices, ascending, of the fewest most likely candidates whose probabilities reach `top_p` together."""
+    # What is below this cannot matter: all of it together does not make up the rest. It spares sorting a vocabulary.
+    likely = np.flatnonzero(probabilities >= (1 - top_p) / len(probabilities))
+    order = likely[np.argsort(-probabilities[likely], kind="stable")]
+    size = int(np.searchsorted(probabilities[order].cumsum(), top_p, side="left")) + 1
+    return np.sort(order[:size])
+
+
+def _keep(ids: np.ndarray, probabilities: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return ids[kept], _normalized(probabilities[kept])
+
+
+def _normalized(weights: np.ndarray) -> np.ndarray:
+    total: np.ndarray = weights / weights.sum()
+    return total
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= 0)
 
 
 def _check(name: str, value: object, expected: str, sound: bool) -> None:

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
+
+try:
+    import onnxruntime as ort
+except ImportError as error:
+    raise ImportError(
+        "prefix-runtime needs onnxruntime: pip install 'prefix-runtime[cpu]' or 'prefix-runtime[gpu]'"
+    ) from error
 
 from .errors import ProviderError
 

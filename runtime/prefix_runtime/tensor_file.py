@@ -6,6 +6,7 @@ import json
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -14,6 +15,9 @@ from .errors import PrefixError
 
 # numpy has no bfloat16: such a tensor is widened to float32 when it is read.
 _NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+# A prefix has two tensors a layer: a header beyond this is not of one, and is refused before it is parsed.
+_MAX_HEADER_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,10 @@ class TensorFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            with safe_open(str(self.path), framework="np") as checked:
-                self.metadata: dict[str, str] = dict(checked.metadata() or {})
             with self.path.open("rb") as file:
+                _check_header_length(file)
+                with safe_open(str(self.path), framework="np") as checked:
+                    self.metadata: dict[str, str] = dict(checked.metadata() or {})
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (SafetensorError, OSError, ValueError) as error:
             raise PrefixError(f"{self.path}: expected a whole safetensors file, found {_reason(error)}") from error
@@ -86,9 +91,17 @@ class TensorFile:
         return flat.reshape(info.shape)
 
 
+def _check_header_length(file: BinaryIO) -> None:
+    length = int.from_bytes(file.read(8), "little")
+    if length > _MAX_HEADER_BYTES:
+        raise ValueError(f"a header of {length} bytes (at most {_MAX_HEADER_BYTES} are read)")
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
+    if isinstance(error, IsADirectoryError):
+        return "a folder"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error) or type(error).__name__
