@@ -29,8 +29,18 @@ _active: ContextVar[AttentionFunction] = ContextVar("attention function")
 # What models hand to an attention function and what changes nothing here: positions are in the keys already, the
 # operator is causal by definition, and nothing is trained.
 _WITHOUT_EFFECT = frozenset(
-    {"cache_position", "dropout", "is_causal", "output_attentions", "output_hidden_states", "position_ids", "use_cache"}
+    {
+        "cache_position",
+        "dropout",
+        "is_causal",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "use_cache",
+    }
 )
+_WITH_EFFECT = frozenset({"scaling", "sliding_window", "softcap"})
 
 
 @dataclass(frozen=True)
@@ -89,10 +99,12 @@ def probe(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
     def record(
         module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
+        _refuse_unknown(type(model).__name__, kwargs)
         index = getattr(module, "layer_idx", None)
-        if index is None or index in found or key.shape != value.shape:
+        is_plain = key.shape == value.shape and getattr(module, "is_causal", True)
+        if index is None or index in found or not is_plain:
             raise UnsupportedArchitectureError(
-                f"{type(model).__name__}: expected one self-attention a layer with keys and values of one shape, "
+                f"{type(model).__name__}: expected one causal self-attention a layer, keys and values of one shape, "
                 f"found a second or another kind in {type(module).__name__}; such models are not supported yet"
             )
         _, heads, sequence, head_dim = query.shape
@@ -141,7 +153,7 @@ class GroupQueryAttention:
         **kwargs: Any,
     ) -> torch.Tensor:
         """See `AttentionFunction`; [batch, sequence, heads, head_dim]."""
-        _refuse_unknown(module, kwargs)
+        _refuse_unknown(type(module).__name__, kwargs)
         index = int(module.layer_idx)  # type: ignore[arg-type]  # torch types every attribute of a module as a tensor
         past_key, past_value = self._past[index]
         batch, heads, sequence, head_dim = query.shape
@@ -182,11 +194,13 @@ def _packed(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.transpose(1, 2).reshape(batch, sequence, heads * head_dim)
 
 
-def _refuse_unknown(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
-    unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in _WITHOUT_EFFECT)
+def _refuse_unknown(where: str, kwargs: dict[str, Any]) -> None:
+    unknown = sorted(
+        name for name, value in kwargs.items() if value is not None and name not in _WITHOUT_EFFECT | _WITH_EFFECT
+    )
     if unknown:
         raise UnsupportedArchitectureError(
-            f"{type(module).__name__}: expected plain causal attention, found the arguments {', '.join(unknown)}; "
+            f"{where}: expected plain causal attention, found the arguments {', '.join(unknown)}; "
             "the attention function would have to compute them"
         )
 

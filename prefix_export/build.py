@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -9,15 +10,16 @@ from pathlib import Path
 
 from prefix_runtime import Bundle, Manifest, Prefix, load
 from prefix_runtime.bundle import MANIFEST_NAME, check_output, describe_file, staged, write_prefix
+from prefix_runtime.geometry import LEAST_TEXT
 from prefix_runtime.manifest import ModelEntry, check_new_task_name
 from prefix_runtime.storage import write_file_atomically
 
 from . import __version__, formats
 from .attention import check_fast_flavour
-from .errors import ModelError
+from .errors import ExportError, ModelError
 from .graph import GRAPH_NAME, export_graph
 from .models import BaseModel, load_base_model
-from .parity import TaskParity, certify, reference_for
+from .parity import Expectation, TaskParity, compare, observe
 
 StepListener = Callable[[str], None]
 """Told what begins, before it begins."""
@@ -74,31 +76,42 @@ def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> B
     check_fast_flavour(base.model, base.layers)
     max_length = _max_length(request, base)
     on_step("folding prefixes")
-    prefixes = {task: fold(path, base) for task, path in request.prefixes.items()}
+    prefixes = {task: fold(path, base, max_length) for task, path in request.prefixes.items()}
+    warnings = tuple(_warnings(request, base, prefixes))
+    expected = _observe(base, prefixes, request.prefixes, max_length, on_step) if request.verify else {}
     with staged(request.output) as folder:
-        on_step("exporting the graph")
-        export_graph(base.model, base.layers, folder)
-        _save_configs(base, folder)
-        on_step("hashing")
-        manifest = _manifest(base, max_length, prefixes, folder)
-        _write_manifest(folder, manifest)
-        parity: dict[str | None, TaskParity] = {}
-        if request.verify:
-            parity = _compare(base, folder, prefixes, request.prefixes, on_step)
+        manifest = _export(base, prefixes, max_length, folder, on_step)
+        # The engine needs the room that the model takes, which torch's export keeps alive by cycles.
+        del base
+        gc.collect()
+        parity = _compare(folder, expected, on_step) if request.verify else {}
+        if parity:
             _write_manifest(folder, replace(manifest, parity=certificate(parity)))
         on_step("writing the bundle")
-    warnings = tuple(_warnings(request, base, prefixes))
     return BuildResult(Bundle.open(request.output), parity, time.perf_counter() - started, warnings)
 
 
-def fold(path: Path, base: BaseModel) -> Prefix:
+def _export(
+    base: BaseModel, prefixes: Mapping[str, Prefix], max_length: int, folder: Path, on_step: StepListener
+) -> Manifest:
+    """Write everything but the certificate."""
+    on_step("exporting the graph")
+    export_graph(base.model, base.layers, folder)
+    _save_configs(base, folder)
+    on_step("hashing")
+    manifest = _manifest(base, max_length, prefixes, folder)
+    _write_manifest(folder, manifest)
+    return manifest
+
+
+def fold(path: Path, base: BaseModel, max_length: int) -> Prefix:
     """The prefix in a checkpoint, checked against a base model and marked as made for it.
 
     Raises:
         CheckpointError, PrefixError, PrefixMismatchError
     """
     prefix = formats.read(path, base.geometry)
-    base.geometry.check_prefix(prefix, base.fingerprint, str(path))
+    base.geometry.check_prefix(prefix, str(path), base.fingerprint, max_length)
     return replace(prefix, base_fingerprint=base.fingerprint)
 
 
@@ -119,7 +132,8 @@ def verify_against(
             f"(fingerprint {base.fingerprint[:20]}…, not {bundle.manifest.model.fingerprint[:20]}…)"
         )
     prefixes = {task: bundle.prefix(task) for task in bundle.tasks}
-    return _compare(base, bundle.root, prefixes, dict.fromkeys(prefixes), on_step)
+    expected = _observe(base, prefixes, dict.fromkeys(prefixes), bundle.manifest.max_length, on_step)
+    return _compare(bundle.root, expected, on_step)
 
 
 def certificate(parity: Mapping[str | None, TaskParity]) -> dict[str, object]:
@@ -137,9 +151,10 @@ def _check_names(prefixes: Mapping[str, Path]) -> None:
 
 def _max_length(request: BuildRequest, base: BaseModel) -> int:
     context = base.geometry.context_length
-    if request.max_length is not None and not 1 <= request.max_length <= context:
+    if request.max_length is not None and not LEAST_TEXT <= request.max_length <= context:
         raise ModelError(
-            f"max_length: expected 1 to the context of {request.model}, {context}, found {request.max_length}"
+            f"max_length: expected {LEAST_TEXT} to the context of {request.model}, {context}, "
+            f"found {request.max_length}"
         )
     return request.max_length or context
 
@@ -148,7 +163,10 @@ def _save_configs(base: BaseModel, folder: Path) -> None:
     base.model.config.save_pretrained(folder)
     base.generation_config.save_pretrained(folder)
     if base.tokenizer is not None:
-        base.tokenizer.save_pretrained(folder)
+        try:
+            base.tokenizer.save_pretrained(folder)
+        except Exception as error:  # tokenizers raises Exception itself
+            raise ExportError(f"{folder}: the tokenizer cannot be written: {error}") from error
 
 
 def _manifest(base: BaseModel, max_length: int, prefixes: Mapping[str, Prefix], folder: Path) -> Manifest:
@@ -172,21 +190,31 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
     write_file_atomically(folder / MANIFEST_NAME, manifest.to_json().encode())
 
 
-def _compare(
+def _observe(
     base: BaseModel,
-    folder: Path,
     prefixes: Mapping[str, Prefix],
     sources: Mapping[str, Path | None],
+    max_length: int,
     on_step: StepListener,
+) -> dict[str | None, Expectation]:
+    on_step("running the source framework")
+    expected: dict[str | None, Expectation] = {None: observe(base, None, None, max_length)}
+    for task, prefix in prefixes.items():
+        on_step(f"running the source framework: {task}")
+        expected[task] = observe(base, prefix, sources[task], max_length)
+    return expected
+
+
+def _compare(
+    folder: Path, expected: Mapping[str | None, Expectation], on_step: StepListener
 ) -> dict[str | None, TaskParity]:
     on_step("opening the bundle")
     engine = load(folder)
-    references = {None: reference_for(base, None, None)} | {
-        task: reference_for(base, prefix, sources[task]) for task, prefix in prefixes.items()
-    }
-    return certify(
-        base, engine, references, lambda task: on_step(f"comparing {'the bare model' if task is None else task}")
-    )
+    parity = {}
+    for task, expectation in expected.items():
+        on_step(f"comparing {'the bare model' if task is None else task}")
+        parity[task] = compare(expectation, engine, task)
+    return parity
 
 
 def _warnings(request: BuildRequest, base: BaseModel, prefixes: Mapping[str, Prefix]) -> list[str]:

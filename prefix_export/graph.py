@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
@@ -50,7 +51,14 @@ def export_graph(model: PreTrainedModel, layers: tuple[AttentionLayer, ...], fol
     _name_axes(graph)
     _drop_traces_of_the_machine(graph)
     _check_contract(graph, len(layers))
-    ir.save(graph, folder / GRAPH_NAME, external_data=f"{GRAPH_NAME}.data")
+    try:
+        ir.save(graph, folder / GRAPH_NAME, external_data=f"{GRAPH_NAME}.data")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder / GRAPH_NAME)) from error
+    try:
+        onnx.checker.check_model(folder / GRAPH_NAME)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"graph: expected a model that onnx's checker accepts, found {error}") from error
 
 
 class _Decoder(torch.nn.Module):

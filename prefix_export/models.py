@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from optimum.exporters.tasks import TasksManager
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -92,8 +95,8 @@ def _digest(parameter: torch.nn.Parameter) -> str:
 
 def _load_config(name: str) -> PreTrainedConfig:
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ModelError(
             f"model {name!r}: expected a Hub id or a folder with a config.json, found {_first_line(error)}"
         ) from error
@@ -108,11 +111,17 @@ def _load_config(name: str) -> PreTrainedConfig:
 def _load_model(name: str, config: PreTrainedConfig) -> PreTrainedModel:
     try:
         model_class = TasksManager.get_model_class_for_task(_TASK, framework="pt", model_type=config.model_type)
-        model = model_class.from_pretrained(name, config=config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        model, report = model_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise ModelError(
             f"model {name!r}: expected a causal language model that transformers can load, found {_first_line(error)}"
         ) from error
+    if missing := sorted(report["missing_keys"]):
+        # transformers makes random ones in their place, others each time.
+        raise ModelError(
+            f"model {name!r}: expected all weights of {type(model).__name__}, found {len(missing)} missing: "
+            f"{', '.join(missing[:3])}"
+        )
     loaded: PreTrainedModel = model.eval()
     return loaded
 
@@ -131,7 +140,7 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     if not any(_has_file(name, file) for file in _TOKENIZER_FILES):
         return None
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ModelError(
             f"model {name!r}: expected a tokenizer that transformers can load, found {_first_line(error)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,7 +17,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from prefix_runtime import Engine, Prefix
 
-from .errors import ParityError, PrefixExportError
+from .errors import CheckpointError, ParityError, PrefixExportError
 from .formats import peft as peft_format
 from .models import BaseModel
 
@@ -136,12 +136,7 @@ class PeftReference:
         return tokens
 
 
-def reference_for(base: BaseModel, prefix: Prefix | None, source: Path | None) -> AbstractContextManager[Reference]:
-    """What a task is compared with: PEFT itself for its adapters, otherwise transformers with the prefix as its cache.
-
-    Raises:
-        PrefixExportError: the source is an adapter of PEFT's and PEFT is not installed.
-    """
+def _reference(base: BaseModel, prefix: Prefix | None, source: Path | None) -> AbstractContextManager[Reference]:
     if source is not None and peft_format.matches(source):
         return _peft_reference(base.model, peft_format.open_adapter(source))
     return nullcontext(CacheReference(base.model, prefix))
@@ -160,56 +155,65 @@ def _peft_reference(model: PreTrainedModel, adapter: peft_format.Adapter) -> Ite
         # PEFT loads folders with these names alone, and loads pickles if it finds any: it is shown just the two files.
         shutil.copyfile(adapter.config_path, Path(folder) / peft_format.CONFIG_NAME)
         shutil.copyfile(adapter.weights_path, Path(folder) / peft_format.WEIGHTS_NAME)
-        wrapped = PeftModel.from_pretrained(model, folder)
+        try:
+            wrapped = PeftModel.from_pretrained(model, folder)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{adapter.config_path}: PEFT itself cannot load the adapter: {error}") from error
     yield PeftReference(wrapped.eval())
 
 
-def certify(
-    base: BaseModel,
-    engine: Engine,
-    references: Mapping[str | None, AbstractContextManager[Reference]],
-    on_task: Callable[[str | None], None],
-) -> dict[str | None, TaskParity]:
-    """Compare each task, and the bare model under None, with its reference.
+@dataclass(frozen=True)
+class Expectation:
+    """What a reference answers to some prompts: logits [sequence, vocab] float32 of each, and greedy tokens."""
+
+    reference: str
+    prompts: tuple[tuple[int, ...], ...]
+    logits: tuple[np.ndarray, ...]
+    tokens: tuple[tuple[int, ...], ...]
+
+
+def observe(base: BaseModel, prefix: Prefix | None, source: Path | None, max_length: int) -> Expectation:
+    """What the source framework answers under a prefix, or without one.
 
     Args:
         base: the frozen model.
-        engine: on the exported graph.
-        references: by task.
-        on_task: told each task before its comparison.
+        prefix: as it was folded.
+        source: the checkpoint that it was folded from; PEFT's adapters are run by PEFT itself, everything else by
+            transformers with the prefix as its cache.
+        max_length: positions that prefix and text may take together.
 
     Raises:
-        ParityError: a task does not agree: which, by how much, and what was accepted.
+        PrefixExportError: the source is an adapter of PEFT's and PEFT is not installed.
     """
-    results: dict[str | None, TaskParity] = {}
-    with _plain_generation(base.model):
-        for task, opening in references.items():
-            on_task(task)
-            with opening as reference:
-                result = compare(reference, engine, task, _prompts(engine, task))
-            _refuse_disagreement(task, result)
-            results[task] = result
-    return results
+    room = base.geometry.room(prefix, max_length)
+    prompts = _prompts(base.geometry.vocab_size, room)
+    with _plain_generation(base.model), _reference(base, prefix, source) as reference:
+        logits = tuple(_on_disk(reference.logits(prompt)) for prompt in prompts)
+        tokens = tuple(tuple(reference.greedy(prompt, min(_NEW_TOKENS, room - len(prompt)))) for prompt in prompts)
+    return Expectation(reference.name, prompts, logits, tokens)
 
 
-def compare(reference: Reference, engine: Engine, task: str | None, prompts: Sequence[Sequence[int]]) -> TaskParity:
-    """The comparison of one task on some prompts, each of which leaves room for a new token."""
-    difference = largest = 0.0
-    for prompt in prompts:
-        expected = reference.logits(prompt)
-        difference = max(difference, float(np.abs(expected - engine.logits(prompt, task)).max()))
-        largest = max(largest, float(np.abs(expected).max()))
+def compare(expectation: Expectation, engine: Engine, task: str | None) -> TaskParity:
+    """The exported graph's answers against the expected ones.
+
+    Raises:
+        ParityError: they do not agree: by how much, and what is accepted.
+    """
+    expected = list(zip(expectation.prompts, expectation.logits, expectation.tokens, strict=True))
+    # Not Python's max, which drops a NaN.
+    difference = float(np.max([np.abs(logits - engine.logits(prompt, task)).max() for prompt, logits, _ in expected]))
+    largest = max(float(np.abs(logits).max()) for logits in expectation.logits)
     tolerance = max(ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE * largest)
-    equal = all(_same_tokens(reference, engine, task, prompt, tolerance) for prompt in prompts)
-    return TaskParity(reference.name, difference, tolerance, equal, len(prompts))
+    equal = all(_same_tokens(tokens, engine, task, prompt, tolerance) for prompt, _, tokens in expected)
+    result = TaskParity(expectation.reference, difference, tolerance, equal, len(expected))
+    _refuse_disagreement(task, result)
+    return result
 
 
 def _same_tokens(
-    reference: Reference, engine: Engine, task: str | None, prompt: Sequence[int], tolerance: float
+    expected: Sequence[int], engine: Engine, task: str | None, prompt: Sequence[int], tolerance: float
 ) -> bool:
-    new_tokens = min(_NEW_TOKENS, engine.room(task) - len(prompt))
-    expected = reference.greedy(prompt, new_tokens)
-    found = engine.generate(token_ids=prompt, task=task, max_new_tokens=new_tokens).token_ids
+    found = engine.generate(token_ids=prompt, task=task, max_new_tokens=len(expected)).token_ids
     for index, (left, right) in enumerate(zip(expected, found, strict=False)):
         if left != right:
             # Two tokens closer than the accepted difference of either are a tie, which either side may break its way.
@@ -218,12 +222,19 @@ def _same_tokens(
     return len(expected) == len(found)
 
 
-def _prompts(engine: Engine, task: str | None) -> list[list[int]]:
-    """Random prompts, the same every time; as long as the context allows."""
+def _prompts(vocab_size: int, room: int) -> tuple[tuple[int, ...], ...]:
+    """Random prompts, the same every time; as long as there is room for them and a new token."""
     random = np.random.default_rng(0)
-    vocab_size = engine.bundle.manifest.geometry.vocab_size
-    lengths = sorted({min(length, engine.room(task) - 1) for length in _PROMPT_LENGTHS})
-    return [random.integers(vocab_size, size=length).tolist() for length in lengths if length > 0]
+    lengths = sorted({min(length, room - 1) for length in _PROMPT_LENGTHS})
+    return tuple(tuple(random.integers(vocab_size, size=length).tolist()) for length in lengths if length > 0)
+
+
+def _on_disk(array: np.ndarray) -> np.ndarray:
+    """A copy in a file without a name: logits of many tasks are many gigabytes, and are looked at once."""
+    with tempfile.TemporaryFile() as file:
+        mapped = np.memmap(file, array.dtype, "w+", shape=array.shape)
+    mapped[:] = array
+    return mapped
 
 
 def _refuse_disagreement(task: str | None, result: TaskParity) -> None:

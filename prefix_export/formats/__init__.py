@@ -13,6 +13,7 @@ from types import ModuleType
 
 from prefix_export.errors import CheckpointError
 from prefix_runtime import Geometry, Prefix
+from prefix_runtime.tensor_file import TensorFile
 
 from . import canonical, peft
 
@@ -24,12 +25,17 @@ def find_reader(path: Path) -> ModuleType:
 
     Raises:
         CheckpointError: nothing is there, or nothing that a reader knows.
+        PrefixError: a safetensors file that is damaged.
     """
     if not path.exists():
         raise CheckpointError(f"{path}: expected a prefix file or an adapter folder, found nothing there")
     for reader in READERS:
         if reader.matches(path):
             return reader
+    if path.is_file() and path.suffix == ".safetensors":
+        TensorFile(path)  # a damaged file is told from one of another kind
+    if path.is_dir():
+        raise CheckpointError(f"{path}: expected an adapter folder with {peft.CONFIG_NAME}, found a folder without")
     raise CheckpointError(
         f"{path}: expected one of: {', '.join(reader.NAME for reader in READERS)}; found neither; "
         "pickled checkpoints (.bin, .pt) are not read: save them as safetensors"

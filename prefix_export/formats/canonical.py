@@ -30,5 +30,5 @@ def describe(path: Path) -> Mapping[str, str]:
 def read(path: Path, geometry: Geometry) -> Prefix:
     """The prefix, as it is in the file."""
     prefix = Prefix.load(path)
-    geometry.check_prefix(prefix, None, str(path))
+    geometry.check_prefix(prefix, str(path))
     return prefix
