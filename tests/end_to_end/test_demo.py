@@ -1,0 +1,95 @@
+"""The embedded default, from its committed files to text: what its README says of the scores holds on the runtime."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import prefix_runtime
+from prefix_export.build import BuildRequest, build
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo"
+TASKS = ("describe", "headline", "json")
+TABLES = 40
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    """The demo's own module, which makes held-out tables and what is right for them."""
+    sys.path.insert(0, str(DEMO))
+    try:
+        spec = importlib.util.spec_from_file_location("corpus", DEMO / "corpus.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["corpus"] = module  # dataclasses look it up
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(DEMO))
+        del sys.modules["corpus"]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    prefixes = {task: DEMO / "prefixes" / task for task in TASKS}
+    result = build(BuildRequest(str(DEMO / "model"), prefixes, tmp_path_factory.mktemp("demo") / "bundle"))
+    assert result.warnings == ()
+    return prefix_runtime.load(result.bundle.root, threads=1)
+
+
+@pytest.fixture(scope="module")
+def score(engine, corpus):
+    """The part of held-out tables that are answered exactly right for one task under a prefix, or under none."""
+
+    def measure(wanted, task):
+        lights = corpus.held_out(TABLES)
+        results = engine.generate([corpus.prompt(light) for light in lights], task=task)
+        right = [corpus.TASKS[wanted](light) for light in lights]
+        assert all(result.finish_reason == "end_token" for result in results) or task != wanted
+        return sum(result.text.strip() == text.strip() for result, text in zip(results, right, strict=True)) / TABLES
+
+    return measure
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_is_answered_right_under_its_own_prefix(score, task):
+    assert score(task, task) >= 0.9
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_without_a_prefix_no_task_is_answered(score, task):
+    assert score(task, None) <= 0.45
+
+
+@pytest.mark.parametrize(("wanted", "task"), [("describe", "headline"), ("headline", "json"), ("json", "describe")])
+def test_another_tasks_prefix_answers_another_task(score, wanted, task):
+    assert score(wanted, task) <= 0.05
+
+
+def test_the_committed_scores_meet_what_the_demo_promises():
+    scores = json.loads((DEMO / "results.json").read_text())["scores"]
+    for task in TASKS:
+        assert scores[task][task]["exact_match_percent"] >= 90
+        assert scores["none"][task]["exact_match_percent"] <= 45
+
+
+def test_streamed_text_has_no_partial_characters(engine, corpus):
+    # Every animal's picture is two tokens.
+    chunks = [
+        chunk.text for light in corpus.held_out(10) for chunk in engine.stream(corpus.prompt(light), task="headline")
+    ]
+    assert not any("\ufffd" in chunk for chunk in chunks)
+    assert any(ord(character) > 0xFFFF for chunk in chunks for character in chunk)
+
+
+def test_the_demo_is_small():
+    assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) < 8e6
+
+
+@pytest.mark.parametrize("path", sorted(DEMO.rglob("*config.json")), ids=lambda path: path.parent.name)
+def test_no_configuration_names_a_folder_of_a_machine(path):
+    assert not re.search(r'"[^"]*/[^"]*"', path.read_text(encoding="utf-8"))

@@ -1,0 +1,77 @@
+"""A build that is stopped from outside: whole or not at all."""
+
+from __future__ import annotations
+
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from prefix_export import build as build_module
+from prefix_export.build import BuildRequest, build
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "place").mkdir()
+    return tmp_path / "place"
+
+
+def start(model, adapter, place, **options):
+    arguments = ["--model", model, "--prefix", f"task={adapter}", "--output", place / "out", "--no-verify"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "prefix_export", "build", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def stop_in_the_middle(process, place, number):
+    """Send a signal as soon as the bundle is being written; the exit status."""
+    deadline = time.monotonic() + 120
+    while not list(place.glob(".out.*.partial")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 1)])
+def test_a_build_that_is_asked_to_end_leaves_nothing_behind(gpt2, gpt2_adapter, place, number, status):
+    assert stop_in_the_middle(start(gpt2, gpt2_adapter, place), place, number) == status
+    assert not list(place.iterdir())
+
+
+def test_a_build_that_is_killed_leaves_no_bundle_and_does_not_stand_in_the_way(gpt2, gpt2_adapter, place, monkeypatch):
+    assert stop_in_the_middle(start(gpt2, gpt2_adapter, place), place, signal.SIGKILL) == -signal.SIGKILL
+    assert not (place / "out").exists()
+    assert [path.suffix for path in place.iterdir()] == [".partial"]
+
+    def export(_model, _layers, folder):
+        (folder / "model.onnx").write_bytes(b"a graph")
+
+    monkeypatch.setattr(build_module, "export_graph", export)
+    result = build(BuildRequest(str(gpt2), {"task": gpt2_adapter}, place / "out", verify=False))
+    assert result.bundle.tasks == ("task",)
+    result.bundle.verify()
+
+
+def test_a_disk_that_fills_up_ends_the_build_with_one_line_and_leaves_nothing_behind(gpt2, gpt2_adapter, place):
+    # The graph's weights are larger than this; so every write beyond fails as on a full disk.
+    limit = 300_000
+    process = start(
+        gpt2, gpt2_adapter, place, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    )
+    output, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert output == ""
+    assert re.fullmatch(r"Error: \[Errno 27\] File too large: '.*/model\.onnx'\n", error)
+    assert not list(place.iterdir())

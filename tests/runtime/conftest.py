@@ -1,0 +1,84 @@
+"""A shared engine, prefixes that fit it, and a way to break what the manifest would notice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+import prefix_runtime
+from prefix_runtime import LayerPrefix, Prefix
+from prefix_runtime.bundle import MANIFEST_NAME, describe_file
+
+
+@pytest.fixture(scope="session")
+def engine(shared_bundle):
+    """An engine on the shared bundle, to which no test adds tasks."""
+    return prefix_runtime.load(shared_bundle, threads=1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(shared_bundle):
+    return Tokenizer.from_file(str(shared_bundle / "tokenizer.json"))
+
+
+@pytest.fixture(scope="session")
+def make_prefix():
+    """Random prefixes, of the shared bundle's geometry where nothing else is asked for."""
+
+    def make(length=4, *, layers=3, heads=4, head_dim=16, dtype=np.float32, seed=0, **fields):
+        shape = (2, layers, heads, length, head_dim)
+        pairs = zip(*np.random.default_rng(seed).normal(size=shape).astype(dtype), strict=True)
+        return Prefix({"decoder": tuple(LayerPrefix(*pair) for pair in pairs)}, **{"position_base": length} | fields)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def rewrite():
+    """Gives a file of a bundle other content, and the manifest its size and hash."""
+
+    def rewrite_file(bundle, name, content):
+        (bundle / name).write_bytes(content)
+        entry = describe_file(bundle, name)
+        manifest = json.loads((bundle / MANIFEST_NAME).read_text())
+        for listed in [*manifest["files"], *(task["file"] for task in manifest["tasks"].values())]:
+            if listed["path"] == name:
+                listed.update(size=entry.size, sha256=entry.sha256)
+        (bundle / MANIFEST_NAME).write_text(json.dumps(manifest))
+
+    return rewrite_file
+
+
+@pytest.fixture(scope="session")
+def python():
+    """Runs code in a clean interpreter with these arguments."""
+
+    def run(code, *arguments, **options):
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+
+    return run
+
+
+@pytest.fixture
+def as_nobody():
+    """A context without root's rights, for which permissions do not count."""
+
+    @contextmanager
+    def nobody():
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(user)
+
+    return nobody

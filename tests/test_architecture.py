@@ -1,0 +1,156 @@
+"""The rules that keep knowledge flowing one way, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+import prefix_export
+import prefix_runtime
+
+ROOT = Path(__file__).parents[1]
+EXPORTER = sorted((ROOT / "prefix_export").rglob("*.py"))
+RUNTIME = sorted((ROOT / "runtime" / "prefix_runtime").rglob("*.py"))
+PACKAGES = [*EXPORTER, *RUNTIME]
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+each_module = pytest.mark.parametrize("path", PACKAGES, ids=name_of)
+
+
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def module_of(path):
+    """The dotted name of a module's package, as relative imports count from it."""
+    base = ROOT if path in EXPORTER else ROOT / "runtime"
+    return path.relative_to(base).parent.parts
+
+
+def imported(path, nodes=None):
+    """Dotted names of everything that a module imports, `from x import y` as `x.y`; relative ones resolved."""
+    for node in ast.walk(tree(path)) if nodes is None else nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = module_of(path)[: len(module_of(path)) - node.level + 1] if node.level else ()
+            source = ".".join([*package, *([node.module] if node.module else [])])
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def imported_roots(path):
+    return {name.split(".")[0] for name in imported(path)}
+
+
+def test_the_rules_see_imports_as_they_are():
+    # The rules below would hold for anything if this helper found nothing.
+    build = ROOT / "prefix_export" / "build.py"
+    assert {"prefix_runtime.Bundle", "prefix_export.formats", "prefix_export.graph.export_graph"} <= set(
+        imported(build)
+    )
+    assert "prefix_export.formats.peft" in set(imported(ROOT / "prefix_export" / "formats" / "__init__.py"))
+    assert len(EXPORTER) >= 10
+    assert len(RUNTIME) >= 15
+
+
+@pytest.mark.parametrize("path", RUNTIME, ids=name_of)
+def test_the_runtime_knows_neither_the_exporter_nor_training_frameworks(path):
+    assert not imported_roots(path) & {
+        "prefix_export", "torch", "transformers", "peft", "optimum", "onnx", "onnx_ir", "onnxscript"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [path for path in PACKAGES if path.name not in ("cli.py", "__main__.py")], ids=name_of)
+def test_only_the_command_line_prints_or_knows_click(path):
+    assert "click" not in imported_roots(path)
+    calls = [node.func for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+    assert not [call for call in calls if isinstance(call, ast.Name) and call.id == "print"]
+
+
+def test_only_the_session_knows_onnxruntime():
+    assert [path.name for path in PACKAGES if "onnxruntime" in imported_roots(path)] == ["session.py"]
+
+
+@pytest.mark.parametrize("path", [path for path in EXPORTER if path.parent.name == "formats"], ids=name_of)
+def test_formats_know_no_graphs(path):
+    assert not imported_roots(path) & {"onnx", "onnx_ir", "onnxscript", "onnxruntime", "torch"}
+    known = {name for name in imported(path) if name.startswith("prefix_export.")}
+    assert all(name.startswith(("prefix_export.errors.", "prefix_export.formats.")) for name in known)
+
+
+@pytest.mark.parametrize("name", ["graph.py", "attention.py"])
+def test_graphs_know_no_formats(name):
+    known = {name for name in imported(ROOT / "prefix_export" / name) if name.startswith("prefix_")}
+    assert known
+    assert all(name.startswith(("prefix_export.attention.", "prefix_export.errors.")) for name in known)
+
+
+@pytest.mark.parametrize("name", ["cli.py", "__init__.py", "__main__.py", "errors.py"])
+def test_nothing_heavy_is_imported_at_the_top_of_what_help_needs(name):
+    path = ROOT / "prefix_export" / name
+    allowed = {"__future__", "click", "collections", "contextlib", "pathlib", "prefix_export", "prefix_runtime",
+               "signal", "sys", "typing"}  # fmt: skip
+    top = set(imported(path, tree(path).body))
+    assert {name.split(".")[0] for name in top} <= allowed
+    own = {name for name in top if name.startswith("prefix_export.")}
+    assert own <= {"prefix_export.__version__", "prefix_export.cli.main", "prefix_export.errors.PrefixExportError"}
+
+
+def public(node, path=""):
+    """Public functions and classes, with the methods of public classes; overloads share their function's docstring."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not child.name.startswith("_"):
+            if not any(isinstance(item, ast.Name) and item.id == "overload" for item in child.decorator_list):
+                yield f"{path}{child.name}", child
+            if isinstance(child, ast.ClassDef):
+                yield from public(child, f"{path}{child.name}.")
+
+
+@each_module
+def test_every_public_name_has_a_docstring(path):
+    module = tree(path)
+    assert ast.get_docstring(module)
+    assert not [name for name, node in public(module) if not ast.get_docstring(node)]
+
+
+@each_module
+def test_a_module_can_be_read_in_one_sitting(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
+
+
+@each_module
+def test_what_is_left_to_do_names_its_issue(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if re.search(r"\b(TODO|FIXME|XXX)\b", line) and not re.search(r"#\d+", line)]
+
+
+def test_sibling_versions_are_equal():
+    assert prefix_export.__version__ == prefix_runtime.__version__
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    (pin,) = [dependency for dependency in dependencies if dependency.startswith("prefix-runtime")]
+    assert re.fullmatch(rf"prefix-runtime(\[cpu\])?=={re.escape(prefix_runtime.__version__)}", pin)
+
+
+def test_the_runtimes_project_folder_is_no_package():
+    assert (ROOT / "runtime" / "pyproject.toml").is_file()
+    assert not (ROOT / "runtime" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("project", [".", "runtime"])
+def test_a_distribution_declares_what_it_imports(project):
+    # Of the modules' own names; the standard library and the siblings aside.
+    declared = tomllib.loads((ROOT / project / "pyproject.toml").read_text())["project"]
+    listed = [*declared["dependencies"], *chain(*declared["optional-dependencies"].values())]
+    names = {re.match(r"[A-Za-z0-9-]+", line)[0].replace("-", "_").lower() for line in listed}
+    used = set().union(*map(imported_roots, EXPORTER if project == "." else RUNTIME))
+    assert used - set(sys.stdlib_module_names) - {"prefix_export", "prefix_runtime"} <= names
