@@ -77,7 +77,7 @@ def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> B
     max_length = _max_length(request, base)
     on_step("folding prefixes")
     prefixes = {task: fold(path, base, max_length) for task, path in request.prefixes.items()}
-    warnings = tuple(_warnings(request, base, prefixes))
+    warnings = tuple(_warnings(request, base, prefixes, max_length))
     expected = _observe(base, prefixes, request.prefixes, max_length, on_step) if request.verify else {}
     with staged(request.output) as folder:
         manifest = _export(base, prefixes, max_length, folder, on_step)
@@ -217,22 +217,23 @@ def _compare(
     return parity
 
 
-def _warnings(request: BuildRequest, base: BaseModel, prefixes: Mapping[str, Prefix]) -> list[str]:
+def _warnings(request: BuildRequest, base: BaseModel, prefixes: Mapping[str, Prefix], max_length: int) -> list[str]:
     found = []
+    positions = base.model.config.get_text_config().max_position_embeddings
+    if base.geometry.context_length < positions:
+        found.append(
+            f"{request.model}: the context is {base.geometry.context_length} of {positions} positions: beyond, the "
+            "model's rotary scaling changes what is cached"
+        )
     if base.tokenizer is None:
         found.append(f"{request.model} has no tokenizer: the bundle takes token ids, not text")
     for task, prefix in prefixes.items():
-        said = prefix.metadata.get("base_model", "")
-        if said and Path(said).name != Path(base.name).name:
-            found.append(f"task {task!r} says that it was trained on {said!r}, not on {base.name!r}")
-        hidden = [i for i, layer in enumerate(base.layers) if _vanishes(layer.sliding_window, prefix)]
-        if hidden:
+        if doubt := formats.doubt_of_base(prefix, base.name):
+            found.append(f"task {task!r}: {doubt}")
+        windows = {layer.sliding_window for layer in base.layers if layer.sliding_window}
+        if windows and min(windows) < max_length:
             found.append(
-                f"task {task!r}: the prefix of length {prefix.prefix_length} leaves the sliding window of "
-                f"{base.layers[hidden[0]].sliding_window} positions as the text grows, in {len(hidden)} layers"
+                f"task {task!r}: layers with a sliding window of {min(windows)} positions see the whole prefix "
+                f"during the first {max(0, min(windows) - prefix.prefix_length)} tokens of text only"
             )
     return found
-
-
-def _vanishes(window: int | None, prefix: Prefix) -> bool:
-    return window is not None and prefix.prefix_length >= window

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from prefix_runtime import Bundle, Prefix
 
     from .build import BuildResult, StepListener
+    from .parity import TaskParity
 
 
 class _Group(runtime.ErrorReportingGroup):
@@ -47,11 +48,10 @@ def main() -> None:
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with the source framework.")
 def build(model: str, prefixes: tuple[str, ...], output: Path, max_length: int | None, verify: bool) -> None:
     """Export the model and fold the prefixes into a bundle."""
-    from .build import BuildRequest, build
+    with _cleaning_up_when_terminated(), _libraries_quiet(), _progress() as on_step:
+        from .build import BuildRequest, build
 
-    request = BuildRequest(model, _by_task(prefixes), output, max_length, verify)
-    with _libraries_quiet(), _cleaning_up_when_terminated(), _progress() as on_step:
-        result = build(request, on_step)
+        result = build(BuildRequest(model, _by_task(prefixes), output, max_length, verify), on_step)
     _print_summary(result)
     for warning in result.warnings:
         click.echo(f"warning: {warning}", err=True)
@@ -109,7 +109,10 @@ def add_task(bundle: Path, prefix: str) -> None:
     from . import formats
 
     def read(path: Path, opened: Bundle) -> Prefix:
-        return formats.read(path, opened.manifest.geometry)
+        prefix = formats.read(path, opened.manifest.geometry)
+        if doubt := formats.doubt_of_base(prefix, opened.manifest.model.name):
+            click.echo(f"warning: {path}: {doubt}", err=True)
+        return prefix
 
     runtime.add_to_bundle(bundle, prefix, read)
 
@@ -128,6 +131,7 @@ def _by_task(prefixes: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _print_summary(result: BuildResult) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -140,20 +144,28 @@ def _print_summary(result: BuildResult) -> None:
         f"{layer.key_value_heads} key/value heads of {layer.head_dim}, context {geometry.context_length}; "
         f"{manifest.precision}, {megabytes:.1f} MB in {result.seconds:.0f} s"
     )
-    table = Table("task", "prefix length", "size", "agrees with", "largest logit difference", "greedy tokens")
+    table = Table("task", "length", "size", "agrees with", "logits within", "tokens", box=SIMPLE_HEAD)
     for task in (None, *result.bundle.tasks):
         entry = manifest.tasks[task] if task else None
         parity = result.parity.get(task)
         table.add_row(
             task or "(no prefix)",
             str(entry.prefix_length) if entry else "0",
-            f"{entry.file.size / 1e6:.2f} MB" if entry else "",
+            _shown_size(entry.file.size) if entry else "",
             parity.reference if parity else "not compared",
             f"{parity.largest_logit_difference:.1e}" if parity else "",
-            "equal" if parity else "",
+            _shown_tokens(parity) if parity else "",
         )
     # In a pipe there is no width to keep to.
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _shown_tokens(parity: TaskParity) -> str:
+    return f"equal, {parity.ties} ties" if parity.ties else "equal"
+
+
+def _shown_size(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
 
 
 @contextmanager
@@ -174,11 +186,13 @@ def _progress() -> Iterator[StepListener]:
 @contextmanager
 def _libraries_quiet() -> Iterator[None]:
     """Keep progress bars and advice of the libraries, which are not the user's to follow, from the terminal."""
+    import logging as standard_logging
     import warnings
 
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    standard_logging.getLogger("huggingface_hub").setLevel(standard_logging.ERROR)
     logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -98,7 +98,8 @@ def _load_config(name: str) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ModelError(
-            f"model {name!r}: expected a Hub id or a folder with a config.json, found {_first_line(error)}"
+            f"model {name!r}: expected a Hub id or a folder with a config.json, found "
+            f"{'a folder without' if Path(name).is_dir() else 'no such folder'}: {_first_line(error)}"
         ) from error
     if config.is_encoder_decoder:
         raise UnsupportedArchitectureError(
@@ -127,12 +128,30 @@ def _load_model(name: str, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _context_length(name: str, config: PreTrainedConfig) -> int:
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    length = getattr(text, "max_position_embeddings", None)
     if not isinstance(length, int) or length < 1:
         raise ModelError(
             f"model {name!r}: config.json: max_position_embeddings: expected a number above 0, found {length}"
         )
+    kinds = _rotary_kinds(text)
+    if "dynamic" in kinds:
+        raise UnsupportedArchitectureError(
+            f"model {name!r}: expected rotary positions that do not depend on the text's length, found rope type "
+            "'dynamic': keys that are cached already would have to change as the text grows"
+        )
+    if "longrope" in kinds:
+        # Beyond this length transformers takes other factors and computes the whole cache anew.
+        original = getattr(text, "original_max_position_embeddings", None) or length
+        return min(length, int(original))
     return length
+
+
+def _rotary_kinds(config: PreTrainedConfig) -> set[str]:
+    """The rope types of a model: one, or one for each kind of layer."""
+    found = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in found.values() if isinstance(value, dict)]
+    return {str(parameters.get("rope_type")) for parameters in (found, *nested)}
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:

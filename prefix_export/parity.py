@@ -45,12 +45,22 @@ class Reference(Protocol):
 
 @dataclass(frozen=True)
 class TaskParity:
-    """One task's comparison: with what, the largest difference of a logit, what is accepted, whether tokens agree."""
+    """One task's comparison.
+
+    Attributes:
+        reference: with what.
+        largest_logit_difference: over all positions of all prompts.
+        tolerance: the difference that is accepted.
+        greedy_tokens_equal: whether the tokens agree, up to the first tie.
+        ties: prompts whose tokens part where two tokens are closer than the tolerance; nothing behind is compared.
+        prompts: that were compared.
+    """
 
     reference: str
     largest_logit_difference: float
     tolerance: float
     greedy_tokens_equal: bool
+    ties: int
     prompts: int
 
     @property
@@ -204,22 +214,25 @@ def compare(expectation: Expectation, engine: Engine, task: str | None) -> TaskP
     difference = float(np.max([np.abs(logits - engine.logits(prompt, task)).max() for prompt, logits, _ in expected]))
     largest = max(float(np.abs(logits).max()) for logits in expectation.logits)
     tolerance = max(ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE * largest)
-    equal = all(_same_tokens(tokens, engine, task, prompt, tolerance) for prompt, _, tokens in expected)
-    result = TaskParity(expectation.reference, difference, tolerance, equal, len(expected))
+    partings = [_parting(tokens, engine, task, prompt) for prompt, _, tokens in expected]
+    ties = sum(0 < gap <= 2 * tolerance for gap in partings)
+    equal = all(gap <= 2 * tolerance for gap in partings)
+    result = TaskParity(expectation.reference, difference, tolerance, equal, ties, len(expected))
     _refuse_disagreement(task, result)
     return result
 
 
-def _same_tokens(
-    expected: Sequence[int], engine: Engine, task: str | None, prompt: Sequence[int], tolerance: float
-) -> bool:
+def _parting(expected: Sequence[int], engine: Engine, task: str | None, prompt: Sequence[int]) -> float:
+    """How far apart the engine's logits of the two tokens are where its greedy tokens part from the expected; else 0.
+
+    Two tokens closer than the accepted difference of either are a tie, which either side may break its way.
+    """
     found = engine.generate(token_ids=prompt, task=task, max_new_tokens=len(expected)).token_ids
     for index, (left, right) in enumerate(zip(expected, found, strict=False)):
         if left != right:
-            # Two tokens closer than the accepted difference of either are a tie, which either side may break its way.
             logits = engine.logits([*prompt, *expected[:index]], task)[-1]
-            return bool(abs(logits[left] - logits[right]) <= 2 * tolerance)
-    return len(expected) == len(found)
+            return max(float(abs(logits[left] - logits[right])), float(np.finfo(np.float32).tiny))
+    return 0.0 if len(expected) == len(found) else float("inf")
 
 
 def _prompts(vocab_size: int, room: int) -> tuple[tuple[int, ...], ...]:

@@ -46,6 +46,23 @@ CONFIGS = {
     "stablelm": (transformers.StableLmConfig, {**_LLAMA, "num_attention_heads": 4}),
     "granite": (transformers.GraniteConfig, _LLAMA),
     "mistral_windowed": (transformers.MistralConfig, {**_LLAMA, "sliding_window": 24}),
+    "phi3_longrope": (
+        transformers.Phi3Config,
+        {
+            **_LLAMA,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0] * 4,
+                "long_factor": [4.0] * 4,
+            },
+        },
+    ),
+    "llama_dynamic": (
+        transformers.LlamaConfig,
+        {**_LLAMA, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+    ),
     "bloom": (transformers.BloomConfig, {"hidden_size": 64, "n_head": 4, "n_layer": 3}),
     "gptj": (transformers.GPTJConfig, {**_GPT, "rotary_dim": 8}),
     "t5": (transformers.T5Config, {"d_model": 64, "num_layers": 2, "num_heads": 4, "d_kv": 16, "d_ff": 96}),

@@ -1,6 +1,7 @@
 """The product in a process of its own, as it is deployed: without torch; answers requests on standard input.
 
-A request is JSON: `{"generate": [token ids, task, new tokens]}` or `{"select": prefix length}`; so is the answer.
+A request is JSON, `{"generate": [token ids, task, new tokens]}` or `{"select": [prefix length, cache bytes]}`; so is
+the answer.
 """
 
 from __future__ import annotations
@@ -34,17 +35,20 @@ def select(engine: prefix_runtime.Engine, length: int) -> dict[str, list[float]]
         [engine.generate(token_ids=[1], task=name, max_new_tokens=2).metrics.task_selection for name in names]
         for _ in range(2)
     )
-    for name in names:
-        engine.remove_task(name)
     return {"first request": first, "later requests": later}
 
 
 def main() -> None:
     """Serve the bundle and the threads that the command line names."""
-    engine = prefix_runtime.load(sys.argv[1], threads=int(sys.argv[2]), cache_bytes=8 << 30)
+    bundle, threads = sys.argv[1], int(sys.argv[2])
+    engine = prefix_runtime.load(bundle, threads=threads)
     for line in sys.stdin:
         request = json.loads(line)
-        answer = generate(engine, *request["generate"]) if "generate" in request else select(engine, request["select"])
+        if "generate" in request:
+            answer = generate(engine, *request["generate"])
+        else:
+            length, cache_bytes = request["select"]
+            answer = select(prefix_runtime.load(bundle, threads=threads, cache_bytes=cache_bytes), length)
         print(json.dumps(answer), flush=True)
 
 

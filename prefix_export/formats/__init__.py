@@ -65,3 +65,11 @@ def read(path: Path, geometry: Geometry) -> Prefix:
     """
     prefix: Prefix = find_reader(path).read(path, geometry)
     return prefix
+
+
+def doubt_of_base(prefix: Prefix, name: str) -> str | None:
+    """What to tell a user whose prefix says that it was trained on a base model of another name, or None."""
+    said = prefix.metadata.get("base_model", "")
+    if not said or Path(said).name == Path(name).name:
+        return None
+    return f"the prefix says that it was trained on {said!r}, not on {name!r}"

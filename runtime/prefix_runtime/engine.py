@@ -36,8 +36,8 @@ class GenerationOptions(TypedDict, total=False):
     """
 
     max_new_tokens: int | None
-    sampling: Sampling
-    stop: str | Sequence[str]
+    sampling: Sampling | None
+    stop: str | Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def load(
     Raises:
         BundleError, BundleIntegrityError: the folder is not a bundle, or not whole.
         ProviderError: onnxruntime cannot open the graph with this provider.
-        RequestError: `max_length` is out of range.
+        RequestError: `max_length` or `cache_bytes` is out of range.
 
     >>> engine = load("bundle")  # doctest: +SKIP
     >>> engine.generate("name[Aromi], food[Chinese]", task="e2e").text  # doctest: +SKIP
@@ -90,6 +90,8 @@ def load(
     limit = bundle.manifest.max_length
     if max_length is not None and not 1 <= max_length <= limit:
         raise RequestError(f"max_length: expected 1 to the bundle's {limit}, found {max_length}")
+    if cache_bytes < 0:
+        raise RequestError(f"cache_bytes: expected 0 or more, found {cache_bytes}")
     session = Session(bundle.graph_path, provider, threads)
     return Engine(bundle, session, max_length or limit, cache_bytes)
 
@@ -255,7 +257,6 @@ class Engine:
                 continue
             if text and reason != "stop":
                 piece += text.finish()
-                reason = "stop" if text.stopped else reason
             metrics = _metrics(request, lease, seconds)
             result = GenerationResult(text.text if text else None, tuple(token_ids), reason, request.task, metrics)
             yield Chunk(piece, step.token_id, result)
@@ -269,7 +270,7 @@ class Engine:
         if unknown:
             # As Python itself does: a misspelt option must not be left out silently.
             raise TypeError(f"expected the options {', '.join(GenerationOptions.__annotations__)}, found {unknown}")
-        stop = _as_stop(options.get("stop", ()))
+        stop = _as_stop(options.get("stop"))
         if stop and self._codec is None:
             raise RequestError(f"stop: {self.bundle.root} has no tokenizer, so text cannot be looked at; leave it out")
         selecting = time.perf_counter()
@@ -278,7 +279,7 @@ class Engine:
         ids = self._encode(prompt)
         limit = options.get("max_new_tokens")
         max_new_tokens = self._check_length(prefix, len(ids), limit, least_new_tokens)
-        sampling = options.get("sampling", _GREEDY)
+        sampling = options.get("sampling") or _GREEDY
         preparation = time.perf_counter() - started
         return _Request(ids, task, prefix, max_new_tokens, sampling, stop, selected, preparation)
 
@@ -351,7 +352,9 @@ def _one_each(task: str | Sequence[str | None] | None, count: int) -> list[str |
     return list(task)
 
 
-def _as_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
+def _as_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    if stop is None:
+        return ()
     strings = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(string, str) and string for string in strings):
         raise RequestError(f"stop: expected strings of at least one character, found {list(strings)}")

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+# onnxruntime 1.32 notes every process in a database under the user's cache folder, for its makers. What runs on other
+# people's devices does so only where its user says so, by setting this variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 try:
     import onnxruntime as ort
 except ImportError as error:
-    raise ImportError(
-        "prefix-runtime needs onnxruntime: pip install 'prefix-runtime[cpu]' or 'prefix-runtime[gpu]'"
-    ) from error
+    raise ImportError("prefix-runtime needs onnxruntime: pip install 'prefix-runtime[cpu]'") from error
 
 from .errors import ProviderError
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider"}
 _ERROR_SEVERITY = 3
+_MOST_THREADS = 512  # onnxruntime makes as many as it is told, for minutes
 
 
 class Session:
@@ -37,8 +41,8 @@ class Session:
         options = ort.SessionOptions()
         options.log_severity_level = _ERROR_SEVERITY
         if threads is not None:
-            if threads < 1:
-                raise ProviderError(f"threads: expected 1 or more, found {threads}")
+            if not 1 <= threads <= _MOST_THREADS:
+                raise ProviderError(f"threads: expected 1 to {_MOST_THREADS}, found {threads}")
             options.intra_op_num_threads = threads
         try:
             self._session = ort.InferenceSession(str(path), options, providers=[_provider_name(provider)])
@@ -46,11 +50,6 @@ class Session:
             raise
         except Exception as error:  # onnxruntime's own errors share no base but Exception.
             raise ProviderError(f"{path}: onnxruntime {ort.__version__} cannot open the graph: {error}") from error
-
-    @property
-    def input_names(self) -> tuple[str, ...]:
-        """The graph's inputs, in its order."""
-        return tuple(node.name for node in self._session.get_inputs())
 
     def binding(self) -> Binding:
         """A new, empty binding."""

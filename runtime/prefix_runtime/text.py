@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from .errors import BundleError, RequestError
+
+_NO_CHARACTER = "\ufffd"
+"""What tokenizers write for bytes that are no character, or not yet."""
 
 
 class TextCodec:
@@ -51,7 +53,8 @@ class GrowingText:
     """Text that grows token by token, in whole characters, and ends before a stop string.
 
     What might turn out to be the beginning of a stop string is held back until it is certain. Special tokens are
-    left out. Bytes at the end that are no whole character are left out as well.
+    left out. Bytes at the end that are no whole character are left out as well. Otherwise the text of
+    tokens that make up characters is what the tokenizer makes of all of them together.
 
     Attributes:
         text: what has been given out so far.
@@ -62,7 +65,6 @@ class GrowingText:
         self.text = ""
         self.stopped = False
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = tuple(stop)
         self._token_ids: list[int] = []
         self._held = ""
@@ -70,24 +72,21 @@ class GrowingText:
     def push(self, token_id: int) -> str:
         """The characters that a token makes certain, possibly none."""
         self._token_ids.append(token_id)
-        self._held += self._stream.step(self._tokenizer, token_id) or ""
-        return self._give_certain()
-
-    def _give_certain(self) -> str:
+        # All tokens each time: tokenizers' DecodeStream (0.23) is faster, but raises on bytes that are no characters
+        # where a tokenizer falls back to bytes, which any model may write.
+        whole = self._tokenizer.decode(self._token_ids, skip_special_tokens=True).rstrip(_NO_CHARACTER)
+        # Where a tokenizer falls back to bytes, a byte that fits nowhere undoes the characters of the bytes before it,
+        # each byte becoming one: what has been given out stays, and the text goes on behind it.
+        self._held = whole[len(self.text) :]
         found = [self._held.find(stop) for stop in self._stop if stop in self._held]
         if found:
             self.stopped = True
-            return self._give(min(found), drop_rest=True)
+            return self._give(min(found))
         return self._give(len(self._held) - self._possible_stop())
 
     def finish(self) -> str:
-        """The characters that were held back for a stop string, or a character, that did not come."""
-        # The last tokens may hold whole characters before the beginning of one: the stream waits for its end.
-        whole = self._tokenizer.decode(self._token_ids, skip_special_tokens=True).rstrip("\ufffd")
-        given = self.text + self._held
-        if whole.startswith(given):
-            self._held += whole[len(given) :]
-        return self._give_certain() + self._give(len(self._held))
+        """The characters that were held back for a stop string that did not come."""
+        return "" if self.stopped else self._give(len(self._held))
 
     def _possible_stop(self) -> int:
         longest = 0
@@ -98,8 +97,7 @@ class GrowingText:
                     break
         return longest
 
-    def _give(self, count: int, drop_rest: bool = False) -> str:
-        given, rest = self._held[:count], self._held[count:]
-        self._held = "" if drop_rest else rest
+    def _give(self, count: int) -> str:
+        given, self._held = self._held[:count], self._held[count:]
         self.text += given
         return given

@@ -21,14 +21,19 @@ def place(tmp_path):
     return tmp_path / "place"
 
 
-def start(model, adapter, place, **options):
+def start(model, adapter, place, limit=resource.RLIM_INFINITY):
+    def prepare():
+        # A shell's background job ignores Ctrl-C, and so would everything that it starts.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
     arguments = ["--model", model, "--prefix", f"task={adapter}", "--output", place / "out", "--no-verify"]
     return subprocess.Popen(
         [sys.executable, "-m", "prefix_export", "build", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
+        preexec_fn=prepare,  # noqa: PLW1509  # there is no other way to limit files
     )
 
 
@@ -66,10 +71,7 @@ def test_a_build_that_is_killed_leaves_no_bundle_and_does_not_stand_in_the_way(g
 
 def test_a_disk_that_fills_up_ends_the_build_with_one_line_and_leaves_nothing_behind(gpt2, gpt2_adapter, place):
     # The graph's weights are larger than this; so every write beyond fails as on a full disk.
-    limit = 300_000
-    process = start(
-        gpt2, gpt2_adapter, place, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    )
+    process = start(gpt2, gpt2_adapter, place, limit=300_000)
     output, error = process.communicate(timeout=120)
     assert process.returncode == 1
     assert output == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -95,9 +96,8 @@ def test_a_build_in_a_pipe_prints_a_summary_and_nothing_else(built):
     assert header.startswith(
         "bundle: gpt2-0-text (GPT2LMHeadModel), 3 layers, 4 key/value heads of 16, context 320; fp32"
     )
-    rows = {line.split("│")[1].strip(): line for line in table if line.startswith("│")}
+    rows = {re.split(r"\s{2,}", line)[1]: line for line in table if line.rstrip().endswith("equal")}
     assert set(rows) == {"(no prefix)", "e2e", "own"}
-    assert all(row.split("│")[-2].strip() == "equal" for row in rows.values())
     assert "transformers" in rows["(no prefix)"]
     assert "peft" in rows["e2e"]
     assert "\x1b" not in run.stdout

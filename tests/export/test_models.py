@@ -232,3 +232,13 @@ def test_a_hub_id_in_the_cache_is_loaded_offline(offline, base):
 def test_an_unknown_hub_id_is_refused_offline_in_one_line(offline):
     assert len(offline) == 2
     assert offline[1].startswith("ModelError model 'org/nothing': expected a Hub id or a folder with a config.json")
+
+
+def test_rotary_positions_that_depend_on_the_length_are_refused_by_name(workshop):
+    with pytest.raises(UnsupportedArchitectureError, match="found rope type 'dynamic'"):
+        load_base_model(str(workshop.model("llama_dynamic")))
+
+
+def test_longrope_is_limited_to_the_context_before_its_factors_change(workshop):
+    base = load_base_model(str(workshop.model("phi3_longrope")))
+    assert (base.geometry.context_length, base.model.config.max_position_embeddings) == (64, 320)

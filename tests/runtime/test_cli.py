@@ -288,7 +288,7 @@ class TestGenerate:
             ([PROMPT, "--top-p", "2"], "top_p: expected above 0 and at most 1, found 2.0"),
             ([PROMPT, "--stop", ""], "stop: expected strings of at least one character"),
             ([PROMPT, "--provider", "tpu"], "provider: expected one of cpu"),
-            ([PROMPT, "--threads", "0"], "threads: expected 1 or more, found 0"),
+            ([PROMPT, "--threads", "0"], "threads: expected 1 to 512, found 0"),
             ([""], "prompt: expected at least one token, found none"),
             (["--token-ids", "1,x"], "--token-ids: expected whole numbers with commas between, found '1,x'"),
             (["--token-ids", ""], "--token-ids: expected whole numbers"),

@@ -578,7 +578,7 @@ class TestLoading:
 
     @pytest.mark.parametrize("threads", [0, -1])
     def test_no_threads_are_refused(self, shared_bundle, threads):
-        with pytest.raises(ProviderError, match=f"threads: expected 1 or more, found {threads}"):
+        with pytest.raises(ProviderError, match=f"threads: expected 1 to 512, found {threads}"):
             prefix_runtime.load(shared_bundle, threads=threads)
 
     @pytest.mark.parametrize("provider", ["tpu", "", "CPU", "CPUExecutionProvider"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -139,3 +141,11 @@ def test_without_onnxruntime_the_message_says_what_to_install(python):
 def test_its_version_is_a_version():
     assert all(part.isdigit() for part in prefix_runtime.__version__.split("."))
     assert sys.modules["prefix_runtime"].__version__ == prefix_runtime.__version__
+
+
+def test_onnxruntime_keeps_no_record_of_who_runs_it(shared_bundle, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "prefix_runtime", "tasks", "list", str(shared_bundle)]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    assert not list(tmp_path.rglob("*onnxruntime*"))

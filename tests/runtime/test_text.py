@@ -76,6 +76,37 @@ def test_whole_characters_in_a_last_token_that_also_begins_another_are_kept():
     assert grown(tokenizer, [0, 2])[1].text == "aa"
 
 
+@pytest.fixture(scope="module")
+def fallback():
+    """A tokenizer as Llama's: words after `▁`, and bytes where it has no token."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁the", "▁", "a", "é", "▁fox"]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+def fallback_ids(text):
+    return [1 + byte for byte in text.encode()]
+
+
+@given(words=st.lists(st.one_of(WHOLE.map(fallback_ids), st.just([257]), st.just([260])), max_size=8))
+def test_characters_of_a_tokenizer_that_falls_back_to_bytes_grow_to_what_it_decodes(fallback, words):
+    ids = [token_id for word in words for token_id in word]
+    chunks, text = grown(fallback, ids)
+    assert "".join(chunks) == text.text == fallback.decode(ids)
+    assert not any("\ufffd" in chunk for chunk in chunks)
+
+
+@given(ids=st.lists(st.integers(1, 260), max_size=30))
+def test_no_bytes_stand_in_the_way_of_what_follows_them(fallback, ids):
+    # DecodeStream raises on some of these: a line feed, half a character, a word.
+    chunks, text = grown(fallback, [*ids, 261])
+    assert "".join(chunks) == text.text
+    assert text.text.endswith("fox")
+
+
 def test_bytes_that_are_no_character_are_given_once_another_follows(tokenizer):
     half, letter = tokenizer.encode("é").ids[:1], tokenizer.encode("a").ids
     chunks, _ = grown(tokenizer, half + letter)
