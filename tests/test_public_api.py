@@ -77,29 +77,6 @@ def test_the_two_families_of_errors_are_apart():
     assert not issubclass(prefix_runtime.PrefixRuntimeError, prefix_export.errors.PrefixExportError)
 
 
-def test_the_runtimes_names_are_these():
-    assert prefix_runtime.__all__ == sorted(
-        [
-            *RUNTIME_ERRORS,
-            "Bundle",
-            "Chunk",
-            "Engine",
-            "GenerationOptions",
-            "GenerationResult",
-            "Geometry",
-            "LayerGeometry",
-            "LayerPrefix",
-            "Manifest",
-            "Metrics",
-            "Prefix",
-            "Sampling",
-            "Source",
-            "load",
-        ]
-    )
-    assert all(hasattr(prefix_runtime, name) for name in prefix_runtime.__all__)
-
-
 def test_the_exporters_recipe_has_these_names():
     own = {
         name

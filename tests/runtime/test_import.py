@@ -93,7 +93,7 @@ import prefix_runtime
 
 
 def test_the_public_names_are_these():
-    assert sorted(prefix_runtime.__all__) == PUBLIC
+    assert prefix_runtime.__all__ == PUBLIC == sorted(PUBLIC)
 
 
 @pytest.mark.parametrize("name", PUBLIC)
