@@ -126,7 +126,7 @@ class GroupQueryAttention:
     Emits `com.microsoft::GroupQueryAttention` (onnxruntime 1.32, docs/ContribOperators.md), for every layer once.
 
     Args:
-        past: for each layer key and value, [batch, num_key_value_heads, past, head_dim].
+        past: for each layer key and value, [batch, num_key_value_heads, past, head_dim] float32 or float16.
         lengths: filled positions of each row less one, with the new tokens, [batch] int32.
         total: the longest row's, a scalar, int32.
 
@@ -166,7 +166,7 @@ class GroupQueryAttention:
             "com.microsoft::GroupQueryAttention",
             (_packed(query), _packed(key), _packed(value), past_key, past_value, self._lengths, self._total),
             attrs=attributes,
-            dtypes=(query.dtype,) * 3,
+            dtypes=(query.dtype, past_key.dtype, past_value.dtype),
             shapes=((batch, sequence, heads * head_dim), past_key.shape, past_value.shape),
             version=1,
         )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from prefix_runtime import Bundle, Manifest, Prefix, load
+import torch
+
+from prefix_runtime import Bundle, Manifest, Prefix
 from prefix_runtime.bundle import MANIFEST_NAME, check_output, describe_file, staged, write_prefix
 from prefix_runtime.geometry import LEAST_TEXT
 from prefix_runtime.manifest import ModelEntry, check_new_task_name
@@ -19,10 +22,14 @@ from .attention import check_fast_flavour
 from .errors import ExportError, ModelError
 from .graph import GRAPH_NAME, export_graph
 from .models import BaseModel, load_base_model
-from .parity import Expectation, TaskParity, compare, observe
+from .parity import TaskParity
+from .progress import StepListener
+from .quality import TaskQuality, read_held_out
+from .quantize import Quantization, QuantizedModel, quantization
+from .verification import FloatAnswers, answer_all, assess_all, certificate, compare_all, observe_all
 
-StepListener = Callable[[str], None]
-"""Told what begins, before it begins."""
+CACHES = {"fp32": torch.float32, "fp16": torch.float16}
+"""What keys and values may be kept in."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,12 @@ class BuildRequest:
         prefixes: a trained checkpoint for each task.
         output: the bundle's folder, which must not exist yet.
         max_length: positions that prefix and text may take together; None takes the model's context.
+        precision: of the weights: "fp32", "int8" or "int4".
+        block_size: weights that share a scale; None takes `quantize.DEFAULT_BLOCK_SIZES`.
+        quantizer: how weights are rounded: "rtn" or "hqq".
+        cache: what keys and values are kept in: "fp32" or "fp16".
+        held_out: text files, a text a line, on which float32 and what is rounded are compared, by task; the one under
+            None is for tasks without one of their own and for the bare model. Where there is none, the demo's.
         verify: compare the graph with the source framework before the bundle is moved into place.
     """
 
@@ -41,6 +54,11 @@ class BuildRequest:
     prefixes: Mapping[str, Path]
     output: Path
     max_length: int | None = None
+    precision: str = "fp32"
+    block_size: int | None = None
+    quantizer: str = "rtn"
+    cache: str = "fp32"
+    held_out: Mapping[str | None, Path] = field(default_factory=dict)
     verify: bool = True
 
 
@@ -51,12 +69,14 @@ class BuildResult:
     Attributes:
         bundle: as it is on disk.
         parity: by task, the bare model under None; empty where it was not verified.
+        quality: of what was rounded, by task; empty where nothing was, or it was not verified.
         seconds: that the whole took.
         warnings: what the user should know, a line each.
     """
 
     bundle: Bundle
     parity: Mapping[str | None, TaskParity]
+    quality: Mapping[str | None, TaskQuality]
     seconds: float
     warnings: tuple[str, ...] = field(default=())
 
@@ -71,6 +91,9 @@ def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> B
     started = time.perf_counter()
     check_output(request.output)
     _check_names(request.prefixes)
+    settings = quantization(request.precision, request.block_size, request.quantizer)
+    _check_cache(request.cache)
+    _check_held_out(request)
     on_step(f"loading {request.model}")
     base = load_base_model(request.model)
     check_fast_flavour(base.model, base.layers)
@@ -78,28 +101,81 @@ def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> B
     on_step("folding prefixes")
     prefixes = {task: fold(path, base, max_length) for task, path in request.prefixes.items()}
     warnings = tuple(_warnings(request, base, prefixes, max_length))
-    expected = _observe(base, prefixes, request.prefixes, max_length, on_step) if request.verify else {}
+    in_float = _answer_in_float(request, base, prefixes, max_length, on_step)
+    quantized = _quantize(base, settings, on_step)
+    expected = observe_all(base, prefixes, request.prefixes, max_length, on_step) if request.verify else {}
     with staged(request.output) as folder:
-        manifest = _export(base, prefixes, max_length, folder, on_step)
+        manifest = _export(request, base, quantized, prefixes, max_length=max_length, folder=folder, on_step=on_step)
         # The engine needs the room that the model takes, which torch's export keeps alive by cycles.
-        del base
+        del base, quantized
         gc.collect()
-        parity = _compare(folder, expected, on_step) if request.verify else {}
+        parity = compare_all(folder, expected, on_step) if request.verify else {}
+        quality = assess_all(folder, in_float, on_step) if in_float else {}
         if parity:
-            _write_manifest(folder, replace(manifest, parity=certificate(parity)))
+            _write_manifest(folder, replace(manifest, parity=certificate(parity, quality)))
         on_step("writing the bundle")
-    return BuildResult(Bundle.open(request.output), parity, time.perf_counter() - started, warnings)
+    return BuildResult(Bundle.open(request.output), parity, quality, time.perf_counter() - started, warnings)
+
+
+def _check_cache(cache: str) -> None:
+    if cache not in CACHES:
+        raise ExportError(f"cache: expected one of {', '.join(CACHES)}, found {cache!r}")
+
+
+def _check_held_out(request: BuildRequest) -> None:
+    for task, path in request.held_out.items():
+        if task is not None and task not in request.prefixes:
+            raise ExportError(f"held-out text {path}: expected one of the tasks that are built, found {task!r}")
+        if not path.is_file():
+            raise ExportError(f"held-out text {path}: expected a text file, found none")
+
+
+def _answer_in_float(
+    request: BuildRequest, base: BaseModel, prefixes: Mapping[str, Prefix], max_length: int, on_step: StepListener
+) -> dict[str | None, FloatAnswers]:
+    """What the model makes of held-out text, where something is about to be rounded."""
+    if not request.verify or (request.precision == "fp32" and request.cache == "fp32"):
+        return {}
+    held_out = {
+        task: read_held_out(
+            request.held_out.get(task, request.held_out.get(None)), base, prefixes[task] if task else None, max_length
+        )
+        for task in (None, *prefixes)
+    }
+    return answer_all(base, prefixes, request.prefixes, held_out, on_step)
+
+
+def _quantize(base: BaseModel, settings: Quantization | None, on_step: StepListener) -> QuantizedModel | None:
+    if settings is None:
+        return None
+    on_step(f"rounding the weights to {settings.bits} bits")
+    return QuantizedModel(base.model, settings)
 
 
 def _export(
-    base: BaseModel, prefixes: Mapping[str, Prefix], max_length: int, folder: Path, on_step: StepListener
+    request: BuildRequest,
+    base: BaseModel,
+    quantized: QuantizedModel | None,
+    prefixes: Mapping[str, Prefix],
+    *,
+    max_length: int,
+    folder: Path,
+    on_step: StepListener,
 ) -> Manifest:
     """Write everything but the certificate."""
     on_step("exporting the graph")
-    export_graph(base.model, base.layers, folder)
+    with quantized.packed() if quantized else nullcontext():
+        context = base.geometry.context_length
+        weight_bytes = export_graph(base.model, base.layers, context, folder, CACHES[request.cache])
     _save_configs(base, folder)
     on_step("hashing")
-    manifest = _manifest(base, max_length, prefixes, folder)
+    manifest = replace(
+        _manifest(base, max_length, prefixes, weight_bytes, folder),
+        precision=request.precision,
+        cache=request.cache,
+        block_size=quantized.settings.block_size if quantized else None,
+        quantizer=quantized.settings.method if quantized else None,
+    )
     _write_manifest(folder, manifest)
     return manifest
 
@@ -131,15 +207,13 @@ def verify_against(
             f"model {model!r}: expected the bundle's base model {bundle.manifest.model.name!r}, found other weights "
             f"(fingerprint {base.fingerprint[:20]}…, not {bundle.manifest.model.fingerprint[:20]}…)"
         )
+    manifest = bundle.manifest
+    if settings := quantization(manifest.precision, manifest.block_size, manifest.quantizer or "rtn"):
+        on_step("rounding the weights")
+        QuantizedModel(base.model, settings)
     prefixes = {task: bundle.prefix(task) for task in bundle.tasks}
-    expected = _observe(base, prefixes, dict.fromkeys(prefixes), bundle.manifest.max_length, on_step)
-    return _compare(bundle.root, expected, on_step)
-
-
-def certificate(parity: Mapping[str | None, TaskParity]) -> dict[str, object]:
-    """The comparison as the manifest keeps it."""
-    tasks = {task: asdict(result) for task, result in parity.items() if task is not None}
-    return {"bare_model": asdict(parity[None]), "tasks": tasks}
+    expected = observe_all(base, prefixes, dict.fromkeys(prefixes), manifest.max_length, on_step)
+    return compare_all(bundle.root, expected, on_step)
 
 
 def _check_names(prefixes: Mapping[str, Path]) -> None:
@@ -169,7 +243,9 @@ def _save_configs(base: BaseModel, folder: Path) -> None:
             raise ExportError(f"{folder}: the tokenizer cannot be written: {error}") from error
 
 
-def _manifest(base: BaseModel, max_length: int, prefixes: Mapping[str, Prefix], folder: Path) -> Manifest:
+def _manifest(
+    base: BaseModel, max_length: int, prefixes: Mapping[str, Prefix], weight_bytes: int, folder: Path
+) -> Manifest:
     files = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
     return Manifest(
         producer=f"prefix-export {__version__}",
@@ -181,6 +257,7 @@ def _manifest(base: BaseModel, max_length: int, prefixes: Mapping[str, Prefix], 
         precision="fp32",
         target="cpu",
         graph=GRAPH_NAME,
+        weight_bytes=weight_bytes,
         files={name: describe_file(folder, name) for name in files},
         tasks={task: write_prefix(folder, task, prefix) for task, prefix in prefixes.items()},
     )
@@ -188,33 +265,6 @@ def _manifest(base: BaseModel, max_length: int, prefixes: Mapping[str, Prefix], 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
     write_file_atomically(folder / MANIFEST_NAME, manifest.to_json().encode())
-
-
-def _observe(
-    base: BaseModel,
-    prefixes: Mapping[str, Prefix],
-    sources: Mapping[str, Path | None],
-    max_length: int,
-    on_step: StepListener,
-) -> dict[str | None, Expectation]:
-    on_step("running the source framework")
-    expected: dict[str | None, Expectation] = {None: observe(base, None, None, max_length)}
-    for task, prefix in prefixes.items():
-        on_step(f"running the source framework: {task}")
-        expected[task] = observe(base, prefix, sources[task], max_length)
-    return expected
-
-
-def _compare(
-    folder: Path, expected: Mapping[str | None, Expectation], on_step: StepListener
-) -> dict[str | None, TaskParity]:
-    on_step("opening the bundle")
-    engine = load(folder)
-    parity = {}
-    for task, expectation in expected.items():
-        on_step(f"comparing {'the bare model' if task is None else task}")
-        parity[task] = compare(expectation, engine, task)
-    return parity
 
 
 def _warnings(request: BuildRequest, base: BaseModel, prefixes: Mapping[str, Prefix], max_length: int) -> list[str]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,10 +18,13 @@ from . import __version__
 from .errors import PrefixExportError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from prefix_runtime import Bundle, Prefix
 
-    from .build import BuildResult, StepListener
+    from .build import BuildResult
     from .parity import TaskParity
+    from .progress import StepListener
 
 
 class _Group(runtime.ErrorReportingGroup):
@@ -45,13 +48,24 @@ def main() -> None:
 )
 @click.option("--output", type=click.Path(path_type=Path), default="bundle", show_default=True, help="Must not exist.")
 @click.option("--max-length", type=int, help="Positions that prefix and text may take. Default: the model's context.")
+@click.option("--precision", default="fp32", show_default=True, help="Of the weights: fp32, int8 or int4.")
+@click.option("--block-size", type=int, help="Weights that share a scale. Default: 128 for int8, 32 for int4.")
+@click.option("--quantizer", default="rtn", show_default=True, help="rtn rounds to nearest; hqq searches zero points.")
+@click.option("--cache", default="fp32", show_default=True, help="Keys and values are kept in: fp32 or fp16.")
+@click.option(
+    "--held-out",
+    metavar="[TASK=]TEXT_FILE",
+    multiple=True,
+    help="Texts, one a line, on which what is rounded is compared with float32; what stands before a tab is read and "
+    "not counted. Repeatable. Default: the demo's.",
+)
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with the source framework.")
-def build(model: str, prefixes: tuple[str, ...], output: Path, max_length: int | None, verify: bool) -> None:
+def build(model: str, prefixes: tuple[str, ...], held_out: tuple[str, ...], **options: Any) -> None:
     """Export the model and fold the prefixes into a bundle."""
     with _cleaning_up_when_terminated(), _libraries_quiet(), _progress() as on_step:
         from .build import BuildRequest, build
 
-        result = build(BuildRequest(model, _by_task(prefixes), output, max_length, verify), on_step)
+        result = build(BuildRequest(model, _by_task(prefixes), held_out=_held_out(held_out), **options), on_step)
     _print_summary(result)
     for warning in result.warnings:
         click.echo(f"warning: {warning}", err=True)
@@ -130,6 +144,14 @@ def _by_task(prefixes: tuple[str, ...]) -> dict[str, Path]:
     return dict(named)
 
 
+def _held_out(files: tuple[str, ...]) -> dict[str | None, Path]:
+    named = [(task or None, Path(path)) for task, _, path in (file.rpartition("=") for file in files)]
+    found = dict(named)
+    if len(found) < len(named):
+        raise click.UsageError("--held-out: two files for one task, or for all; give one")
+    return found
+
+
 def _print_summary(result: BuildResult) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -157,7 +179,29 @@ def _print_summary(result: BuildResult) -> None:
             _shown_tokens(parity) if parity else "",
         )
     # In a pipe there is no width to keep to.
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    if result.quality:
+        console.print(_quality_table(result))
+
+
+def _quality_table(result: BuildResult) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    manifest = result.bundle.manifest
+    title = f"{manifest.precision} weights, {manifest.cache} keys and values, against float32"
+    table = Table("task", "held-out text", "tokens", "greedy agreement", "perplexity", box=SIMPLE_HEAD, title=title)
+    for task, quality in result.quality.items():
+        before, after = quality.reference_perplexity, quality.perplexity
+        table.add_row(
+            task or "(no prefix)",
+            quality.held_out,
+            str(quality.positions),
+            f"{quality.greedy_agreement:.1%}",
+            f"{before:.4g} → {after:.4g} ({after / before - 1:+.1%})" if before and after else "",
+        )
+    return table
 
 
 def _shown_tokens(parity: TaskParity) -> str:

@@ -26,30 +26,51 @@ import onnx
 import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .attention import AttentionLayer, GroupQueryAttention, attention
 from .errors import ExportError
+from .simplify import simplify
 
 OPSET = 20
 GRAPH_NAME = "model.onnx"
 _LOGITS_LENGTH = "logits_length"
+# Inputs, by operator and place, of which a decode step reads a row: embeddings and rotary positions.
+_LOOKUPS = {
+    ("Gather", 0),
+    *(("GatherBlockQuantized", index) for index in (0, 2, 3)),
+    *(("GroupQueryAttention", index) for index in (7, 8)),
+}
 
 
-def export_graph(model: PreTrainedModel, layers: tuple[AttentionLayer, ...], folder: Path) -> None:
+def export_graph(
+    model: PreTrainedModel,
+    layers: tuple[AttentionLayer, ...],
+    positions: int,
+    folder: Path,
+    cache: torch.dtype = torch.float32,
+) -> int:
     """Write `model.onnx` and `model.onnx.data`, the weights, each stored once, into a folder.
 
     Args:
         model: in float32, in evaluation mode.
         layers: its attention layers, as `attention.probe` found them.
+        positions: that the model has.
         folder: that exists.
+        cache: of past and present keys and values, float32 or float16.
+
+    Returns:
+        The bytes of weights that a decode step reads: all but the rows of tables that it does not look up.
 
     Raises:
         ExportError: torch cannot trace the model, or the trace breaks the contract.
         OSError: the disk is full or not writable.
     """
-    program = _trace(_Decoder(model, len(layers)).eval(), layers)
+    with _plain_projections(model):
+        program = _trace(_Decoder(model, len(layers)).eval(), layers, cache)
     graph = program.model
     _name_axes(graph)
+    simplify(graph, positions)
     _drop_traces_of_the_machine(graph)
     _check_contract(graph, len(layers))
     try:
@@ -60,6 +81,7 @@ def export_graph(model: PreTrainedModel, layers: tuple[AttentionLayer, ...], fol
         onnx.checker.check_model(folder / GRAPH_NAME)
     except onnx.checker.ValidationError as error:
         raise ExportError(f"graph: expected a model that onnx's checker accepts, found {error}") from error
+    return _weight_bytes(graph.graph)
 
 
 class _Decoder(torch.nn.Module):
@@ -90,6 +112,31 @@ class _Decoder(torch.nn.Module):
         return (output.logits, *(tensor for i in range(self.layers) for tensor in function.present[i]))
 
 
+class _Projection(torch.nn.Module):
+    """What transformers' `Conv1D` computes, without the reshapes that it puts around."""
+
+    def __init__(self, original: Conv1D) -> None:
+        super().__init__()
+        self.weight, self.bias = original.weight, original.bias
+
+    def forward(self, activation: torch.Tensor) -> torch.Tensor:
+        """[..., inputs] to [..., outputs]."""
+        return activation @ self.weight + self.bias
+
+
+@contextmanager
+def _plain_projections(model: PreTrainedModel) -> Iterator[None]:
+    """Trace `Conv1D` (GPT-2's linear layer) as a `MatMul` and an `Add`."""
+    before = {name: module for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    try:
+        for name, module in before.items():
+            model.set_submodule(name, _Projection(module))
+        yield
+    finally:
+        for name, module in before.items():
+            model.set_submodule(name, module)
+
+
 def _size(tensor: torch.Tensor, axis: int) -> torch.Tensor:
     """An axis' size, a scalar int64 of the graph: `tensor.shape[axis]` would be a number of the trace."""
     shape = torch.onnx.ops.symbolic(
@@ -107,13 +154,13 @@ def _kept(count: torch.Tensor, sequence: int) -> torch.Tensor:
     return torch.arange(first, sequence)
 
 
-def _trace(decoder: _Decoder, layers: tuple[AttentionLayer, ...]) -> torch.onnx.ONNXProgram:
+def _trace(decoder: _Decoder, layers: tuple[AttentionLayer, ...], cache: torch.dtype) -> torch.onnx.ONNXProgram:
     names = [f"{{}}.{index}.{part}" for index in range(len(layers)) for part in ("key", "value")]
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
                 decoder,
-                kwargs=_example(layers),
+                kwargs=_example(layers, cache),
                 dynamic_shapes=_dynamic_shapes(len(layers)),
                 input_names=[
                     "input_ids",
@@ -134,17 +181,18 @@ def _trace(decoder: _Decoder, layers: tuple[AttentionLayer, ...]) -> torch.onnx.
     return program
 
 
-def _example(layers: tuple[AttentionLayer, ...]) -> dict[str, Any]:
+def _example(layers: tuple[AttentionLayer, ...], cache: torch.dtype) -> dict[str, Any]:
     # Sizes that occur once each, so that the trace takes no two axes for one.
     batch, sequence, past, buffer = 2, 3, 5, 11
+
+    def cached(layer: AttentionLayer) -> torch.Tensor:
+        return torch.zeros(batch, layer.key_value_heads, buffer, layer.head_dim, dtype=cache)
+
     return {
         "input_ids": torch.zeros(batch, sequence, dtype=torch.int64),
         "attention_mask": torch.ones(batch, past + sequence, dtype=torch.int64),
         "position_ids": torch.arange(past, past + sequence).repeat(batch, 1),
-        "past": [
-            tuple(torch.zeros(batch, layer.key_value_heads, buffer, layer.head_dim) for _ in ("key", "value"))
-            for layer in layers
-        ],
+        "past": [(cached(layer), cached(layer)) for layer in layers],
         "num_logits_to_keep": torch.tensor(1),
     }
 
@@ -177,6 +225,14 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
     yield from graph.inputs
     for node in graph:
         yield from node.outputs
+
+
+def _weight_bytes(graph: ir.Graph) -> int:
+    def is_table(value: ir.Value) -> bool:
+        return all((use.node.op_type, use.idx) in _LOOKUPS for use in value.uses())
+
+    tensors = [value.const_value for value in graph.initializers.values() if not is_table(value)]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _drop_traces_of_the_machine(graph: ir.Model) -> None:

@@ -21,10 +21,10 @@ from .errors import CheckpointError, ParityError, PrefixExportError
 from .formats import peft as peft_format
 from .models import BaseModel
 
-ABSOLUTE_TOLERANCE = 1e-4
-"""Largest difference of a logit that is accepted, in float32."""
+ABSOLUTE_TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2}
+"""Largest difference of a logit that is accepted, by what keys and values are kept in."""
 
-RELATIVE_TOLERANCE = 1e-5
+RELATIVE_TOLERANCES = {"fp32": 1e-5, "fp16": 2e-3}
 """The same as a part of the largest logit, for models whose logits go beyond 10, where float32 itself is coarser."""
 
 _PROMPT_LENGTHS = (1, 7, 33)
@@ -146,6 +146,17 @@ class PeftReference:
         return tokens
 
 
+@contextmanager
+def reference(base: BaseModel, prefix: Prefix | None, source: Path | None) -> Iterator[Reference]:
+    """The source framework under a prefix, or without one, generating greedily; see `observe` for the arguments.
+
+    Raises:
+        PrefixExportError: the source is an adapter of PEFT's and PEFT is not installed.
+    """
+    with _plain_generation(base.model), _reference(base, prefix, source) as found:
+        yield found
+
+
 def _reference(base: BaseModel, prefix: Prefix | None, source: Path | None) -> AbstractContextManager[Reference]:
     if source is not None and peft_format.matches(source):
         return _peft_reference(base.model, peft_format.open_adapter(source))
@@ -197,10 +208,10 @@ def observe(base: BaseModel, prefix: Prefix | None, source: Path | None, max_len
     """
     room = base.geometry.room(prefix, max_length)
     prompts = _prompts(base.geometry.vocab_size, room)
-    with _plain_generation(base.model), _reference(base, prefix, source) as reference:
-        logits = tuple(_on_disk(reference.logits(prompt)) for prompt in prompts)
-        tokens = tuple(tuple(reference.greedy(prompt, min(_NEW_TOKENS, room - len(prompt)))) for prompt in prompts)
-    return Expectation(reference.name, prompts, logits, tokens)
+    with reference(base, prefix, source) as found:
+        logits = tuple(_on_disk(found.logits(prompt)) for prompt in prompts)
+        tokens = tuple(tuple(found.greedy(prompt, min(_NEW_TOKENS, room - len(prompt)))) for prompt in prompts)
+    return Expectation(found.name, prompts, logits, tokens)
 
 
 def compare(expectation: Expectation, engine: Engine, task: str | None) -> TaskParity:
@@ -213,7 +224,8 @@ def compare(expectation: Expectation, engine: Engine, task: str | None) -> TaskP
     # Not Python's max, which drops a NaN.
     difference = float(np.max([np.abs(logits - engine.logits(prompt, task)).max() for prompt, logits, _ in expected]))
     largest = max(float(np.abs(logits).max()) for logits in expectation.logits)
-    tolerance = max(ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE * largest)
+    cache = engine.bundle.manifest.cache
+    tolerance = max(ABSOLUTE_TOLERANCES[cache], RELATIVE_TOLERANCES[cache] * largest)
     partings = [_parting(tokens, engine, task, prompt) for prompt, _, tokens in expected]
     ties = sum(0 < gap <= 2 * tolerance for gap in partings)
     equal = all(gap <= 2 * tolerance for gap in partings)

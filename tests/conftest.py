@@ -19,13 +19,13 @@ CONTEXT = 320
 _GPT = {"n_embd": 64, "n_head": 4, "n_layer": 3, "n_positions": CONTEXT}
 _LLAMA = {
     "hidden_size": 64,
-    "num_attention_heads": 8,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "num_hidden_layers": 3,
     "intermediate_size": 96,
     "max_position_embeddings": CONTEXT,
 }
-_NEOX = {**_LLAMA, "num_attention_heads": 4}
+_NEOX = dict(_LLAMA)
 _NEOX.pop("num_key_value_heads")
 
 CONFIGS = {
@@ -43,7 +43,7 @@ CONFIGS = {
     "phi3": (transformers.Phi3Config, {**_LLAMA, "original_max_position_embeddings": CONTEXT, "sliding_window": None}),
     "mistral": (transformers.MistralConfig, {**_LLAMA, "sliding_window": None}),
     "gemma": (transformers.GemmaConfig, {**_LLAMA, "head_dim": 16}),
-    "stablelm": (transformers.StableLmConfig, {**_LLAMA, "num_attention_heads": 4}),
+    "stablelm": (transformers.StableLmConfig, _LLAMA),
     "granite": (transformers.GraniteConfig, _LLAMA),
     "mistral_windowed": (transformers.MistralConfig, {**_LLAMA, "sliding_window": 24}),
     "phi3_longrope": (
@@ -54,8 +54,8 @@ CONFIGS = {
             "rope_parameters": {
                 "rope_type": "longrope",
                 "rope_theta": 10000.0,
-                "short_factor": [1.0] * 4,
-                "long_factor": [4.0] * 4,
+                "short_factor": [1.0] * 8,
+                "long_factor": [4.0] * 8,
             },
         },
     ),
@@ -112,13 +112,19 @@ class Workshop:
             wrapped.save_pretrained(folder)
         return folder
 
-    def bundle(self, architecture: str = "gpt2", lengths: tuple[int, ...] = (3, 20), *, tokenizer: bool = True) -> Path:
-        """A verified bundle with the tasks `p3`, `p20` and so on, for prefixes of these lengths; not to be changed."""
-        folder = self.root / f"{architecture}-{'-'.join(map(str, lengths))}{'-text' if tokenizer else ''}.bundle"
+    def bundle(
+        self, architecture: str = "gpt2", lengths: tuple[int, ...] = (3, 20), *, tokenizer: bool = True, **options
+    ) -> Path:
+        """A verified bundle with the tasks `p3`, `p20` and so on, for prefixes of these lengths; not to be changed.
+
+        `options` are fields of the `BuildRequest`.
+        """
+        parts = [architecture, *map(str, lengths), *map(str, options.values()), *(["text"] if tokenizer else [])]
+        folder = self.root / f"{'-'.join(parts)}.bundle"
         if not folder.exists():
             model = self.model(architecture, tokenizer=tokenizer)
             prefixes = {f"p{length}": self.adapter(model, length) for length in lengths}
-            build(BuildRequest(str(model), prefixes, folder))
+            build(BuildRequest(str(model), prefixes, folder, **options))
         return folder
 
 

@@ -1,47 +1,78 @@
-"""Prefill, then decode steps, until an end token or the limit."""
+"""Prefill, then decode steps, until every row of a batch has ended."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from .kv_cache import KeyValueCache
-from .sampling import Sampler
 
 
-@dataclass(frozen=True)
-class Step:
-    """One new token: its id, the seconds that it took, and whether it ends the text."""
+class Generation(Protocol):
+    """A row's answer as it grows."""
 
-    token_id: int
-    seconds: float
-    is_end: bool
+    @property
+    def prompt(self) -> Sequence[int]:
+        """Token ids."""
+
+    @property
+    def last_token(self) -> int:
+        """The newest token's id."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is no more to come."""
+
+    def take(self, logits: np.ndarray) -> None:
+        """Choose the next token by its logits [vocab] float32, which are left as they are."""
+
+    def note_time(self, seconds: float) -> None:
+        """Seconds that went by, in this batch, until the newest token was there."""
 
 
-def prefill(cache: KeyValueCache, prompt: Sequence[int]) -> np.ndarray:
-    """The logits [vocab] after a prompt, whose keys and values are appended to the cache."""
-    return cache.extend(np.asarray(prompt, np.int64))
+def decode(cache: KeyValueCache, rows: Sequence[int], generations: Sequence[Generation]) -> Iterator[Generation]:
+    """Run generations together, each prefilled into its row; gives each one back after each of its tokens.
 
+    What the caller does in between is not part of the seconds. A row leaves when it has finished: the last one takes
+    its place, so that those that go on stay the first of the batch.
 
-def decode_step(cache: KeyValueCache, token_id: int) -> np.ndarray:
-    """The logits [vocab] after one more token."""
-    return cache.extend(np.array([token_id], np.int64))
-
-
-def decode(
-    cache: KeyValueCache, prompt: Sequence[int], sampler: Sampler, end_tokens: Collection[int], max_new_tokens: int
-) -> Iterator[Step]:
-    """New tokens one by one, until an end token or the `max_new_tokens`-th; the first one's time is the prefill's."""
-    token_ids = list(prompt)
-    for count in range(max_new_tokens):
+    Args:
+        cache: whose first rows hold the generations' prefixes.
+        rows: of each generation, a permutation of the first ones.
+        generations: none of them begun.
+    """
+    seconds = 0.0
+    active: list[Generation] = [generation for _, generation in sorted(zip(rows, generations, strict=True), key=_row)]
+    for row, generation in enumerate(active):
         started = time.perf_counter()
-        logits = decode_step(cache, token_ids[-1]) if count else prefill(cache, prompt)
-        token_id = sampler(logits, token_ids)
-        is_end = token_id in end_tokens
-        yield Step(token_id, time.perf_counter() - started, is_end)
-        if is_end:
-            return
-        token_ids.append(token_id)
+        generation.take(cache.prefill(row, generation.prompt))
+        seconds += time.perf_counter() - started
+        generation.note_time(seconds)
+        yield generation
+    while _leave(cache, active):
+        started = time.perf_counter()
+        logits = cache.step([generation.last_token for generation in active])
+        for row, generation in enumerate(active):
+            generation.take(logits[row])
+        seconds += time.perf_counter() - started
+        for generation in active:
+            generation.note_time(seconds)
+        yield from active
+
+
+def _row(pair: tuple[int, Generation]) -> int:
+    return pair[0]
+
+
+def _leave(cache: KeyValueCache, active: list[Generation]) -> bool:
+    """Take finished rows out; returns whether any is left."""
+    for row in reversed(range(len(active))):
+        if active[row].is_finished:
+            last = active.pop()
+            if row < len(active):
+                cache.move(len(active), row)
+                active[row] = last
+    return bool(active)

@@ -5,56 +5,45 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, TypedDict, Unpack, cast, overload
 
 import numpy as np
 
 from .bundle import Bundle
+from .cache_pool import CachePool
 from .decoding import decode
 from .errors import BundleError, ContextOverflowError, RequestError
-from .kv_cache import CachePool, KeyValueCache
+from .generation import GrowingAnswer, Request
+from .kv_cache import CACHE_TYPES
 from .prefix import Prefix
-from .results import Chunk, GenerationResult, Metrics
-from .sampling import Sampling, make_sampler
+from .results import Chunk, GenerationResult
+from .sampling import Sampling
 from .session import Session
 from .tasks import TaskStore
-from .text import GrowingText, TextCodec
+from .text import TextCodec
 
 DEFAULT_MAX_NEW_TOKENS = 256
 DEFAULT_CACHE_BYTES = 2 << 30
+DEFAULT_MAX_BATCH = 8
 _GREEDY = Sampling()
+_LISTED = ("max_new_tokens", "sampling")
+"""Options that may differ between the prompts of a list."""
 
 
 class GenerationOptions(TypedDict, total=False):
-    """What `generate` and `stream` take by name.
+    """What `generate` and `stream` take by name. For a list of prompts, some may be a list with one for each.
 
-    max_new_tokens: at the most; where it is not given 256, or fewer if the context has no room for them.
-    sampling: how tokens are chosen; greedy where it is not given.
+    max_new_tokens: at the most, or a list; where it is not given 256, or fewer if the context has no room for them.
+    sampling: how tokens are chosen, or a list; greedy where it is not given.
     stop: strings that end the text and are left out of it.
+    ignore_end: go on behind end tokens, up to `max_new_tokens`; for measurements.
     """
 
-    max_new_tokens: int | None
-    sampling: Sampling | None
+    max_new_tokens: int | Sequence[int | None] | None
+    sampling: Sampling | Sequence[Sampling | None] | None
     stop: str | Sequence[str] | None
-
-
-@dataclass(frozen=True)
-class _Request:
-    prompt: tuple[int, ...]
-    task: str | None
-    prefix: Prefix | None
-    max_new_tokens: int
-    sampling: Sampling
-    stop: tuple[str, ...]
-    task_selection: float  # seconds, to find the prefix
-    preparation: float  # seconds, all in all
-
-    @property
-    def length(self) -> int:
-        """Positions that prefix, prompt and new tokens take."""
-        return (self.prefix.prefix_length if self.prefix else 0) + len(self.prompt) + self.max_new_tokens
+    ignore_end: bool
 
 
 def load(
@@ -64,6 +53,7 @@ def load(
     threads: int | None = None,
     max_length: int | None = None,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
+    max_batch: int = DEFAULT_MAX_BATCH,
     verify: bool = False,
 ) -> Engine:
     """An engine on a bundle folder.
@@ -74,12 +64,13 @@ def load(
         threads: of one run; None leaves the choice to onnxruntime.
         max_length: positions that prefix and text may take together; at most, and by default, the bundle's own.
         cache_bytes: that key/value buffers may take before idle ones are dropped.
+        max_batch: prompts of a list that are answered together; more are taken in turns.
         verify: compare every file's SHA-256 first.
 
     Raises:
         BundleError, BundleIntegrityError: the folder is not a bundle, or not whole.
         ProviderError: onnxruntime cannot open the graph with this provider.
-        RequestError: `max_length` or `cache_bytes` is out of range.
+        RequestError: `max_length`, `cache_bytes` or `max_batch` is out of range.
 
     >>> engine = load("bundle")  # doctest: +SKIP
     >>> engine.generate("name[Aromi], food[Chinese]", task="e2e").text  # doctest: +SKIP
@@ -92,8 +83,10 @@ def load(
         raise RequestError(f"max_length: expected 1 to the bundle's {limit}, found {max_length}")
     if cache_bytes < 0:
         raise RequestError(f"cache_bytes: expected 0 or more, found {cache_bytes}")
+    if max_batch < 1:
+        raise RequestError(f"max_batch: expected 1 or more, found {max_batch}")
     session = Session(bundle.graph_path, provider, threads)
-    return Engine(bundle, session, max_length or limit, cache_bytes)
+    return Engine(bundle, session, max_length or limit, cache_bytes, max_batch)
 
 
 class Engine:
@@ -103,12 +96,20 @@ class Engine:
         bundle: that it was loaded from.
     """
 
-    def __init__(self, bundle: Bundle, session: Session, max_length: int, cache_bytes: int) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        session: Session,
+        max_length: int,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        max_batch: int = DEFAULT_MAX_BATCH,
+    ) -> None:
         self.bundle = bundle
         self._geometry = bundle.manifest.geometry
-        self._max_length = max_length
+        self._max_length, self._max_batch = max_length, max_batch
         self._store = TaskStore(bundle)
-        self._pool = CachePool(session, self._geometry, max_length, cache_bytes)
+        dtype = CACHE_TYPES[bundle.manifest.cache]
+        self._pool = CachePool(session, self._geometry, max_length, cache_bytes, dtype)
         self._codec = _read_codec(bundle)
         self._end_tokens = _read_end_tokens(bundle)
 
@@ -168,7 +169,7 @@ class Engine:
         task: str | Sequence[str | None] | None = None,
         **options: Unpack[GenerationOptions],
     ) -> GenerationResult | list[GenerationResult]:
-        """Answer a prompt, or each of a list of prompts, which are taken in turn.
+        """Answer a prompt, or each of a list of prompts, which are decoded together, as if each were alone.
 
         Args:
             prompt: text, encoded with the special tokens that the model's tokenizer adds by itself.
@@ -183,9 +184,12 @@ class Engine:
         """
         prompts, single = _as_list(prompt, token_ids)
         tasks = _one_each(task, len(prompts))
+        each = [options] if single else _options_of_each(options, len(prompts))
         # All are checked before the first is run: a list is answered whole or not at all.
-        requests = [self._request(item, name, options) for item, name in zip(prompts, tasks, strict=True)]
-        results = [self._run(request) for request in requests]
+        requests = [self._request(*row) for row in zip(prompts, tasks, each, strict=True)]
+        size = self._max_batch
+        batches = [requests[first : first + size] for first in range(0, len(requests), size)]
+        results = [result for batch in batches for result in self._run(batch)]
         return results[0] if single else results
 
     @overload
@@ -229,42 +233,32 @@ class Engine:
         """
         _check_ids(token_ids)
         request = self._request(token_ids, task, {"max_new_tokens": 0}, least_new_tokens=0)
-        with self._pool.lease(request.prefix, request.length) as cache:
-            return cache.extend(np.array(request.prompt, np.int64), keep_all_logits=True)
+        with self._pool.lease([request.prefix], request.length) as (cache, _):
+            return cache.prefill(0, request.prompt, keep_all_logits=True)
 
-    def _run(self, request: _Request) -> GenerationResult:
-        *_, last = self._steps(request)
-        assert last.result is not None  # by the definition of the last chunk
-        return last.result
+    def _run(self, requests: Sequence[Request]) -> list[GenerationResult]:
+        answers: list[GrowingAnswer] = []
+        for _ in self._answer(requests, answers):
+            pass  # each keeps its own tokens
+        return [answer.result() for answer in answers]
 
-    def _steps(self, request: _Request) -> Iterator[Chunk]:
+    def _steps(self, request: Request) -> Iterator[Chunk]:
+        answers: list[GrowingAnswer] = []
+        for _ in self._answer([request], answers):
+            yield answers[0].chunk()
+
+    def _answer(self, requests: Sequence[Request], answers: list[GrowingAnswer]) -> Iterator[object]:
+        """Decode requests together; appends their answers, in order, and returns after each token of each."""
         started = time.perf_counter()
-        with self._pool.lease(request.prefix, request.length) as cache:
-            yield from self._decode(request, cache, time.perf_counter() - started)
-
-    def _decode(self, request: _Request, cache: KeyValueCache, lease: float) -> Iterator[Chunk]:
-        sampler = make_sampler(request.sampling)
-        text = self._codec.growing_text(request.stop) if self._codec else None
-        token_ids: list[int] = []
-        seconds: list[float] = []
-        for step in decode(cache, request.prompt, sampler, self._end_tokens, request.max_new_tokens):
-            token_ids.append(step.token_id)
-            seconds.append(step.seconds)
-            piece = text.push(step.token_id) if text else ""
-            reason = _finish_reason(step.is_end, text, len(token_ids) == request.max_new_tokens)
-            if reason is None:
-                yield Chunk(piece, step.token_id, None)
-                continue
-            if text and reason != "stop":
-                piece += text.finish()
-            metrics = _metrics(request, lease, seconds)
-            result = GenerationResult(text.text if text else None, tuple(token_ids), reason, request.task, metrics)
-            yield Chunk(piece, step.token_id, result)
-            return
+        prefixes = [request.prefix for request in requests]
+        with self._pool.lease(prefixes, max(request.length for request in requests)) as (cache, rows):
+            lease = time.perf_counter() - started
+            answers += [GrowingAnswer(request, self._codec, lease) for request in requests]
+            yield from decode(cache, rows, answers)
 
     def _request(
         self, prompt: str | Sequence[int], task: str | None, options: GenerationOptions, least_new_tokens: int = 1
-    ) -> _Request:
+    ) -> Request:
         started = time.perf_counter()
         unknown = sorted(set(options) - set(GenerationOptions.__annotations__))
         if unknown:
@@ -277,11 +271,17 @@ class Engine:
         prefix = None if task is None else self._store.get(task)
         selected = time.perf_counter() - selecting
         ids = self._encode(prompt)
-        limit = options.get("max_new_tokens")
-        max_new_tokens = self._check_length(prefix, len(ids), limit, least_new_tokens)
-        sampling = options.get("sampling") or _GREEDY
-        preparation = time.perf_counter() - started
-        return _Request(ids, task, prefix, max_new_tokens, sampling, stop, selected, preparation)
+        return Request(
+            prompt=ids,
+            task=task,
+            prefix=prefix,
+            max_new_tokens=self._check_length(prefix, len(ids), options.get("max_new_tokens"), least_new_tokens),
+            sampling=_as_sampling(options.get("sampling")),
+            stop=stop,
+            end_tokens=() if options.get("ignore_end") else self._end_tokens,
+            task_selection=selected,
+            preparation=time.perf_counter() - started,
+        )
 
     def _encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         if isinstance(prompt, str):
@@ -299,7 +299,7 @@ class Engine:
                 )
         return ids
 
-    def _check_length(self, prefix: Prefix | None, prompt: int, new: int | None, least: int) -> int:
+    def _check_length(self, prefix: Prefix | None, prompt: int, new: object, least: int) -> int:
         """The new tokens that may be asked for; None stands for the default."""
         if new is not None and (isinstance(new, bool) or not isinstance(new, int | np.integer) or new < least):
             raise RequestError(f"max_new_tokens: expected a whole number, {least} or more, found {new!r}")
@@ -311,7 +311,7 @@ class Engine:
                 f"max_length {self._max_length}, prefix {prefix.prefix_length if prefix else 0}), "
                 f"found a prompt of {prompt} and {wanted - prompt} new; shorten the prompt or lower max_new_tokens"
             )
-        return min(DEFAULT_MAX_NEW_TOKENS, room - prompt) if new is None else new
+        return min(DEFAULT_MAX_NEW_TOKENS, room - prompt) if new is None else int(new)
 
 
 def _as_list(
@@ -352,6 +352,24 @@ def _one_each(task: str | Sequence[str | None] | None, count: int) -> list[str |
     return list(task)
 
 
+def _options_of_each(options: GenerationOptions, count: int) -> list[GenerationOptions]:
+    """The options of each of some prompts."""
+    listed = {name: value for name, value in options.items() if name in _LISTED and isinstance(value, list | tuple)}
+    for name, values in listed.items():
+        if len(values) != count:
+            raise RequestError(f"{name}: expected one, or one for each of the {count} prompts, found {len(values)}")
+    rows = [{**options, **{name: values[row] for name, values in listed.items()}} for row in range(count)]
+    return cast(list[GenerationOptions], rows)
+
+
+def _as_sampling(sampling: object) -> Sampling:
+    if sampling is None:
+        return _GREEDY
+    if not isinstance(sampling, Sampling):
+        raise RequestError(f"sampling: expected a Sampling, found {sampling!r}")
+    return sampling
+
+
 def _as_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     if stop is None:
         return ()
@@ -359,25 +377,6 @@ def _as_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     if not all(isinstance(string, str) and string for string in strings):
         raise RequestError(f"stop: expected strings of at least one character, found {list(strings)}")
     return strings
-
-
-def _finish_reason(is_end: bool, text: GrowingText | None, is_last: bool) -> str | None:
-    if text and text.stopped:
-        return "stop"
-    if is_end:
-        return "end_token"
-    return "length" if is_last else None
-
-
-def _metrics(request: _Request, lease: float, seconds: Sequence[float]) -> Metrics:
-    return Metrics(
-        prompt_length=len(request.prompt),
-        prefix_length=request.prefix.prefix_length if request.prefix else 0,
-        new_tokens=len(seconds),
-        task_selection=request.task_selection + lease,
-        time_to_first_token=request.preparation + lease + seconds[0],
-        inter_token_latencies=tuple(seconds[1:]),
-    )
 
 
 def _read_codec(bundle: Bundle) -> TextCodec | None:

@@ -1,70 +1,31 @@
-"""Key/value buffers: how they are shaped, seeded with a prefix, reused and bounded in memory."""
+"""Key/value buffers of a batch: how they are shaped, seeded with prefixes, and run with a graph."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 
 from .errors import ContextOverflowError
 from .geometry import Geometry
 from .prefix import Prefix
-from .session import Binding, Session
+from .session import Session
 
-# Buffers grow in steps, so that requests of about the same length find each other's buffers.
-_CAPACITY_STEP = 64
+CACHE_TYPES: dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+"""What keys and values are kept in, by the manifest's name."""
 
 
-class KeyValueCache:
-    """One row's keys and values for every layer, and the graph's inputs and outputs bound to them.
-
-    Past and present of a layer are one array, [1, num_key_value_heads, capacity, head_dim] float32: a run appends to it
-    in place. The positions of the prefix are never written again, so the cache is the same task's empty cache as soon
-    as its length is set back.
+class Row:
+    """One row of the buffers.
 
     Attributes:
-        capacity: positions that there is room for.
         prefix: what the first positions hold.
         length: positions that are filled, the prefix's included.
-        nbytes: of the keys and values.
-        is_wanted: whether it is to be kept for another request.
     """
 
-    def __init__(self, session: Session, geometry: Geometry, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self) -> None:
         self.prefix: Prefix | None = None
         self.length = 0
-        self.is_wanted = True
-        self._layers: list[tuple[np.ndarray, np.ndarray]] = []
-        self._binding = session.binding()
-        for index, layer in enumerate(geometry.layers):
-            shape = (1, layer.key_value_heads, capacity, layer.head_dim)
-            self._layers.append((np.empty(shape, np.float32), np.empty(shape, np.float32)))
-            for part, array in zip(("key", "value"), self._layers[index], strict=True):
-                self._binding.input(f"past_key_values.{index}.{part}", array)
-                self._binding.output(f"present.{index}.{part}", array)
-        self.nbytes = sum(key.nbytes + value.nbytes for key, value in self._layers)
-        self._mask = np.zeros((1, capacity), np.int64)
-        self._step = _StepArrays(geometry.vocab_size)
-        self._step_is_bound = False
-
-    def seed(self, prefix: Prefix | None) -> None:
-        """Copy a prefix into the first positions, or none, and forget everything else."""
-        self.prefix = None  # until the new one is whole
-        if prefix is not None:
-            for (key, value), layer in zip(self._layers, prefix.sites["decoder"], strict=True):
-                key[0, :, : prefix.prefix_length] = layer.key
-                value[0, :, : prefix.prefix_length] = layer.value
-        self.prefix = prefix
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all but the prefix."""
-        self.length = 0 if self.prefix is None else self.prefix.prefix_length
-        self._mask[:, self.length :] = 0
-        self._mask[:, : self.length] = 1
 
     @property
     def position(self) -> int:
@@ -73,147 +34,145 @@ class KeyValueCache:
             self.length if self.prefix is None else self.length - self.prefix.prefix_length + self.prefix.position_base
         )
 
-    def extend(self, token_ids: np.ndarray, keep_all_logits: bool = False) -> np.ndarray:
-        """Run the graph on tokens [sequence] int64 and append their keys and values.
 
-        Returns the logits, float32: [vocab] of the last token, a view that the next call overwrites; or, when all
-        are kept, a new array [sequence, vocab].
-        """
-        count = len(token_ids)
-        if self.length + count > self.capacity:
-            raise ContextOverflowError(f"expected at most {self.capacity} positions, found {self.length + count}")
-        self._mask[:, self.length : self.length + count] = 1
-        if count == 1 and not keep_all_logits:
-            logits = self._run_step(int(token_ids[0]))
-        else:
-            logits = self._run_sequence(token_ids, keep_all_logits)
-        self.length += count
-        return logits
+class KeyValueCache:
+    """The keys and values of some rows for every layer, and the graph's inputs and outputs bound to them.
 
-    def _run_step(self, token_id: int) -> np.ndarray:
-        if not self._step_is_bound:
-            self._step.bind(self._binding)
-            # The mask keeps the buffer's whole length: its sum, not its size, tells the operator how far to read.
-            self._binding.input("attention_mask", self._mask)
-            self._step_is_bound = True
-        self._step.token_id[0, 0] = token_id
-        self._step.position[0, 0] = self.position
-        self._binding.run()
-        return self._step.last_logits
+    Past and present of a layer are one array, [rows, num_key_value_heads, capacity, head_dim]: a run appends to it in
+    place. A prompt is run into its row alone; decode steps run the first rows together, each as far as it is filled.
+    The positions of a prefix are never written again, so a row is the same task's empty row as soon as its length is
+    set back.
 
-    def _run_sequence(self, token_ids: np.ndarray, keep_all_logits: bool) -> np.ndarray:
-        count = len(token_ids)
-        logits = np.empty((1, count, self._step.logits.shape[2]), np.float32) if keep_all_logits else self._step.logits
-        positions = np.arange(self.position, self.position + count, dtype=np.int64)
-        self._binding.input("input_ids", np.ascontiguousarray(token_ids, np.int64).reshape(1, count))
-        self._binding.input("position_ids", positions.reshape(1, count))
-        self._binding.input("attention_mask", np.ones((1, self.length + count), np.int64))
-        self._binding.input("num_logits_to_keep", np.array(0 if keep_all_logits else 1, np.int64))
-        self._binding.output("logits", logits)
-        self._step_is_bound = False
-        self._binding.run()
-        kept: np.ndarray = logits[0]
-        return kept if keep_all_logits else self._step.last_logits
+    Args:
+        session: of the graph.
+        geometry: the model's.
+        rows: of the batch.
+        capacity: positions of each row.
+        dtype: of the graph's past and present, see `CACHE_TYPES`.
 
-
-class _StepArrays:
-    """What a decode step reads and writes beside the keys and values: allocated once, bound once, changed in place."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.token_id = np.zeros((1, 1), np.int64)
-        self.position = np.zeros((1, 1), np.int64)
-        self.logits = np.empty((1, 1, vocab_size), np.float32)
-        self.last_logits = self.logits.reshape(vocab_size)
-        self._keep_last = np.array(1, np.int64)
-
-    def bind(self, binding: Binding) -> None:
-        binding.input("input_ids", self.token_id)
-        binding.input("position_ids", self.position)
-        binding.input("num_logits_to_keep", self._keep_last)
-        binding.output("logits", self.logits)
-
-
-class CachePool:
-    """Caches that are lent to one request at a time and remember which prefix they hold.
-
-    A task's next request finds the cache that already holds its prefix and copies nothing. Idle caches are dropped,
-    the least recently used first, while all caches together take more than `budget` bytes; the caches of running
-    requests are never dropped.
+    Attributes:
+        capacity: positions that there is room for.
+        rows: what each holds.
+        nbytes: of the keys and values.
+        is_wanted: whether it is to be kept for another request.
     """
 
-    def __init__(self, session: Session, geometry: Geometry, max_length: int, budget: int) -> None:
-        self._session, self._geometry = session, geometry
-        self._max_length, self._budget = max_length, budget
-        self._lock = threading.Lock()
-        self._idle: list[KeyValueCache] = []  # the least recently used first
-        self._lent: list[KeyValueCache] = []
-        self._lent_bytes = 0  # with those that are being made
+    def __init__(self, session: Session, geometry: Geometry, rows: int, capacity: int, dtype: np.dtype) -> None:
+        self.capacity = capacity
+        self.rows = tuple(Row() for _ in range(rows))
+        self.is_wanted = True
+        self._layers = [
+            tuple(np.empty((rows, layer.key_value_heads, capacity, layer.head_dim), dtype) for _ in ("key", "value"))
+            for layer in geometry.layers
+        ]
+        self.nbytes = sum(array.nbytes for layer in self._layers for array in layer)
+        self._mask = np.zeros((rows, capacity), np.int64)
+        self._vocab_size = geometry.vocab_size
+        self._prompt, self._step = session.binding(), session.binding()
+        self._prompt_row = self._step_rows = -1  # what is bound: nothing yet
+        self._token_ids = np.zeros((rows, 1), np.int64)
+        self._positions = np.zeros((rows, 1), np.int64)
+        self._logits = np.empty((rows, 1, geometry.vocab_size), np.float32)
 
-    @contextmanager
-    def lease(self, prefix: Prefix | None, length: int) -> Iterator[KeyValueCache]:
-        """A cache that holds `prefix` and nothing else, with room for `length` positions in all."""
-        cache = self._take(prefix, self._capacity(length))
-        try:
-            if cache.prefix is not prefix:
-                cache.seed(prefix)
-            else:
-                cache.reset()
-            yield cache
-        finally:
-            self._give_back(cache)
+    def seed(self, row: int, prefix: Prefix | None) -> None:
+        """Copy a prefix into the first positions of a row, or none, and forget everything else."""
+        held = self.rows[row]
+        held.prefix = None  # until the new one is whole
+        if prefix is not None:
+            for arrays, layer in zip(self._layers, prefix.sites["decoder"], strict=True):
+                for array, part in zip(arrays, (layer.key, layer.value), strict=True):
+                    array[row, :, : prefix.prefix_length] = part
+        held.prefix = prefix
+        self.reset(row)
 
-    def forget(self, prefix: Prefix) -> None:
-        """Drop the caches that hold a prefix, those of running requests as soon as they end."""
-        with self._lock:
-            self._idle = [cache for cache in self._idle if cache.prefix is not prefix]
-            for cache in self._lent:
-                cache.is_wanted = cache.is_wanted and cache.prefix is not prefix
+    def reset(self, row: int) -> None:
+        """Forget all of a row but its prefix."""
+        held = self.rows[row]
+        self._fill(row, held.prefix.prefix_length if held.prefix is not None else 0)
 
-    def _capacity(self, length: int) -> int:
-        steps = -(-length // _CAPACITY_STEP)
-        return max(length, min(steps * _CAPACITY_STEP, self._max_length))
+    def move(self, source: int, target: int) -> None:
+        """Let a row go on in the place of another, which is over."""
+        left, right = self.rows[source], self.rows[target]
+        right.prefix = None  # until the copy is whole
+        for layer in self._layers:
+            for array in layer:
+                array[target, :, : left.length] = array[source, :, : left.length]
+        right.prefix = left.prefix
+        self._fill(target, left.length)
 
-    def _take(self, prefix: Prefix | None, capacity: int) -> KeyValueCache:
-        with self._lock:
-            cache = self._find(prefix, capacity)
-            if cache is not None:
-                self._idle.remove(cache)
-                self._lent.append(cache)
-                self._lent_bytes += cache.nbytes
-                return cache
-            needed = 4 * capacity * self._geometry.values_per_position
-            self._lent_bytes += needed
-            self._shrink()
-        try:
-            cache = KeyValueCache(self._session, self._geometry, capacity)
-        except BaseException:
-            with self._lock:
-                self._lent_bytes -= needed
-            raise
-        with self._lock:
-            self._lent.append(cache)
-        return cache
+    def prefill(self, row: int, token_ids: Sequence[int], keep_all_logits: bool = False) -> np.ndarray:
+        """Run a prompt and append its keys and values to a row.
 
-    def _find(self, prefix: Prefix | None, capacity: int) -> KeyValueCache | None:
-        fitting = [cache for cache in self._idle if cache.capacity >= capacity]
-        seeded = [cache for cache in fitting if cache.prefix is prefix]
-        if seeded:
-            return seeded[-1]
-        # When a new cache would go over the budget, the oldest that is large enough is seeded anew: this spares
-        # the allocation. Otherwise a new one leaves the others' prefixes where they are.
-        in_use = self._lent_bytes + sum(cache.nbytes for cache in self._idle)
-        full = in_use + 4 * capacity * self._geometry.values_per_position > self._budget
-        return fitting[0] if fitting and full else None
+        Returns the logits, float32: [vocab] of the last token, a view that the next run overwrites; or, when all are
+        kept, a new array [sequence, vocab].
 
-    def _give_back(self, cache: KeyValueCache) -> None:
-        with self._lock:
-            self._lent.remove(cache)
-            self._lent_bytes -= cache.nbytes
-            if cache.is_wanted:
-                self._idle.append(cache)
-            self._shrink()
+        Raises:
+            ContextOverflowError: there is no room.
+        """
+        held, count = self.rows[row], len(token_ids)
+        self._check_room(held, count)
+        logits = np.empty((1, count, self._vocab_size), np.float32) if keep_all_logits else self._logits[row : row + 1]
+        positions = np.arange(held.position, held.position + count, dtype=np.int64)
+        binding = self._prompt
+        if self._prompt_row != row:
+            self._prompt_row = -1  # until all is bound
+            self._bind_layers(slice(row, row + 1), prompt=True)
+            self._prompt_row = row
+        binding.input("input_ids", np.asarray(token_ids, np.int64).reshape(1, count))
+        binding.input("position_ids", positions.reshape(1, count))
+        binding.input("attention_mask", np.ones((1, held.length + count), np.int64))
+        binding.input("num_logits_to_keep", np.array(0 if keep_all_logits else 1, np.int64))
+        binding.output("logits", logits)
+        binding.run()
+        self._fill(row, held.length + count)
+        kept: np.ndarray = logits[0] if keep_all_logits else logits[0, 0]
+        return kept
 
-    def _shrink(self) -> None:
-        total = self._lent_bytes + sum(cache.nbytes for cache in self._idle)
-        while self._idle and total > self._budget:
-            total -= self._idle.pop(0).nbytes
+    def step(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Run one more token for each of the first rows and append their keys and values.
+
+        Returns the logits [rows, vocab] float32, a view that the next run overwrites.
+
+        Raises:
+            ContextOverflowError: there is no room in one of them.
+        """
+        count = len(token_ids)
+        for row in range(count):
+            held = self.rows[row]
+            self._check_room(held, 1)
+            self._mask[row, held.length] = 1
+            self._token_ids[row, 0], self._positions[row, 0] = token_ids[row], held.position
+        if self._step_rows != count:
+            self._bind_step(count)
+        self._step.run()
+        for held in self.rows[:count]:
+            held.length += 1
+        logits: np.ndarray = self._logits[:count, 0]
+        return logits
+
+    def _bind_step(self, count: int) -> None:
+        self._step_rows = -1  # until all is bound
+        self._bind_layers(slice(count), prompt=False)
+        self._step.input("input_ids", self._token_ids[:count])
+        self._step.input("position_ids", self._positions[:count])
+        # The mask keeps the buffer's whole length: its sum, not its size, tells the operator how far to read a row.
+        self._step.input("attention_mask", self._mask[:count])
+        self._step.input("num_logits_to_keep", np.array(1, np.int64))
+        self._step.output("logits", self._logits[:count])
+        self._step_rows = count
+
+    def _bind_layers(self, rows: slice, prompt: bool) -> None:
+        binding = self._prompt if prompt else self._step
+        for index, arrays in enumerate(self._layers):
+            for part, array in zip(("key", "value"), arrays, strict=True):
+                binding.input(f"past_key_values.{index}.{part}", array[rows])
+                binding.output(f"present.{index}.{part}", array[rows])
+
+    def _fill(self, row: int, length: int) -> None:
+        self.rows[row].length = length
+        self._mask[row, :length] = 1
+        self._mask[row, length:] = 0
+
+    def _check_room(self, held: Row, count: int) -> None:
+        if held.length + count > self.capacity:
+            raise ContextOverflowError(f"expected at most {self.capacity} positions, found {held.length + count}")

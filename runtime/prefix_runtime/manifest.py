@@ -57,11 +57,15 @@ class Manifest:
         max_length: positions that prefix and text may take together.
         mode: "feed": the prefix is the graph's initial past.
         flavour: "fast": past and present share one buffer (com.microsoft GroupQueryAttention).
-        precision: of the weights: "fp32".
+        precision: of the weights: "fp32", "int8" or "int4".
         target: what the graph was made for: "cpu".
         graph: the graph's path.
+        weight_bytes: of the weights that one decode step reads.
         files: every file but the prefixes and the manifest itself, by path.
         tasks: by name.
+        cache: what keys and values are kept in: "fp32" or "fp16".
+        block_size: weights that share a scale, at most; None for "fp32".
+        quantizer: how weights were rounded, "rtn" or "hqq"; None for "fp32".
         parity: the certificate that `build` wrote, or None where it was told not to verify.
     """
 
@@ -74,8 +78,12 @@ class Manifest:
     precision: str
     target: str
     graph: str
+    weight_bytes: int
     files: Mapping[str, FileEntry]
     tasks: Mapping[str, TaskEntry] = field(default_factory=dict)
+    cache: str = "fp32"
+    block_size: int | None = None
+    quantizer: str | None = None
     parity: Mapping[str, Any] | None = None
 
     def with_task(self, name: str, entry: TaskEntry) -> Manifest:
@@ -243,11 +251,15 @@ def _read_manifest(fields: _Fields) -> Manifest:
         max_length=fields.count("max_length", least=1),
         mode=fields.choice("mode", "feed"),
         flavour=fields.choice("flavour", "fast"),
-        precision=fields.choice("precision", "fp32"),
+        precision=fields.choice("precision", "fp32", "int8", "int4"),
         target=fields.choice("target", "cpu"),
         graph=graph,
+        weight_bytes=fields.count("weight_bytes", least=1),
         files=files,
         tasks=tasks,
+        cache=fields.choice("cache", "fp32", "fp16"),
+        block_size=fields.optional("block_size", int),
+        quantizer=fields.optional("quantizer", str),
         parity=_read_parity(fields),
     )
 

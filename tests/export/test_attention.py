@@ -113,5 +113,5 @@ def test_attention_sinks_are_refused_by_name(tmp_path):
     config = GptOssConfig(**sizes, **experts, max_position_embeddings=64, rope_parameters={"rope_type": "default"})
     model = GptOssForCausalLM(config).eval()
     with pytest.raises(UnsupportedArchitectureError, match=r"^GptOssForCausalLM: .*s_aux"):
-        export_graph(model, probe(model), tmp_path)
+        export_graph(model, probe(model), 64, tmp_path)
     assert not list(tmp_path.iterdir())

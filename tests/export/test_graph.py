@@ -39,7 +39,7 @@ def model(workshop, architecture):
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("graph")
-    export_graph(model, probe(model), folder)
+    export_graph(model, probe(model), 64, folder)
     return folder
 
 
@@ -210,7 +210,7 @@ def test_a_model_that_torch_cannot_trace_is_refused_by_name(model, tmp_path, mon
 
     monkeypatch.setattr(torch.onnx, "export", fail)
     with pytest.raises(ExportError) as caught:
-        export_graph(model, probe(model), tmp_path)
+        export_graph(model, probe(model), 64, tmp_path)
     assert str(caught.value) == f"{type(model).__name__}: torch.onnx cannot trace the model: data-dependent"
     assert not list(tmp_path.iterdir())
 

@@ -7,70 +7,103 @@ import pytest
 
 from prefix_runtime.decoding import decode
 
-PROMPT = (5, 6, 7)
+VOCAB = 50
 
 
 class Recorder:
-    """A cache whose logits name the next token, one after the other."""
+    """A cache whose rows count on from their last token."""
 
-    def __init__(self, *tokens):
-        self.tokens = iter(tokens)
-        self.extended = []
+    def __init__(self):
+        self.asked = []
 
-    def extend(self, token_ids):
-        assert token_ids.dtype == np.int64
-        self.extended.append(token_ids.tolist())
-        return np.eye(10, dtype=np.float32)[next(self.tokens)]
+    def prefill(self, row, token_ids):
+        self.asked.append(("prefill", row, list(token_ids)))
+        return np.eye(VOCAB, dtype=np.float32)[token_ids[-1] + 1]
+
+    def step(self, token_ids):
+        self.asked.append(("step", list(token_ids)))
+        return np.eye(VOCAB, dtype=np.float32)[np.array(token_ids) + 1]
+
+    def move(self, source, target):
+        self.asked.append(("move", source, target))
 
 
-def greedy(logits, _):
-    return int(logits.argmax())
+class Counting:
+    """A generation that takes so many tokens, the most likely ones."""
+
+    def __init__(self, prompt, tokens):
+        self.prompt, self._left = prompt, tokens
+        self.tokens, self.times = [], []
+
+    @property
+    def last_token(self):
+        return self.tokens[-1]
+
+    @property
+    def is_finished(self):
+        return self._left == 0
+
+    def take(self, logits):
+        self._left -= 1
+        self.tokens.append(int(logits.argmax()))
+
+    def note_time(self, seconds):
+        self.times.append(seconds)
 
 
 def test_the_prompt_is_run_at_once_and_each_token_alone():
-    cache = Recorder(1, 2, 3)
-    steps = list(decode(cache, PROMPT, greedy, (), 3))
-    assert [step.token_id for step in steps] == [1, 2, 3]
-    assert cache.extended == [[5, 6, 7], [1], [2]]
+    cache, one = Recorder(), Counting([5, 6, 7], 3)
+    assert list(decode(cache, [0], [one])) == [one] * 3
+    assert one.tokens == [8, 9, 10]
+    assert cache.asked == [("prefill", 0, [5, 6, 7]), ("step", [8]), ("step", [9])]
 
 
 def test_nothing_is_run_before_it_is_asked_for():
-    cache = Recorder(1, 2, 3)
-    steps = decode(cache, PROMPT, greedy, (), 3)
-    assert cache.extended == []
+    cache = Recorder()
+    steps = decode(cache, [0], [Counting([5], 3)])
+    assert cache.asked == []
     next(steps)
-    assert cache.extended == [[5, 6, 7]]
+    assert cache.asked == [("prefill", 0, [5])]
 
 
-@pytest.mark.parametrize(("ends", "tokens"), [((3,), [1, 2, 3]), ((1,), [1]), ((2, 3), [1, 2]), ((), [1, 2, 3, 4])])
-def test_an_end_token_ends_it_and_is_given(ends, tokens):
-    steps = list(decode(Recorder(1, 2, 3, 4), PROMPT, greedy, ends, 4))
-    assert [step.token_id for step in steps] == tokens
-    assert [step.is_end for step in steps] == [token in ends for token in tokens]
+def test_rows_are_decoded_together():
+    cache, generations = Recorder(), [Counting([5], 2), Counting([20, 21], 2)]
+    list(decode(cache, [0, 1], generations))
+    assert cache.asked == [("prefill", 0, [5]), ("prefill", 1, [20, 21]), ("step", [6, 22])]
 
 
-@pytest.mark.parametrize("limit", [0, 1, 4])
-def test_no_more_tokens_come_than_were_asked_for(limit):
-    cache = Recorder(*range(9))
-    assert len(list(decode(cache, PROMPT, greedy, (), limit))) == limit
-    assert len(cache.extended) == limit
+def test_a_generation_runs_in_the_row_that_holds_its_prefix():
+    cache, generations = Recorder(), [Counting([5], 2), Counting([20], 2)]
+    list(decode(cache, [1, 0], generations))
+    assert cache.asked == [("prefill", 0, [20]), ("prefill", 1, [5]), ("step", [21, 6])]
+    assert [generation.tokens for generation in generations] == [[6, 7], [21, 22]]
 
 
-def test_the_sampler_sees_the_prompt_and_the_text_so_far():
-    seen = []
-
-    def sampler(logits, token_ids):
-        seen.append(list(token_ids))
-        return greedy(logits, token_ids)
-
-    list(decode(Recorder(1, 2, 3), PROMPT, sampler, (), 3))
-    assert seen == [[5, 6, 7], [5, 6, 7, 1], [5, 6, 7, 1, 2]]
+def test_the_last_row_takes_the_place_of_one_that_has_finished():
+    cache, generations = Recorder(), [Counting([5], 1), Counting([20], 3), Counting([30], 3)]
+    list(decode(cache, [0, 1, 2], generations))
+    assert cache.asked[3:] == [("move", 2, 0), ("step", [31, 21]), ("step", [32, 22])]
 
 
-def test_an_end_token_of_the_prompt_does_not_end_it():
-    steps = list(decode(Recorder(1, 2), PROMPT, greedy, {5, 7}, 2))
-    assert [step.token_id for step in steps] == [1, 2]
+def test_a_row_at_the_end_leaves_without_a_move():
+    cache, generations = Recorder(), [Counting([5], 3), Counting([20], 1), Counting([30], 1)]
+    list(decode(cache, [0, 1, 2], generations))
+    assert cache.asked[3:] == [("step", [6]), ("step", [7])]
 
 
-def test_every_step_takes_time():
-    assert all(step.seconds > 0 for step in decode(Recorder(1, 2, 3), PROMPT, greedy, (), 3))
+@pytest.mark.parametrize("counts", [(1, 1, 1), (1, 2, 3, 4), (4, 3, 2, 1), (2, 7, 1, 7, 3), (5, 1, 1, 1, 5)])
+def test_every_row_gets_its_own_tokens_whoever_leaves_first(counts):
+    generations = [Counting([10 * row], count) for row, count in enumerate(counts)]
+    order = np.random.default_rng(0).permutation(len(counts)).tolist()
+    given = list(decode(Recorder(), order, generations))
+    for row, (generation, count) in enumerate(zip(generations, counts, strict=True)):
+        assert generation.tokens == [10 * row + 1 + index for index in range(count)]
+        assert given.count(generation) == count
+
+
+def test_time_goes_on():
+    one, two = Counting([5], 3), Counting([6], 3)
+    list(decode(Recorder(), [0, 1], [one, two]))
+    assert np.diff([0, *one.times]).min() > 0
+    assert two.times[0] > one.times[0]
+    assert two.times[1:] == one.times[1:]

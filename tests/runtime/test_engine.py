@@ -164,7 +164,7 @@ class TestPrompts:
             engine.generate(token_ids=[IDS, [999]])
 
     def test_an_unknown_option_is_refused(self, engine):
-        with pytest.raises(TypeError, match=r"options max_new_tokens, sampling, stop, found .*max_tokens"):
+        with pytest.raises(TypeError, match=r"options max_new_tokens, sampling, stop, ignore_end, found .*max_tokens"):
             engine.generate("a", max_tokens=3)
 
 
@@ -614,3 +614,76 @@ class TestLoading:
 
     def test_the_engine_tells_its_bundle(self, engine, shared_bundle):
         assert engine.bundle.root == shared_bundle
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3, 8])
+def batching(shared_bundle, request):
+    return prefix_runtime.load(shared_bundle, threads=1, max_batch=request.param)
+
+
+class TestBatches:
+    """A list of prompts: each answered as if it were alone."""
+
+    PROMPTS = ("the quick", "a", "brown fox jumps over the lazy dog", "fox", "the lazy dog jumps")
+    TASKS = ("p3", None, "p20", "p3", "p20")
+    COUNTS = (9, 1, 17, 30, 4)
+
+    def alone(self, engine, **options):
+        rows = zip(self.PROMPTS, self.TASKS, self.COUNTS, strict=True)
+        return [engine.generate(prompt, task=task, max_new_tokens=count, **options) for prompt, task, count in rows]
+
+    def together(self, engine, **options):
+        return engine.generate(list(self.PROMPTS), task=list(self.TASKS), max_new_tokens=list(self.COUNTS), **options)
+
+    def same(self, left, right):
+        for field in ("text", "token_ids", "finish_reason", "task"):
+            assert [getattr(row, field) for row in left] == [getattr(row, field) for row in right]
+
+    def test_rows_are_answered_as_if_each_were_alone(self, engine, batching):
+        for _ in range(2):  # the second time in buffers that were used before, rows moved about
+            self.same(self.together(batching), self.alone(engine))
+
+    def test_sampled_rows_follow_their_own_seeds(self, engine, batching):
+        sampling = [None if seed == 1 else Sampling(temperature=1.5, top_k=40, seed=seed) for seed in range(5)]
+        rows = zip(self.PROMPTS, self.TASKS, self.COUNTS, sampling, strict=True)
+        alone = [engine.generate(text, task=task, max_new_tokens=n, sampling=how) for text, task, n, how in rows]
+        self.same(self.together(batching, sampling=sampling), alone)
+
+    def test_rows_that_end_early_leave(self, engine, batching):
+        stop = sorted({row.text[:2] for row in self.alone(engine) if row.text})[:2]
+        self.same(self.together(batching, stop=stop), self.alone(engine, stop=stop))
+
+    def test_lengths_and_times_are_each_rows_own(self, batching):
+        for row, count in zip(self.together(batching, ignore_end=True), self.COUNTS, strict=True):
+            assert row.metrics.new_tokens == count
+            assert len(row.metrics.inter_token_latencies) == count - 1
+            assert min(row.metrics.time_to_first_token, *row.metrics.inter_token_latencies, 1) > 0
+
+    @pytest.mark.parametrize("option", ["max_new_tokens", "sampling"])
+    def test_a_list_of_options_has_one_for_each_prompt(self, engine, option):
+        with pytest.raises(RequestError, match=f"{option}: expected one, or one for each of the 5 prompts, found 2"):
+            engine.generate(list(self.PROMPTS), **{option: [None, None]})
+
+    def test_a_list_of_options_is_refused_for_a_single_prompt(self, engine):
+        with pytest.raises(RequestError, match="max_new_tokens: expected a whole number"):
+            engine.generate("a", max_new_tokens=[3])
+        with pytest.raises(RequestError, match="sampling: expected a Sampling"):
+            engine.generate("a", sampling=[Sampling()])
+
+    def test_what_is_wrong_with_one_row_is_told_before_any_is_run(self, engine):
+        with pytest.raises(RequestError, match="max_new_tokens: expected a whole number"):
+            engine.generate(["a", "b"], max_new_tokens=[3, 0])
+
+    def test_a_batch_has_room_for_a_row(self, shared_bundle):
+        with pytest.raises(RequestError, match="max_batch: expected 1 or more, found 0"):
+            prefix_runtime.load(shared_bundle, max_batch=0)
+
+
+def test_end_tokens_may_be_ignored(shared_bundle, rewrite, tmp_path):
+    folder = shutil.copytree(shared_bundle, tmp_path / "bundle")
+    first = prefix_runtime.load(folder, threads=1).generate(token_ids=IDS, max_new_tokens=3).token_ids[0]
+    rewrite(folder, "generation_config.json", json.dumps({"eos_token_id": first}).encode())
+    engine = prefix_runtime.load(folder, threads=1)
+    assert engine.generate(token_ids=IDS, max_new_tokens=3).finish_reason == "end_token"
+    ignored = engine.generate(token_ids=IDS, max_new_tokens=3, ignore_end=True)
+    assert (len(ignored.token_ids), ignored.finish_reason) == (3, "length")

@@ -32,6 +32,7 @@ MANIFEST = Manifest(
     precision="fp32",
     target="cpu",
     graph="model.onnx",
+    weight_bytes=1000,
     files={path: FileEntry(path, 10, SHA256) for path in ("model.onnx", "onnx/model.onnx.data")},
     tasks={
         "xsum": TaskEntry(FileEntry("prefixes/xsum.safetensors", 20, SHA256), 5, 5),

@@ -1,0 +1,300 @@
+"""The weights of linear layers in 8 or 4 bits, block by block: rounded in the model, packed in the graph.
+
+A weight [outputs, inputs] is cut along its inputs into blocks that share one float32 scale and, where they are not
+symmetric, a zero point. The quantiser is onnxruntime's (1.32, `quantization/matmul_nbits_quantizer.py`), and so is the
+operator that multiplies with what it packs, `com.microsoft::MatMulNBits`. The model itself keeps the rounded weights in
+float32: the source framework runs it as it is, and is what the graph is compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from onnxruntime.quantization.matmul_nbits_quantizer import (
+    DefaultWeightOnlyQuantConfig,
+    DefaultWeightOnlyQuantizer,
+    HQQWeightOnlyQuantConfig,
+    HQQWeightOnlyQuantizer,
+)
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .errors import ExportError
+
+BITS = {"int8": 8, "int4": 4}
+PRECISIONS = ("fp32", *BITS)
+METHODS = ("rtn", "hqq")
+# At 8 bits a longer block costs no accuracy that can be measured and reads a tenth less memory a token.
+DEFAULT_BLOCK_SIZES = {"int8": 128, "int4": 32}
+_BLOCK_SIZES = (16, 32, 64, 128, 256)
+# Activations are rounded to 8 bits, block by block, which is what the fast kernels multiply.
+_ACCURACY_LEVEL = 4
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How weights are rounded.
+
+    Attributes:
+        bits: 8 or 4.
+        block_size: inputs that share a scale: 16, 32, 64, 128 or 256.
+        method: "rtn" rounds to nearest, symmetric around zero; "hqq" searches each block's zero point for the least
+            error (Badri & Shaji, "Half-Quadratic Quantization", 2023), which is then rounded itself.
+    """
+
+    bits: int
+    block_size: int
+    method: str = "rtn"
+
+
+def quantization(precision: str, block_size: int | None, method: str) -> Quantization | None:
+    """The quantisation that a precision stands for; None for "fp32".
+
+    Raises:
+        ExportError: a precision, block size or method that there is not, or that do not go together.
+    """
+    if precision not in PRECISIONS:
+        raise ExportError(f"precision: expected one of {', '.join(PRECISIONS)}, found {precision!r}")
+    if method not in METHODS:
+        raise ExportError(f"quantizer: expected one of {', '.join(METHODS)}, found {method!r}")
+    if precision == "fp32":
+        if block_size is not None or method != "rtn":
+            raise ExportError("block size, quantizer: expected precision int8 or int4 with them, found fp32")
+        return None
+    size = DEFAULT_BLOCK_SIZES[precision] if block_size is None else block_size
+    if size not in _BLOCK_SIZES:
+        raise ExportError(f"block size: expected one of {', '.join(map(str, _BLOCK_SIZES))}, found {size}")
+    return Quantization(BITS[precision], size, method)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight as `MatMulNBits` takes it.
+
+    Attributes:
+        inputs, outputs: of the linear layer.
+        values: [outputs, blocks, block_size * bits / 8] uint8.
+        scales: [outputs, blocks] float32.
+        zero_points: [outputs, blocks * bits / 8, rounded up] uint8, or None where each is half of the range.
+    """
+
+    inputs: int
+    outputs: int
+    settings: Quantization
+    values: torch.Tensor
+    scales: torch.Tensor
+    zero_points: torch.Tensor | None
+
+    def dequantized(self) -> torch.Tensor:
+        """The weight that it stands for, [outputs, inputs] float32."""
+        bits = self.settings.bits
+        values = _unpacked(self.values, bits).float()
+        zeros: torch.Tensor | float = float(2 ** (bits - 1))
+        if self.zero_points is not None:
+            zeros = _unpacked(self.zero_points, bits)[:, : self.scales.shape[1], None].float()
+        weight = (values - zeros) * self.scales[..., None]
+        return weight.flatten(1)[:, : self.inputs].contiguous()
+
+
+def pack(weight: torch.Tensor, settings: Quantization) -> PackedWeight:
+    """Quantise a weight [outputs, inputs] float32."""
+    block = _block_size(weight.shape[1], settings)
+    settings = Quantization(settings.bits, block, settings.method)
+    values, scales, zeros = (_round_to_nearest if settings.method == "rtn" else _half_quadratic)(weight, settings)
+    return PackedWeight(weight.shape[1], weight.shape[0], settings, values, scales, zeros)
+
+
+def _block_size(inputs: int, settings: Quantization) -> int:
+    """The size asked for, or the largest below it that does not pad the last block by more than it must."""
+    size = settings.block_size
+    while size > 32 and inputs % size:
+        size //= 2
+    return size
+
+
+def _round_to_nearest(weight: torch.Tensor, settings: Quantization) -> tuple[torch.Tensor, torch.Tensor, None]:
+    config = DefaultWeightOnlyQuantConfig(block_size=settings.block_size, is_symmetric=True, bits=settings.bits)
+    values, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(weight.T.numpy()))
+    return torch.from_numpy(values), torch.from_numpy(scales), None
+
+
+def _half_quadratic(weight: torch.Tensor, settings: Quantization) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    bits, size = settings.bits, settings.block_size
+    quantizer = HQQWeightOnlyQuantizer(HQQWeightOnlyQuantConfig(block_size=size, bits=bits))
+    _, scales, zeros = quantizer.quantize_internal(weight, bits=bits, group_size=size)
+    # A zero point that is no whole number keeps onnxruntime from its fast kernels: it is rounded, and the values anew.
+    zeros = zeros.round().clamp(0, 2**bits - 1)
+    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % size)).unflatten(1, (-1, size))
+    values = (padded / scales[..., None] + zeros[..., None]).round().clamp(0, 2**bits - 1)
+    return _packed(values.to(torch.uint8), bits), scales.contiguous(), _packed(zeros.to(torch.uint8), bits)
+
+
+def _packed(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Values below 2^bits, several to a byte along the last axis, the first one lowest."""
+    if bits == 8:
+        return values.contiguous()
+    values = torch.nn.functional.pad(values, (0, values.shape[-1] % 2))
+    return (values[..., 0::2] | values[..., 1::2] << 4).contiguous()
+
+
+def _unpacked(values: torch.Tensor, bits: int) -> torch.Tensor:
+    return values if bits == 8 else torch.stack((values & 15, values >> 4), -1).flatten(-2)
+
+
+class QuantizedModel:
+    """A model whose linear weights, the tied output projection's included, and embedding were rounded in place.
+
+    Args:
+        model: in float32; its weights are overwritten by what their quantised values stand for.
+        settings: how they are rounded.
+    """
+
+    def __init__(self, model: PreTrainedModel, settings: Quantization) -> None:
+        self.settings = settings
+        self._model = model
+        self._packed: dict[str, PackedWeight] = {}
+        done: dict[int, PackedWeight] = {}  # by parameter: tied ones are rounded once
+        for name, module in model.named_modules():
+            if _is_quantized(module, model):
+                weight: torch.nn.Parameter = module.weight
+                if id(weight) not in done:
+                    done[id(weight)] = _round_in_place(weight, settings, transposed=isinstance(module, Conv1D))
+                self._packed[name] = done[id(weight)]
+
+    @contextmanager
+    def packed(self) -> Iterator[None]:
+        """Put modules that emit onnxruntime's operators in the place of the linear layers, for the trace."""
+        before = {name: self._model.get_submodule(name) for name in self._packed}
+        shared: dict[int, _Packed] = {}
+        try:
+            for name, module in before.items():
+                self._model.set_submodule(name, _emitting(module, self._packed[name], shared))
+            yield
+        finally:
+            for name, module in before.items():
+                self._model.set_submodule(name, module)
+
+
+def _is_quantized(module: torch.nn.Module, model: PreTrainedModel) -> bool:
+    # An embedding of a subclass computes something of its own; it stays as it is.
+    is_embedding = module is model.get_input_embeddings() and type(module) is torch.nn.Embedding
+    return is_embedding or isinstance(module, torch.nn.Linear | Conv1D)
+
+
+def _round_in_place(weight: torch.nn.Parameter, settings: Quantization, transposed: bool) -> PackedWeight:
+    plain = weight.detach().T if transposed else weight.detach()
+    packed = pack(plain.contiguous(), settings)
+    rounded = packed.dequantized()
+    weight.data.copy_(rounded.T if transposed else rounded)
+    return packed
+
+
+class _Packed(torch.nn.Module):
+    """The tensors of a weight, as one module, so that layers that share a weight share its tensors in the graph."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    zero_points: torch.Tensor | None
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("values", weight.values)
+        self.register_buffer("scales", weight.scales)
+        self.register_buffer("zero_points", weight.zero_points)
+
+
+def _emitting(module: torch.nn.Module, weight: PackedWeight, shared: dict[int, _Packed]) -> torch.nn.Module:
+    packed = shared.setdefault(id(weight), _Packed(weight))
+    if isinstance(module, torch.nn.Embedding):
+        return _QuantizedEmbedding(packed)
+    bias: torch.Tensor | None = module.bias  # type: ignore[assignment]  # as above
+    return _QuantizedLinear(packed, bias)
+
+
+class _QuantizedLinear(torch.nn.Module):
+    """Emits `com.microsoft::MatMulNBits` (onnxruntime 1.32, docs/ContribOperators.md)."""
+
+    def __init__(self, packed: _Packed, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.packed = packed
+        self.bias = bias
+
+    def forward(self, activation: torch.Tensor) -> torch.Tensor:
+        """[..., inputs] to [..., outputs]."""
+        weight = self.packed.weight
+        inputs = [activation, self.packed.values, self.packed.scales, self.packed.zero_points, None, self.bias]
+        while inputs[-1] is None:
+            inputs.pop()
+        output: torch.Tensor = torch.onnx.ops.symbolic(
+            "com.microsoft::MatMulNBits",
+            inputs,
+            attrs={
+                "K": weight.inputs,
+                "N": weight.outputs,
+                "bits": weight.settings.bits,
+                "block_size": weight.settings.block_size,
+                "accuracy_level": _ACCURACY_LEVEL,
+            },
+            dtype=activation.dtype,
+            shape=(*activation.shape[:-1], weight.outputs),
+            version=1,
+        )
+        return output
+
+
+class _QuantizedEmbedding(torch.nn.Module):
+    """Emits `com.microsoft::GatherBlockQuantized` on the very table that a tied output projection multiplies with."""
+
+    zero_points: torch.Tensor | None
+
+    def __init__(self, packed: _Packed) -> None:
+        super().__init__()
+        self.packed = packed
+        self.register_buffer("zero_points", _bytes_of_zero_points(packed.weight))
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[batch, sequence] int64 to [batch, sequence, inputs]."""
+        weight = self.packed.weight
+        blocks = weight.scales.shape[1]
+        inputs = [self.packed.values, token_ids, self.packed.scales.unsqueeze(2)]
+        if self.zero_points is not None:
+            inputs.append(self.zero_points)
+        attributes: dict[str, Any] = {
+            "gather_axis": 0,
+            "quantize_axis": 2,
+            "block_size": weight.settings.block_size,
+            "bits": weight.settings.bits,
+        }
+        output: torch.Tensor = torch.onnx.ops.symbolic(
+            "com.microsoft::GatherBlockQuantized",
+            inputs,
+            attrs=attributes,
+            dtype=torch.float32,
+            shape=(*token_ids.shape, blocks, weight.settings.block_size),
+            version=1,
+        )
+        output = output.flatten(2)
+        return output if output.shape[2] == weight.inputs else output[..., : weight.inputs]
+
+
+def _bytes_of_zero_points(weight: PackedWeight) -> torch.Tensor | None:
+    """[vocab, blocks, 1] uint8: a byte each, as the operator takes them for blocks that have an axis of their own."""
+    if weight.zero_points is None:
+        return None
+    zeros = _unpacked(weight.zero_points, weight.settings.bits)
+    return zeros[:, : weight.scales.shape[1], None].contiguous()
+
+
+def as_exact(graph: Any) -> None:
+    """Make a graph (`onnx.ModelProto`) compute with activations in float32, which is slower, to compare it."""
+    for node in graph.graph.node:
+        if node.op_type == "MatMulNBits":
+            for attribute in node.attribute:
+                if attribute.name == "accuracy_level":
+                    attribute.i = 1

@@ -1,0 +1,126 @@
+"""All tasks of a bundle against the source framework: parity of the graph, and what rounding costs in quality."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnx
+
+from prefix_runtime import Bundle, Engine, Prefix, load
+from prefix_runtime.session import Session
+
+from .models import BaseModel
+from .parity import Expectation, TaskParity, compare, observe, reference
+from .progress import StepListener, shown_task
+from .quality import Answers, HeldOut, TaskQuality, answers, assess
+from .quantize import as_exact
+
+Sources = Mapping[str, Path | None]
+"""The checkpoint that each task's prefix was folded from, where it is at hand."""
+
+
+@dataclass(frozen=True)
+class FloatAnswers:
+    """What the float32 model makes of held-out texts."""
+
+    held_out: HeldOut
+    answers: Answers
+
+
+def answer_all(
+    base: BaseModel,
+    prefixes: Mapping[str, Prefix],
+    sources: Sources,
+    held_out: Mapping[str | None, HeldOut],
+    on_step: StepListener,
+) -> dict[str | None, FloatAnswers]:
+    """What a model that is not rounded yet makes of held-out texts under each task and without."""
+    found = {}
+    for task in (None, *prefixes):
+        on_step(f"reading held-out text in float32: {shown_task(task)}")
+        with reference(base, prefixes[task] if task else None, sources[task] if task else None) as model:
+            found[task] = FloatAnswers(held_out[task], answers(held_out[task], model))
+    return found
+
+
+def observe_all(
+    base: BaseModel, prefixes: Mapping[str, Prefix], sources: Sources, max_length: int, on_step: StepListener
+) -> dict[str | None, Expectation]:
+    """What the source framework answers under each task and without."""
+    expected = {}
+    for task in (None, *prefixes):
+        on_step(f"running the source framework: {shown_task(task)}")
+        prefix, source = (prefixes[task], sources[task]) if task else (None, None)
+        expected[task] = observe(base, prefix, source, max_length)
+    return expected
+
+
+def compare_all(
+    folder: Path, expected: Mapping[str | None, Expectation], on_step: StepListener
+) -> dict[str | None, TaskParity]:
+    """A bundle's graph, its weights as they are rounded but computed with in float32, against what is expected.
+
+    Raises:
+        ParityError: they differ.
+    """
+    on_step("opening the bundle")
+    bundle = Bundle.open(folder)
+    parity = {}
+    with _exact_engine(bundle) as engine:
+        for task, expectation in expected.items():
+            on_step(f"comparing {shown_task(task)}")
+            parity[task] = compare(expectation, engine, task)
+    return parity
+
+
+def assess_all(
+    folder: Path, expected: Mapping[str | None, FloatAnswers], on_step: StepListener
+) -> dict[str | None, TaskQuality]:
+    """A bundle as it is run against the float32 model, on the same texts."""
+    engine = load(folder)
+    found = {}
+    for task, in_float in expected.items():
+        on_step(f"reading held-out text: {shown_task(task)}")
+        found[task] = assess(in_float.held_out, in_float.answers, engine, task)
+    return found
+
+
+def certificate(
+    parity: Mapping[str | None, TaskParity], quality: Mapping[str | None, TaskQuality]
+) -> dict[str, object]:
+    """The comparisons as the manifest keeps them."""
+    return {**_by_task(parity), **({"quality": _by_task(quality)} if quality else {})}
+
+
+def _by_task(results: Mapping[str | None, TaskParity] | Mapping[str | None, TaskQuality]) -> dict[str, object]:
+    tasks = {task: asdict(result) for task, result in results.items() if task is not None}
+    return {"bare_model": asdict(results[None]), "tasks": tasks}
+
+
+@contextmanager
+def _exact_engine(bundle: Bundle) -> Iterator[Engine]:
+    if bundle.manifest.precision == "fp32":
+        yield load(bundle.root)
+        return
+    with tempfile.TemporaryDirectory(dir=bundle.root.absolute().parent, prefix=".exact.") as folder:
+        graph = Path(folder) / bundle.graph_path.name
+        _write_exact_graph(bundle.graph_path, graph)
+        yield Engine(bundle, Session(graph), bundle.manifest.max_length)
+
+
+def _write_exact_graph(source: Path, target: Path) -> None:
+    model = onnx.load(source, load_external_data=False)
+    as_exact(model)
+    target.write_bytes(model.SerializeToString())
+    weights = source.with_name(f"{source.name}.data")
+    # onnxruntime does not follow a symbolic link out of the graph's folder.
+    try:
+        os.link(weights, target.with_name(weights.name))
+    except OSError:
+        shutil.copyfile(weights, target.with_name(weights.name))

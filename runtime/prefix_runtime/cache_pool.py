@@ -1,0 +1,150 @@
+"""Key/value buffers that are lent to requests, remember their prefixes, and are bounded in memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from .geometry import Geometry
+from .kv_cache import KeyValueCache
+from .prefix import Prefix
+from .session import Session
+
+# Buffers grow in steps, so that requests of about the same length find each other's buffers.
+_CAPACITY_STEP = 64
+
+
+class CachePool:
+    """Caches that are lent to one batch at a time and remember which prefixes they hold.
+
+    A task's next request finds the cache that already holds its prefix and copies nothing. Idle caches are dropped,
+    the least recently used first, while all caches together take more than `budget` bytes; the caches of running
+    requests are never dropped.
+
+    Args:
+        session: of the graph.
+        geometry: the model's.
+        max_length: positions that a row may take.
+        budget: bytes of keys and values, of all caches together.
+        dtype: of keys and values.
+    """
+
+    def __init__(self, session: Session, geometry: Geometry, max_length: int, budget: int, dtype: np.dtype) -> None:
+        self._session, self._geometry = session, geometry
+        self._max_length, self._budget, self._dtype = max_length, budget, dtype
+        self._lock = threading.Lock()
+        self._idle: list[KeyValueCache] = []  # the least recently used first
+        self._lent: list[KeyValueCache] = []
+        self._lent_bytes = 0  # with those that are being made
+
+    @contextmanager
+    def lease(self, prefixes: Sequence[Prefix | None], length: int) -> Iterator[tuple[KeyValueCache, list[int]]]:
+        """A cache whose first rows hold these prefixes and nothing else, and the row of each prefix.
+
+        Args:
+            prefixes: one for each row of the batch.
+            length: positions that the longest row needs in all.
+        """
+        cache = self._take(prefixes, self._capacity(length))
+        try:
+            yield cache, _seeded(cache, prefixes)
+        finally:
+            self._give_back(cache)
+
+    def forget(self, prefix: Prefix) -> None:
+        """Drop the caches that hold a prefix, those of running requests as soon as they end."""
+        with self._lock:
+            self._idle = [cache for cache in self._idle if not _holds(cache, prefix)]
+            for cache in self._lent:
+                cache.is_wanted = cache.is_wanted and not _holds(cache, prefix)
+
+    def _capacity(self, length: int) -> int:
+        steps = -(-length // _CAPACITY_STEP)
+        return max(length, min(steps * _CAPACITY_STEP, self._max_length))
+
+    def _take(self, prefixes: Sequence[Prefix | None], capacity: int) -> KeyValueCache:
+        needed = self._dtype.itemsize * len(prefixes) * capacity * self._geometry.values_per_position
+        with self._lock:
+            cache = self._find(prefixes, capacity, needed)
+            if cache is not None:
+                self._idle.remove(cache)
+                self._lent.append(cache)
+                self._lent_bytes += cache.nbytes
+                return cache
+            self._lent_bytes += needed
+            self._shrink()
+        try:
+            cache = KeyValueCache(self._session, self._geometry, len(prefixes), capacity, self._dtype)
+        except BaseException:
+            with self._lock:
+                self._lent_bytes -= needed
+            raise
+        with self._lock:
+            self._lent.append(cache)
+        return cache
+
+    def _find(self, prefixes: Sequence[Prefix | None], capacity: int, needed: int) -> KeyValueCache | None:
+        fitting = [cache for cache in self._idle if cache.capacity >= capacity and _fits(cache, len(prefixes))]
+        if not fitting:
+            return None
+        # The last one of those that hold most: the most recently used.
+        best = max(reversed(fitting), key=lambda cache: len(_matches(cache, prefixes)))
+        if len(_matches(best, prefixes)) == len(prefixes):
+            return best
+        # When a new cache would go over the budget, the oldest that is large enough is seeded anew: this spares
+        # the allocation. Otherwise a new one leaves the others' prefixes where they are; but a batch's is too large for
+        # one of each combination.
+        if len(prefixes) > 1:
+            return best
+        in_use = self._lent_bytes + sum(cache.nbytes for cache in self._idle)
+        return fitting[0] if in_use + needed > self._budget else None
+
+    def _give_back(self, cache: KeyValueCache) -> None:
+        with self._lock:
+            self._lent.remove(cache)
+            self._lent_bytes -= cache.nbytes
+            if cache.is_wanted:
+                self._idle.append(cache)
+            self._shrink()
+
+    def _shrink(self) -> None:
+        total = self._lent_bytes + sum(cache.nbytes for cache in self._idle)
+        while self._idle and total > self._budget:
+            total -= self._idle.pop(0).nbytes
+
+
+def _fits(cache: KeyValueCache, rows: int) -> bool:
+    """Whether a batch may run in a cache; a single request does not take a batch's, which is much larger."""
+    return len(cache.rows) == rows or len(cache.rows) > rows > 1
+
+
+def _holds(cache: KeyValueCache, prefix: Prefix) -> bool:
+    return any(row.prefix is prefix for row in cache.rows)
+
+
+def _matches(cache: KeyValueCache, prefixes: Sequence[Prefix | None]) -> dict[int, int]:
+    """For prefixes that one of the first rows holds, by their place: the row; each row once."""
+    free = list(range(len(prefixes)))
+    found = {}
+    for index, prefix in enumerate(prefixes):
+        row = next((row for row in free if cache.rows[row].prefix is prefix), None)
+        if row is not None:
+            free.remove(row)
+            found[index] = row
+    return found
+
+
+def _seeded(cache: KeyValueCache, prefixes: Sequence[Prefix | None]) -> list[int]:
+    """Let the first rows hold these prefixes and nothing else; returns the row of each."""
+    found = _matches(cache, prefixes)
+    for row in found.values():
+        cache.reset(row)
+    free = (row for row in range(len(prefixes)) if row not in set(found.values()))
+    for index, prefix in enumerate(prefixes):
+        if index not in found:
+            found[index] = next(free)
+            cache.seed(found[index], prefix)
+    return [found[index] for index in range(len(prefixes))]

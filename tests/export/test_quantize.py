@@ -1,0 +1,191 @@
+"""Weights in 8 and 4 bits: what they stand for, how they are packed, and the graph that multiplies with them."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+import prefix_runtime
+from prefix_export.build import BuildRequest, build, verify_against
+from prefix_export.errors import ExportError
+from prefix_export.quantize import DEFAULT_BLOCK_SIZES, Quantization, QuantizedModel, pack, quantization
+
+EACH = [
+    Quantization(8, 32),
+    Quantization(4, 32),
+    Quantization(4, 16),
+    Quantization(8, 64, "hqq"),
+    Quantization(4, 32, "hqq"),
+]
+each_settings = pytest.mark.parametrize("settings", EACH, ids=str)
+
+
+@pytest.fixture
+def weight():
+    return torch.tensor(np.random.default_rng(0).normal(size=(24, 160)).astype(np.float32))
+
+
+class TestPack:
+    @each_settings
+    def test_a_weight_is_off_by_half_a_step_at_most(self, weight, settings):
+        packed = pack(weight, settings)
+        step = packed.scales.abs().repeat_interleave(packed.settings.block_size, 1)[:, :160]
+        # A block's extreme may lie beyond the last step; hqq gives up extremes for what lies between.
+        slack = 1.01 if settings.method == "rtn" else 3
+        assert ((packed.dequantized() - weight).abs() <= slack * step).all()
+        assert (packed.dequantized() - weight).abs().mean() < 0.3 * step.mean()
+
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_values_on_the_grid_come_back_as_they_are(self, bits):
+        half = 2 ** (bits - 1)
+        grid = torch.arange(-half, half).float().repeat(64 // (2 * half) + 1)[:64].repeat(3, 1)
+        grid[:, ::32] = -half  # each block reaches its extreme, so that the step is 1
+        torch.testing.assert_close(pack(grid, Quantization(bits, 32)).dequantized(), grid, rtol=0, atol=1e-5)
+
+    @each_settings
+    def test_a_weight_of_zeros_stays_zero(self, settings):
+        assert not pack(torch.zeros(8, 64), settings).dequantized().any()
+
+    @pytest.mark.parametrize(("inputs", "size"), [(128, 128), (192, 64), (96, 32), (40, 32), (7, 32)])
+    def test_blocks_get_shorter_before_they_are_padded(self, inputs, size):
+        packed = pack(torch.ones(4, inputs), Quantization(8, 128))
+        assert packed.settings.block_size == size
+        assert packed.scales.shape == (4, -(-inputs // size))
+        assert packed.dequantized().shape == (4, inputs)
+
+    def test_hqq_errs_less_than_rounding(self, weight):
+        skewed = weight.abs() ** 3
+        errors = [
+            (pack(skewed, Quantization(4, 32, method)).dequantized() - skewed).abs().mean() for method in ("rtn", "hqq")
+        ]
+        assert errors[1] < 0.9 * errors[0]
+
+
+class TestSettings:
+    def test_float_weights_are_left_alone(self):
+        assert quantization("fp32", None, "rtn") is None
+
+    @pytest.mark.parametrize("precision", ["int8", "int4"])
+    def test_the_default_block_size_is_documented(self, precision):
+        assert quantization(precision, None, "rtn").block_size == DEFAULT_BLOCK_SIZES[precision]
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (("int3", None, "rtn"), "precision: expected one of fp32, int8, int4, found 'int3'"),
+            (("int8", 48, "rtn"), "block size: expected one of 16, 32, 64, 128, 256, found 48"),
+            (("int8", 0, "rtn"), "block size: expected one of"),
+            (("int4", None, "gptq"), "quantizer: expected one of rtn, hqq, found 'gptq'"),
+            (("fp32", 32, "rtn"), "expected precision int8 or int4 with them, found fp32"),
+            (("fp32", None, "hqq"), "expected precision int8 or int4 with them, found fp32"),
+        ],
+    )
+    def test_what_there_is_not_is_refused(self, given, message):
+        with pytest.raises(ExportError, match=message):
+            quantization(*given)
+
+
+class TestModel:
+    @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+    def test_a_model_keeps_its_modules_and_gets_rounded_weights(self, workshop, architecture):
+        before, model = (AutoModelForCausalLM.from_pretrained(workshop.model(architecture)) for _ in range(2))
+        quantized = QuantizedModel(model, Quantization(4, 32))
+        with quantized.packed():
+            assert type(model.get_output_embeddings()) is not torch.nn.Linear
+        assert [type(module) for module in model.modules()] == [type(module) for module in before.modules()]
+        changed = {
+            name
+            for (name, one), other in zip(before.named_parameters(), model.parameters(), strict=True)
+            if not torch.equal(one, other)
+        }
+        linear = {
+            f"{name}.weight"
+            for name, module in before.named_modules()
+            if isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D)
+        }
+        embedding = {name for name, p in before.named_parameters() if p is before.get_input_embeddings().weight}
+        assert changed == (linear & {name for name, _ in before.named_parameters()}) | embedding
+
+    def test_tied_weights_stay_tied(self, workshop):
+        model = AutoModelForCausalLM.from_pretrained(workshop.model())
+        QuantizedModel(model, Quantization(8, 32))
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+class TestBundle:
+    def test_every_linear_layer_is_packed_and_the_tied_table_stored_once(self, workshop, precision):
+        bundle = workshop.bundle(precision=precision)
+        graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
+        kinds = [node.op_type for node in graph.node]
+        assert "MatMul" not in kinds
+        assert "Gemm" not in kinds
+        assert kinds.count("MatMulNBits") == 3 * 4 + 1
+        (gather,) = [node for node in graph.node if node.op_type == "GatherBlockQuantized"]
+        (head,) = [node for node in graph.node if node.op_type == "MatMulNBits" and node.output[0] == "logits"]
+        assert gather.input[0] == head.input[1]
+        assert {attribute.i for attribute in head.attribute if attribute.name == "accuracy_level"} == {4}
+
+    def test_the_files_shrink(self, workshop, precision):
+        sizes = [(workshop.bundle(precision=kind) / "model.onnx.data").stat().st_size for kind in ("fp32", precision)]
+        assert sizes[1] < {"int8": 0.40, "int4": 0.30}[precision] * sizes[0]  # the table of positions stays as it is
+
+    def test_the_manifest_says_so(self, workshop, precision):
+        manifest = prefix_runtime.load(workshop.bundle(precision=precision)).bundle.manifest
+        assert (manifest.precision, manifest.quantizer) == (precision, "rtn")
+        assert manifest.block_size == DEFAULT_BLOCK_SIZES[precision]
+        quality = manifest.parity["quality"]
+        assert set(quality["tasks"]) == {"p3", "p20"}
+        for result in (quality["bare_model"], *quality["tasks"].values()):
+            assert {"int8": 0.9, "int4": 0.5}[precision] < result["greedy_agreement"] <= 1
+            assert abs(result["perplexity"] / result["reference_perplexity"] - 1) < 0.2
+            assert result["positions"] > 300
+
+    def test_the_weights_of_a_step_are_counted(self, workshop, precision):
+        folder = workshop.bundle(precision=precision)
+        manifest = prefix_runtime.load(folder).bundle.manifest
+        data = (folder / "model.onnx.data").stat().st_size
+        positions = 320 * 64 * 4
+        assert manifest.weight_bytes == pytest.approx(data - positions, rel=0.05)  # small constants lie in the graph
+
+    def test_verify_rounds_the_model_as_build_did(self, workshop, precision):
+        bundle = prefix_runtime.Bundle.open(workshop.bundle(precision=precision))
+        parity = verify_against(bundle, str(workshop.model(tokenizer=True)))
+        assert max(result.largest_logit_difference for result in parity.values()) < 1e-4
+
+
+@pytest.mark.parametrize("settings", [{"quantizer": "hqq"}, {"block_size": 16}, {"cache": "fp16"}])
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
+def test_other_settings_agree_with_the_source_framework_too(workshop, architecture, settings):
+    bundle = prefix_runtime.Bundle.open(workshop.bundle(architecture, precision="int4", **settings))
+    assert bundle.manifest.parity["bare_model"]["greedy_tokens_equal"]
+
+
+class TestRefused:
+    def request(self, workshop, tmp_path, **fields):
+        return BuildRequest(str(workshop.model(tokenizer=True)), {}, tmp_path / "bundle", **fields)
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"precision": "int2"}, "precision: expected one of"),
+            ({"cache": "int8"}, "cache: expected one of fp32, fp16, found 'int8'"),
+            ({"precision": "int8", "block_size": 5}, "block size: expected one of"),
+        ],
+    )
+    def test_nothing_is_left_behind(self, workshop, tmp_path, fields, message):
+        with pytest.raises(ExportError, match=message):
+            build(self.request(workshop, tmp_path, **fields))
+        assert not list(tmp_path.iterdir())
+
+    def test_held_out_text_for_a_task_that_is_not_built_is_refused(self, workshop, tmp_path):
+        with pytest.raises(ExportError, match=r"expected one of the tasks that are built, found 'xsum'"):
+            build(self.request(workshop, tmp_path, held_out={"xsum": tmp_path}))
+
+    def test_a_missing_text_is_refused(self, workshop, tmp_path):
+        with pytest.raises(ExportError, match=r"none\.txt: expected a text file, found none"):
+            build(self.request(workshop, tmp_path, held_out={None: tmp_path / "none.txt"}))

@@ -1,0 +1,72 @@
+"""The simplified graph: what is gone from it, for which architectures, and that rotary tables are the model's own.
+
+That it computes what the model computes is what `tests/end_to_end/test_parity_with_peft.py` shows for each of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnx.numpy_helper
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+LAYERS = 3
+
+
+def graph_of(bundle):
+    return onnx.load(bundle / "model.onnx").graph
+
+
+def attention_of(graph):
+    return [node for node in graph.node if node.op_type == "GroupQueryAttention"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma", "qwen2"])
+def test_projections_are_packed(workshop, architecture, precision):
+    graph = graph_of(workshop.bundle(architecture, precision=precision))
+    kind = "MatMul" if precision == "fp32" else "MatMulNBits"
+    # In Qwen2's float32 graph an Add for each bias stands between projection and attention.
+    projections = {"gpt2": 4, "qwen2": 7 if precision == "fp32" else 5}.get(architecture, 5)
+    assert Counter(node.op_type for node in graph.node)[kind] == projections * LAYERS + 1
+    packed = [not node.input[1] and not node.input[2] for node in attention_of(graph)]
+    assert packed == [projections < 7] * LAYERS
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "granite"])
+def test_attention_applies_rotary_positions_itself(workshop, architecture):
+    graph = graph_of(workshop.bundle(architecture))
+    for node in attention_of(graph):
+        assert {attribute.i for attribute in node.attribute if attribute.name == "do_rotary"} == {1}
+        assert node.input[9] == "position_ids"
+    kinds = Counter(node.op_type for node in graph.node)
+    assert not {"Neg", "Cos", "Sin"} & set(kinds)
+
+
+def test_rotary_tables_are_the_models_own(workshop):
+    bundle = workshop.bundle("llama")
+    model = AutoModelForCausalLM.from_pretrained(workshop.model("llama", tokenizer=True))
+    graph = graph_of(bundle)
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    cosines, sines = (tensors[name] for name in attention_of(graph)[0].input[7:9])
+    expected = model.model.rotary_emb(torch.zeros(1), torch.arange(320)[None])
+    for table, full in zip((cosines, sines), expected, strict=True):
+        np.testing.assert_allclose(table, full[0, :, :8].detach(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["stablelm", "gpt_neox"])
+def test_partial_rotation_stays_in_the_graph(workshop, architecture):
+    graph = graph_of(workshop.bundle(architecture))
+    assert not any(attribute.name == "do_rotary" for node in attention_of(graph) for attribute in node.attribute)
+    assert not {node.domain for node in graph.node} - {"", "com.microsoft"}
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma"])
+def test_next_to_no_reshapes_are_left(workshop, architecture):
+    kinds = Counter(node.op_type for node in graph_of(workshop.bundle(architecture)).node)
+    assert kinds["Reshape"] <= 2
+    assert kinds["Gemm"] == 0
