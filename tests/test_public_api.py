@@ -20,6 +20,7 @@ EXPORTER_ERRORS = [
     "UnsupportedArchitectureError",
 ]
 RUNTIME_ERRORS = [
+    "BenchError",
     "BundleError",
     "BundleIntegrityError",
     "ContextOverflowError",

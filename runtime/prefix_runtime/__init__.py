@@ -8,6 +8,7 @@
 from .bundle import Bundle
 from .engine import Engine, GenerationOptions, load
 from .errors import (
+    BenchError,
     BundleError,
     BundleIntegrityError,
     ContextOverflowError,
@@ -30,6 +31,7 @@ from .sampling import Sampling
 __version__ = "0.1.0"
 
 __all__ = [
+    "BenchError",
     "Bundle",
     "BundleError",
     "BundleIntegrityError",

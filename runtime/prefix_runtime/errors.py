@@ -11,7 +11,8 @@ PrefixRuntimeError
 │   └── DuplicateTaskError      the name is taken
 ├── RequestError                what `generate` was asked for cannot be done
 │   └── ContextOverflowError    prefix, prompt and new tokens do not fit the context
-└── ProviderError               onnxruntime cannot open or run the graph
+├── ProviderError               onnxruntime cannot open or run the graph
+└── BenchError                  what `bench` was asked for cannot be done, or its report cannot be read or shown
 
 A message says what was expected, what was found, where, and what to do. Anything else that escapes is a bug.
 """
@@ -19,6 +20,7 @@ A message says what was expected, what was found, where, and what to do. Anythin
 from __future__ import annotations
 
 __all__ = [
+    "BenchError",
     "BundleError",
     "BundleIntegrityError",
     "ContextOverflowError",
@@ -80,3 +82,7 @@ class ContextOverflowError(RequestError):
 
 class ProviderError(PrefixRuntimeError):
     """onnxruntime cannot open or run the graph."""
+
+
+class BenchError(PrefixRuntimeError):
+    """What `bench` was asked for cannot be done, or its report cannot be read or shown."""

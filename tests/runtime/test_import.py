@@ -12,6 +12,7 @@ import pytest
 import prefix_runtime
 
 PUBLIC = [
+    "BenchError",
     "Bundle",
     "BundleError",
     "BundleIntegrityError",

@@ -1,0 +1,302 @@
+"""Measuring a bundle: rows in interleaved rounds, so that a noisy machine does not favour one of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from . import machine
+from .bandwidth import BandwidthProbe
+from .bundle import Bundle
+from .engine import Engine, load
+from .errors import BenchError
+from .geometry import LEAST_TEXT
+from .manifest import Manifest, unknown_task
+from .measurements import MOST_TASKS, BenchReport, BenchRequest, Cell, Opening, Sample, Subject, Switch
+from .openings import open_in_fresh_process
+from .prefix import LayerPrefix, Prefix
+
+StepListener = Callable[[int, int, str], None]
+"""Told what begins, before it begins: steps done, steps in all, and what it is."""
+
+OPENINGS = 2
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What a row runs under; `task` is the bundle's, or None where the prefix is random or there is none."""
+
+    task: str | None
+    prefix_length: int
+    prompt_length: int = 0
+    batch_size: int = 0
+
+    def __str__(self) -> str:
+        return f"task {self.task}" if self.task else f"prefix {self.prefix_length}"
+
+
+@dataclass
+class _Step(Generic[T]):
+    """Something that is measured once a round."""
+
+    text: str
+    measure: Callable[[], T]
+    samples: list[T] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The rows of one bundle: those to measure, those whose selection is measured, and why others are not."""
+
+    bundle: Bundle
+    rows: tuple[_Row, ...]
+    prefixes: tuple[_Row, ...]
+    skipped: tuple[str, ...]
+
+
+def bench(
+    path: str | Path, request: BenchRequest | None = None, on_step: StepListener = lambda done, total, text: None
+) -> BenchReport:
+    """Measure a bundle; see `BenchRequest` for what, and for the defaults.
+
+    Raises:
+        BenchError: nothing of what was asked for fits the bundle, or a process that opens it fails.
+        UnknownTaskError: a task that was named is not there.
+        BundleError, BundleIntegrityError, ProviderError: as `load`.
+
+    >>> bench("bundle", BenchRequest(prefix_lengths=(0, 100), rounds=3)).bytes_per_second  # doctest: +SKIP
+    """
+    return bench_together([path], request, on_step)[0]
+
+
+def bench_together(
+    paths: Sequence[str | Path],
+    request: BenchRequest | None = None,
+    on_step: StepListener = lambda done, total, text: None,
+) -> list[BenchReport]:
+    """Measure bundles side by side, the rows of all of them in the same rounds; a report each, errors as `bench`."""
+    request = request or BenchRequest()
+    plans = [_plan(Bundle.open(path), request) for path in paths]
+    progress = _Progress(on_step, sum(OPENINGS + 1 + _steps_of(plan) * (request.rounds + 1) for plan in plans))
+    progress.total += request.rounds + 1  # of the bandwidth
+    openings = [_openings(plan, request, progress) for plan in plans]
+    contestants = [_Contestant(plan, request, progress) for plan in plans]
+    probe = BandwidthProbe(request.threads)
+    bandwidth = _Step("read bandwidth", probe.measure)
+    _run_rounds([bandwidth, *(step for each in contestants for step in each.steps)], request.rounds, progress)
+    measured = tuple(bandwidth.samples)
+    return [each.report(measured, opened) for each, opened in zip(contestants, openings, strict=True)]
+
+
+def _steps_of(plan: _Plan) -> int:
+    return len(plan.rows) + len(plan.prefixes)
+
+
+def _openings(plan: _Plan, request: BenchRequest, progress: _Progress) -> tuple[Opening, ...]:
+    found = []
+    # Before this process opens the bundle itself, so that there is memory for both.
+    for number in range(1, OPENINGS + 1):
+        progress.begin(f"opening {plan.bundle.root.name} in a fresh process, {number} of {OPENINGS}")
+        found.append(open_in_fresh_process(plan.bundle.root, request.provider, request.threads))
+    return tuple(found)
+
+
+def _run_rounds(steps: Sequence[_Step[Any]], rounds: int, progress: _Progress) -> None:
+    """Measure every step once a round, each round in another order; the first round warms up and is forgotten."""
+    random = np.random.default_rng(0)
+    for number in range(rounds + 1):
+        for index in random.permutation(len(steps)):
+            step = steps[index]
+            progress.begin(f"round {number} of {rounds}: {step.text}" if number else f"warming up: {step.text}")
+            step.samples.append(step.measure())
+    for step in steps:
+        del step.samples[0]
+
+
+class _Progress:
+    def __init__(self, on_step: StepListener, total: int) -> None:
+        self._on_step = on_step
+        self._done = 0
+        self.total = total
+
+    def begin(self, text: str) -> None:
+        self._on_step(self._done, self.total, text)
+        self._done += 1
+
+
+class _Contestant:
+    """One bundle's engine, its rows, and what was measured of them."""
+
+    def __init__(self, plan: _Plan, request: BenchRequest, progress: _Progress) -> None:
+        progress.begin(f"opening {plan.bundle.root.name}")
+        self._plan, self._request = plan, request
+        self._engine = load(
+            plan.bundle.root,
+            provider=request.provider,
+            threads=request.threads,
+            max_batch=max(request.batch_sizes),
+        )
+        self._names: dict[_Row, str | None] = {_Row(None, 0): None}
+        for row in plan.prefixes:
+            self._names[row] = row.task or self._add_random(row.prefix_length)
+        self._generations = {row: self._generation(row) for row in plan.rows}
+        self._selections = {row: self._selection(row) for row in plan.prefixes}
+
+    @property
+    def steps(self) -> list[_Step[Any]]:
+        """What is measured once a round."""
+        return [*self._generations.values(), *self._selections.values()]
+
+    def report(self, bandwidth: tuple[float, ...], openings: tuple[Opening, ...]) -> BenchReport:
+        return BenchReport(
+            command="",
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions=machine.versions(),
+            machine=machine.describe(),
+            subject=_subject(self._plan.bundle),
+            request=self._request,
+            bandwidth=bandwidth,
+            cells=tuple(
+                Cell(row.task, row.prefix_length, row.prompt_length, row.batch_size, tuple(step.samples))
+                for row, step in self._generations.items()
+            ),
+            switches=tuple(_switch(row, step.samples) for row, step in self._selections.items()),
+            openings=openings,
+            skipped=self._plan.skipped,
+        )
+
+    def _add_random(self, length: int) -> str:
+        name = _free_name(f"prefix-{length}", self._engine.tasks)
+        self._engine.add_task(name, random_prefix(self._plan.bundle.manifest, length))
+        return name
+
+    def _generation(self, row: _Row) -> _Step[Sample]:
+        random = np.random.default_rng(row.prompt_length)
+        vocabulary = self._plan.bundle.manifest.geometry.vocab_size
+        prompts = random.integers(vocabulary, size=(row.batch_size, row.prompt_length)).tolist()
+        name = self._names[_Row(row.task, row.prefix_length)]
+        measure = partial(_generate, self._engine, name, prompts, self._request.new_tokens)
+        return _Step(f"{row}, prompt {row.prompt_length}, batch {row.batch_size}", measure)
+
+    def _selection(self, row: _Row) -> _Step[tuple[float, float]]:
+        return _Step(f"selecting {row}", partial(self._select, row))
+
+    def _select(self, row: _Row) -> tuple[float, float]:
+        """Seconds of the first selection of a prefix that the engine has never seen, and of its second."""
+        started = time.perf_counter()
+        if row.task:
+            prefix = self._plan.bundle.prefix(row.task)
+            read = time.perf_counter() - started
+        else:
+            prefix, read = random_prefix(self._plan.bundle.manifest, row.prefix_length), 0.0
+        name = _free_name("selected", self._engine.tasks)
+        self._engine.add_task(name, prefix)
+        try:
+            first, second = (
+                self._engine.generate(token_ids=[0], task=name, max_new_tokens=1).metrics.task_selection
+                for _ in range(2)
+            )
+        finally:
+            self._engine.remove_task(name)
+        return read + first, second
+
+
+def random_prefix(manifest: Manifest, length: int) -> Prefix:
+    """A prefix of a length that fits a bundle's model, the same every time; text begins at position `length`."""
+    random = np.random.default_rng(length)
+    shapes = [(2, layer.key_value_heads, length, layer.head_dim) for layer in manifest.geometry.layers]
+    pairs = tuple(LayerPrefix(*random.standard_normal(shape, np.float32)) for shape in shapes)
+    return Prefix({"decoder": pairs}, position_base=length)
+
+
+def _generate(engine: Engine, task: str | None, prompts: list[list[int]], new_tokens: int) -> Sample:
+    started = time.perf_counter()
+    results = engine.generate(token_ids=prompts, task=task, max_new_tokens=new_tokens, ignore_end=True)
+    seconds = time.perf_counter() - started
+    metrics = [result.metrics for result in results]
+    slowest = max(metrics, key=lambda each: each.time_to_first_token)
+    return Sample(
+        task_selection=slowest.task_selection,
+        time_to_first_token=slowest.time_to_first_token,
+        first_step=slowest.inter_token_latencies[0],
+        inter_token_latency=float(np.median([each.inter_token_latencies for each in metrics])),
+        tokens_per_second=sum(each.new_tokens for each in metrics) / seconds,
+    )
+
+
+def _switch(row: _Row, samples: Sequence[tuple[float, float]]) -> Switch:
+    cold, warm = zip(*samples, strict=True)
+    return Switch(row.task, row.prefix_length, cold, warm)
+
+
+def _subject(bundle: Bundle) -> Subject:
+    manifest = bundle.manifest
+    return Subject(
+        name=bundle.root.resolve().name,
+        model=manifest.model.name,
+        precision=manifest.precision,
+        cache=manifest.cache,
+        weight_bytes=manifest.weight_bytes,
+        values_per_position=manifest.geometry.values_per_position,
+    )
+
+
+def _free_name(name: str, taken: Sequence[str]) -> str:
+    lowered = {other.lower() for other in taken}
+    while name in lowered:
+        name += "_"
+    return name
+
+
+def _plan(bundle: Bundle, request: BenchRequest) -> _Plan:
+    tasks, unmeasured = _tasks(bundle, request)
+    wanted = [*(_Row(None, length) for length in request.prefix_lengths), *tasks]
+    room = {row: _room(bundle, row) for row in wanted}
+    limit = bundle.manifest.max_length
+    fitting = [row for row in wanted if room[row] >= LEAST_TEXT]
+    skipped = [f"{row}: leaves no room for text in {limit} positions" for row in wanted if row not in fitting]
+    rows = []
+    for row in _settings(fitting, request):
+        if row.prompt_length + request.new_tokens <= room[_Row(row.task, row.prefix_length)]:
+            rows.append(row)
+        elif row.batch_size == request.batch_sizes[0]:
+            skipped.append(
+                f"{row}, prompt {row.prompt_length}: with {request.new_tokens} new tokens it does not fit "
+                f"{limit} positions"
+            )
+    if not rows:
+        raise BenchError(f"{bundle.root}: expected something that fits the bundle, found {'; '.join(skipped)}")
+    return _Plan(bundle, tuple(rows), tuple(row for row in fitting if row.prefix_length), (*skipped, *unmeasured))
+
+
+def _tasks(bundle: Bundle, request: BenchRequest) -> tuple[list[_Row], list[str]]:
+    """The tasks to measure, and a line about those that are left out."""
+    names = bundle.tasks[:MOST_TASKS] if request.tasks is None else request.tasks
+    for name in names:
+        if name not in bundle.manifest.tasks:
+            raise unknown_task(name, bundle.tasks)
+    left = len(bundle.tasks) - len(names) if request.tasks is None else 0
+    lines = [f"{left} more tasks: of a bundle the first {MOST_TASKS} are measured, unless others are named"]
+    return [_Row(name, bundle.manifest.tasks[name].prefix_length) for name in names], lines[: bool(left)]
+
+
+def _room(bundle: Bundle, row: _Row) -> int:
+    """Tokens of text that fit behind a row's prefix."""
+    manifest = bundle.manifest
+    base = manifest.tasks[row.task].position_base if row.task else row.prefix_length
+    return min(manifest.max_length - row.prefix_length, manifest.geometry.context_length - base)
+
+
+def _settings(prefixes: Sequence[_Row], request: BenchRequest) -> Iterator[_Row]:
+    for batch_size in request.batch_sizes:
+        for prompt_length in request.prompt_lengths:
+            for row in prefixes:
+                yield replace(row, prompt_length=prompt_length, batch_size=batch_size)

@@ -1,0 +1,84 @@
+"""What this machine and this process are: processor, memory, versions; None where the system does not tell."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+
+_PROCESSORS = Path("/proc/cpuinfo")
+_MEMORY = Path("/proc/meminfo")
+_PROCESS = Path("/proc/self/status")
+_DISTRIBUTIONS = ("prefix-runtime", "onnxruntime", "onnxruntime-gpu", "numpy")
+
+
+def describe() -> dict[str, str]:
+    """Processor, number of processors that this process may use, and system; nothing that tells whose machine it is."""
+    return {
+        "processor": _processor_name(),
+        "processors": str(usable_processors()),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python, the runtime and what it runs on, those that are installed."""
+    found = {"python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def usable_processors() -> int:
+    """Processors that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS or Windows
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def free_memory() -> int | None:
+    """Bytes that can be had without swapping."""
+    return _kibibytes(_MEMORY, "MemAvailable")
+
+
+def resident_memory() -> int | None:
+    """Bytes of this process that are in memory now."""
+    return _kibibytes(_PROCESS, "VmRSS")
+
+
+def peak_memory() -> int | None:
+    """Bytes of this process that were in memory at once, at the most."""
+    # Linux' ru_maxrss begins with what the parent had when it started this process; VmHWM is the process' own.
+    peak = _kibibytes(_PROCESS, "VmHWM")
+    if peak is not None:
+        return peak
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found if sys.platform == "darwin" else found * 1024
+
+
+def _kibibytes(path: Path, name: str) -> int | None:
+    """Bytes of a line `name: 12 kB`."""
+    text = _line(path, name)
+    return None if text is None else int(text.split()[0]) * 1024
+
+
+def _processor_name() -> str:
+    return _line(_PROCESSORS, "model name") or platform.processor() or platform.machine()
+
+
+def _line(path: Path, name: str) -> str | None:
+    if not path.exists():
+        return None
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        found, _, value = line.partition(":")
+        if found.strip() == name:
+            return value.strip()
+    return None
