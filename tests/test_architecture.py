@@ -70,7 +70,9 @@ def test_the_runtime_knows_neither_the_exporter_nor_training_frameworks(path):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", [path for path in PACKAGES if path.name not in ("cli.py", "__main__.py")], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [path for path in PACKAGES if path.name not in ("cli.py", "bench_cli.py", "__main__.py")], ids=name_of
+)
 def test_only_the_command_line_prints_or_knows_click(path):
     assert "click" not in imported_roots(path)
     calls = [node.func for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]

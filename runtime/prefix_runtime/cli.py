@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
+from .bench_cli import bench
 from .errors import PrefixRuntimeError, RequestError
 
 if TYPE_CHECKING:
@@ -146,6 +147,9 @@ def generate(bundle: Path, prompt: str | None, token_ids: str | None, names: tup
         result = _print_stream(engine, request, name, options)
         if show_metrics:
             click.echo(click.style(_metrics_line(result), dim=True), err=True)
+
+
+main.add_command(bench)
 
 
 def add_to_bundle(bundle: Path, prefix: str, read: Callable[[Path, Bundle], Prefix]) -> None:

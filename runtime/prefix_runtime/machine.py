@@ -18,7 +18,7 @@ def describe() -> dict[str, str]:
     """Processor, number of processors that this process may use, and system; nothing that tells whose machine it is."""
     return {
         "processor": _processor_name(),
-        "processors": str(usable_processors()),
+        "processors": f"{usable_processors()} processors",
         "system": f"{platform.system()} {platform.machine()}",
     }
 

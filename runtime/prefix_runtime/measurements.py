@@ -304,6 +304,43 @@ class BenchReport:
         return Floor(self.subject.weight_bytes / self.bytes_per_second, read / self.bytes_per_second)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Two reports side by side.
+
+    Attributes:
+        report: that is looked at.
+        against: that it is compared with.
+        interleaved: whether their rows were measured in the same rounds; else the machine may have changed between.
+    """
+
+    report: BenchReport
+    against: BenchReport
+    interleaved: bool
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        """A name for each, by model and precision where these tell them apart, else by folder too."""
+        first, second = self.report.subject, self.against.subject
+        if first.label != second.label:
+            return first.label, second.label
+        if first.name != second.name:
+            return f"{first.name}, {first.label}", f"{second.name}, {second.label}"
+        return f"{first.label}, this run", f"{second.label}, the other"
+
+    @property
+    def cells(self) -> list[tuple[Cell, Cell]]:
+        """The rows that both have."""
+        pairs = ((cell, self.against.find(cell.key)) for cell in self.report.cells)
+        return [(cell, other) for cell, other in pairs if other]
+
+    def ratio(self, cell: Cell, other: Cell, figure: str) -> Ratio:
+        """A figure of the report over the other's: round by round if they were interleaved, else of the medians."""
+        if self.interleaved:
+            return paired_ratio(cell.figure(figure), other.figure(figure))
+        return Ratio(cell.quartiles(figure).median / other.quartiles(figure).median, None)
+
+
 def quartiles(values: Sequence[float]) -> Quartiles:
     """The quartiles of one or more figures."""
     return Quartiles(*(float(value) for value in np.percentile(values, (25, 50, 75))))

@@ -1,0 +1,245 @@
+"""`bench` on the command line: its flags, its progress and its output; the exporter's command adds to these."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from .errors import BenchError
+
+if TYPE_CHECKING:
+    from .bench import StepListener
+    from .measurements import BenchReport, BenchRequest, Comparison
+
+_OUTPUTS = ("json", "csv", "html", "png")
+_FROM_COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _numbers(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> tuple[int, ...]:
+    """The whole numbers of an option that may be repeated and has them with commas between."""
+    try:
+        return tuple(int(part) for value in values for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"expected whole numbers with commas between, found {', '.join(values)!r}") from error
+
+
+_PATH = click.Path(path_type=Path)
+_OPTIONS = (
+    click.option(
+        "--prefix-length",
+        "prefix_lengths",
+        callback=_numbers,
+        multiple=True,
+        metavar="N,N,...",
+        help="Of random prefixes; 0 is the bare model. Repeatable. Default: 0,1,5,10,20,50,100,200.",
+    ),
+    click.option(
+        "--task", "tasks", multiple=True, help="A task of the bundle to measure too. Repeatable. Default: the first 8."
+    ),
+    click.option(
+        "--prompt-length",
+        "prompt_lengths",
+        callback=_numbers,
+        multiple=True,
+        metavar="N,N,...",
+        help="Tokens of random prompts. Repeatable. Default: 32.",
+    ),
+    click.option(
+        "--batch-size",
+        "batch_sizes",
+        callback=_numbers,
+        multiple=True,
+        metavar="N,N,...",
+        help="Rows that are decoded together. Repeatable. Default: 1.",
+    ),
+    click.option("--new-tokens", type=int, help="Of each generation, 2 or more. Default: 32."),
+    click.option("--rounds", type=int, help="In which every row runs once, in shuffled order. Default: 7."),
+    click.option("--threads", type=int, help="Of one run. Default: onnxruntime's choice."),
+    click.option("--provider", help="Execution provider. Default: cpu."),
+    click.option("--against", type=_PATH, help="Another bundle, measured in the same rounds, or a report's JSON."),
+    click.option("--json", type=_PATH, help="Write the report there as JSON, for --against and for programs."),
+    click.option("--csv", type=_PATH, help="Write the rows there as CSV."),
+    click.option("--html", type=_PATH, help="Write the report there as one HTML page with plots."),
+    click.option("--png", type=_PATH, help="Write the plots there; needs matplotlib: prefix-runtime[report]."),
+)
+
+
+def bench_options(function: F) -> F:
+    """The options of every `bench` command, for `run`."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+@click.command()
+@click.argument("bundle", type=_PATH)
+@bench_options
+def bench(bundle: Path, **flags: Any) -> None:
+    """Measure BUNDLE at several prefix lengths, and its tasks, in interleaved rounds.
+
+    Prints time to first token, inter-token latency and tokens a second beside what reading memory allows, the overhead
+    against no prefix, the cost of selecting a task and of opening the bundle.
+    """
+    check_outputs(flags)
+    with progress() as on_step:
+        run(bundle, flags, on_step)
+
+
+def run(bundle: Path, flags: dict[str, Any], on_step: StepListener) -> None:
+    """Measure a bundle as the flags of `bench_options` say, print the tables and write the files."""
+    from .report import as_text
+
+    report, comparison = _measure(bundle, flags, on_step)
+    on_step(0, 0, "")
+    for name in _OUTPUTS:
+        if flags[name]:
+            _write(flags[name], _content(name, report, comparison))
+    click.echo(as_text(report, comparison), nl=False)
+
+
+def check_outputs(flags: dict[str, Any]) -> None:
+    """Refuse files that cannot be written before anything is measured.
+
+    Raises:
+        BenchError: a folder is missing or in the way, or the picture's library is not installed.
+    """
+    for name in _OUTPUTS:
+        path: Path | None = flags[name]
+        if path is None:
+            continue
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            found = "a folder of that name" if path.is_dir() else f"no folder {path.absolute().parent}"
+            raise BenchError(f"--{name} {path}: expected a file in a folder that exists, found {found}")
+    if flags["png"]:
+        from .picture import check_library
+
+        check_library()
+
+
+@contextmanager
+def progress() -> Iterator[StepListener]:
+    """A line with what is measured and the time that is left, on a terminal; silence in a pipe."""
+    if not sys.stderr.isatty():
+        yield lambda done, total, text: None
+        return
+    line = _ProgressLine()
+    try:
+        yield line.show
+    finally:
+        line.show(0, 0, "")
+
+
+class _ProgressLine:
+    """One line of standard error, written over and over; an empty text clears it."""
+
+    def __init__(self) -> None:
+        self._started: float | None = None
+
+    def show(self, done: int, total: int, text: str) -> None:
+        if total and self._started is None:
+            self._started = time.perf_counter()
+        shown = f"[{done:>{len(str(total))}}/{total}] {text}{self._left(done, total)}" if total else text
+        width = shutil.get_terminal_size().columns - 1
+        click.echo(f"\r\x1b[2K{shown[:width]}", err=True, nl=False)
+
+    def _left(self, done: int, total: int) -> str:
+        # Opening takes another time than a row: until some rows are done there is nothing to go by.
+        if self._started is None or done * 10 < total:
+            return ""
+        seconds = (time.perf_counter() - self._started) / done * (total - done)
+        return f", about {seconds:.0f} s left" if seconds < 90 else f", about {seconds / 60:.0f} min left"
+
+
+def _measure(bundle: Path, flags: dict[str, Any], on_step: StepListener) -> tuple[BenchReport, Comparison | None]:
+    from .bench import bench, bench_together
+    from .measurements import Comparison
+
+    request, against, command = _request(flags), flags["against"], _shown_command(click.get_current_context())
+    if against is not None and against.is_dir():
+        report, other = bench_together([bundle, against], request, on_step)
+        report = replace(report, command=command)
+        return report, Comparison(report, replace(other, command=command), interleaved=True)
+    # Read first: a file that is none must not be found out after minutes of measuring.
+    other_report = None if against is None else _read_report(against)
+    report = replace(bench(bundle, request, on_step), command=command)
+    return report, Comparison(report, other_report, interleaved=False) if other_report else None
+
+
+def _read_report(path: Path) -> BenchReport:
+    from .bench_file import MOST_BYTES, from_json
+
+    if not path.is_file():
+        raise BenchError(
+            f"--against {path}: expected a bundle folder or a report that `bench --json` wrote, found none"
+        )
+    if path.stat().st_size > MOST_BYTES:
+        raise BenchError(f"--against {path}: expected a report of at most {MOST_BYTES} bytes")
+    try:
+        return from_json(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise BenchError(f"--against {path}: expected a report that `bench --json` wrote, found {error}") from error
+
+
+def _request(flags: dict[str, Any]) -> BenchRequest:
+    """What was asked for; what was not is left to the request's own defaults."""
+    from .measurements import BenchRequest
+
+    lists = ("prefix_lengths", "prompt_lengths", "batch_sizes", "tasks")
+    given = {name: flags[name] for name in lists if flags[name]}
+    plain = {name: flags[name] for name in ("new_tokens", "rounds", "threads", "provider") if flags[name] is not None}
+    return BenchRequest(**given, **plain)
+
+
+def _content(name: str, report: BenchReport, comparison: Comparison | None) -> bytes:
+    from . import bench_file
+    from .html_report import as_html
+    from .picture import as_png
+
+    against = comparison.against if comparison else None
+    match name:
+        case "json":
+            return bench_file.to_json(report, against).encode()
+        case "csv":
+            return bench_file.to_csv([report, against] if against else [report]).encode()
+        case "html":
+            return as_html(report, comparison).encode()
+        case _:
+            return as_png(report, comparison)
+
+
+def _write(path: Path, content: bytes) -> None:
+    from .storage import write_file_atomically
+
+    write_file_atomically(path, content)
+
+
+def _shown_command(context: click.Context) -> str:
+    """The command as it was given, without the folders of files, which may name people."""
+    parts = [context.command_path]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if context.get_parameter_source(name) is not _FROM_COMMAND_LINE:
+            continue
+        flag = [parameter.opts[0]] if isinstance(parameter, click.Option) else []
+        for value in _shown_values(context.params[name]):
+            parts += [*flag, value] if value else flag
+    return " ".join(parts)
+
+
+def _shown_values(value: Any) -> list[str]:
+    """One text for each time that the option has to be given; an empty one where it takes no value."""
+    if isinstance(value, tuple):
+        return [",".join(map(str, value))] if value and isinstance(value[0], int) else list(value)
+    if value is True:
+        return [""]
+    path = Path(str(value))
+    return [path.name if isinstance(value, Path) or path.is_absolute() else str(value)]
