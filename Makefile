@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 # Both distributions, installed as a user would, with the versions that were tested.
 $(VENV)/.installed: pyproject.toml runtime/pyproject.toml constraints.txt
@@ -28,6 +28,19 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Of a model's real geometry with random weights, a report for each precision; BENCH_FLAGS="--rounds 3" for a quick look.
+BENCH_MODEL := gpt2-medium
+BENCH_FLAGS :=
+BENCHES := $(patsubst %,bench-%,fp32 int8 int4)
+.PHONY: $(BENCHES)
+
+bench: $(BENCHES)
+
+$(BENCHES): bench-%: $(VENV)/.installed
+	mkdir -p build/bench
+	$(BIN)/prefix-export bench --model $(BENCH_MODEL) --random --precision $* $(BENCH_FLAGS) \
+		$(foreach kind,json csv html png,--$(kind) build/bench/$(notdir $(BENCH_MODEL))-$*.$(kind))
 
 clean:
 	rm -rf $(VENV) build dist

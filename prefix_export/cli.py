@@ -15,6 +15,7 @@ from prefix_runtime import cli as runtime
 from prefix_runtime.errors import PrefixRuntimeError
 
 from . import __version__
+from .bench_cli import bench
 from .errors import PrefixExportError
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ def add_task(bundle: Path, prefix: str) -> None:
 tasks.add_command(runtime.list_tasks)
 tasks.add_command(runtime.remove_task)
 main.add_command(runtime.generate)
+main.add_command(bench)
 
 
 def _by_task(prefixes: tuple[str, ...]) -> dict[str, Path]:

@@ -64,7 +64,7 @@ def load_base_model(name: str) -> BaseModel:
         ModelError: it cannot be found or loaded, or is no decoder-only language model.
         UnsupportedArchitectureError: its attention does not go through transformers' attention interface.
     """
-    config = _load_config(name)
+    config = load_config(name)
     model = _load_model(name, config)
     layers = probe(model)
     geometry = Geometry(
@@ -93,7 +93,13 @@ def _digest(parameter: torch.nn.Parameter) -> str:
     return digest.hexdigest()
 
 
-def _load_config(name: str) -> PreTrainedConfig:
+def load_config(name: str) -> PreTrainedConfig:
+    """A decoder-only model's configuration by its Hub id or folder.
+
+    Raises:
+        ModelError: it cannot be found or read.
+        UnsupportedArchitectureError: the model has an encoder.
+    """
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:

@@ -17,8 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from random_model import save_random_adapter, save_random_model
+from random_adapter import save_random_adapter
 from transformers import AutoModelForCausalLM
+
+from prefix_export.random_model import save_random_model
 
 
 def run(*command: str) -> tuple[float, int]:

@@ -27,12 +27,13 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from random_model import CONFIGS, save_random_adapter, save_random_model
+from random_adapter import save_random_adapter
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from prefix_export.build import BuildRequest, build
+from prefix_export.random_model import KNOWN, save_random_model
 
 CACHE_GIBIBYTES = (2, 8)
 """Of key/value buffers in the measurement of selection: the runtime's default, and room for all 100 tasks."""
@@ -260,7 +261,7 @@ def _table(report: dict[str, Any]) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", choices=sorted(CONFIGS), default="gpt2-medium")
+    parser.add_argument("--model", choices=sorted(KNOWN), default="gpt2-medium")
     parser.add_argument("--prefix-lengths", type=int, nargs="+", default=[0, 10, 50, 100, 200])
     parser.add_argument("--selection-lengths", type=int, nargs="*", default=[10, 200], help="of a hundred tasks each")
     parser.add_argument("--rounds", type=int, default=9)

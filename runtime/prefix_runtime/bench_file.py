@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
+import sys
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -151,7 +151,7 @@ def _expect(kind: type[T], value: Any, where: str) -> T:
 
 
 def _read_float(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
         raise BenchError(f"{where}: expected a number of 0 or more, found {str(value)[:60]!r}")
     return float(value)
 
@@ -173,6 +173,10 @@ def _check(report: BenchReport, where: str) -> None:
     figures += [figure for cell in report.cells for figure in cell.figure("time_to_first_token")]
     if not all((*figures, *report.bandwidth, report.subject.weight_bytes)):
         raise BenchError(f"{where}: expected times, rates and weight_bytes above 0, found 0")
+    if any(each < 0 for cell in report.cells for each in cell.figure("prefill")):
+        raise BenchError(
+            f"{where}: cells: expected a task_selection of at most the time_to_first_token, found a longer"
+        )
     if report.subject.cache not in BYTES_PER_VALUE:
         raise BenchError(
             f"{where}: subject: cache: expected one of {', '.join(BYTES_PER_VALUE)}, found {report.subject.cache!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from .measurements import BenchReport, Cell, Comparison, Quartiles, Switch, quar
 from .report import milliseconds, row_name
 
 PREFIX_LENGTH = "prefix length (positions)"
+_TICKS = 5
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,22 @@ def setting_charts(report: BenchReport, setting: tuple[int, int], comparison: Co
         if cells := each.cells_of(setting):
             charts += [_first_token(name, cells), _step(name, each, cells)]
     return charts
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers, about five steps, that reach from `low` or below to `high` or above."""
+    span = high - low or 1.0
+    power = 10.0 ** math.floor(math.log10(span / _TICKS))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power * _TICKS >= span)
+    return [step * index for index in range(math.floor(low / step), math.ceil((low + span) / step) + 1)]
+
+
+def line_ticks(chart: LineChart) -> tuple[list[float], list[float]]:
+    """The ticks of both axes, around all points and their spread."""
+    points = [point for series in chart.series for point in series.points]
+    # Positions are whole: with fewer the ticks would be fractions.
+    x = ticks(0, max(_TICKS, *(point.x for point in points)))
+    return x, ticks(min(0.0, *(point.low for point in points)), max(0.0, *(point.high for point in points)))
 
 
 def selection_chart(report: BenchReport) -> LineChart | None:

@@ -22,15 +22,15 @@ h1 { font-size: 1.6rem; margin: 0 0 .5rem; } h2 { font-size: 1.2rem; margin: 2.5
 ul.facts { list-style: none; padding: 0; margin: 0; color: var(--faint); }
 code { font-size: .9em; overflow-wrap: anywhere; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem 2rem; }
-figure { margin: 0; } figcaption { font-weight: 600; }
+figure { margin: 0; overflow-x: auto; } figcaption { font-weight: 600; }
 .legend { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; list-style: none; padding: 0; margin: .2rem 0;
   font-size: .85rem; color: var(--faint); }
 .legend i { display: inline-block; width: 1.4rem; margin-right: .4rem; vertical-align: middle;
   border-top: 3px solid var(--colour); }
 .legend i.dashed { border-top-style: dashed; }
-.legend i.marks { width: .6rem; height: .6rem; border: 0; background: var(--colour); transform: rotate(45deg); }
+.legend i.marks { width: .5rem; height: .5rem; border: 2px solid var(--colour); transform: rotate(45deg); }
 .legend i.bar { width: .8rem; height: .8rem; border: 0; background: var(--colour); }
-svg { display: block; width: 100%; height: auto; font-size: 12px; fill: var(--faint); }
+svg { display: block; width: 100%; min-width: 25rem; height: auto; font-size: 12px; fill: var(--faint); }
 .c0 { --colour: var(--c0); } .c1 { --colour: var(--c1); } .c2 { --colour: var(--c2); } .c3 { --colour: var(--c3); }
 svg .end { text-anchor: end; } svg .middle { text-anchor: middle; }
 svg .grid { stroke: var(--rule); } svg .axis { stroke: var(--faint); }

@@ -32,8 +32,9 @@ def open_in_fresh_process(path: Path, provider: str, threads: int | None) -> Ope
     command = [sys.executable, "-c", _CHILD, str(path), provider, str(threads or "")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # this interpreter
     if done.returncode != 0:
-        reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        raise BenchError(f"{path}: expected a fresh process to open the bundle, found {reason[0]}")
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        reason = last.partition("Error: ")[2] or last  # a traceback's last line begins with the error's class
+        raise BenchError(f"{path}: expected a fresh process to open the bundle, found {reason}")
     return Opening(**json.loads(done.stdout))
 
 

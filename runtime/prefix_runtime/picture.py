@@ -6,7 +6,7 @@ import importlib.util
 import io
 from typing import TYPE_CHECKING
 
-from .charts import BarChart, Chart, LineChart, Series, selection_chart, setting_charts
+from .charts import BarChart, Chart, LineChart, Series, line_ticks, selection_chart, setting_charts
 from .errors import BenchError
 from .measurements import BenchReport, Comparison
 from .report import setting_name
@@ -81,8 +81,8 @@ def _draw(chart: Chart, axes: Axes) -> None:
 def _draw_lines(chart: LineChart, axes: Axes) -> None:
     for series in chart.series:
         _draw_series(series, axes)
-    points = [point for series in chart.series for point in series.points]
-    axes.set_ylim(min(0.0, *(point.low for point in points)) * 1.1, max(0.0, *(point.high for point in points)) * 1.1)
+    _, y_ticks = line_ticks(chart)
+    axes.set_ylim(y_ticks[0], y_ticks[-1])
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
     axes.axhline(0, color="#5d6a74", linewidth=0.8)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
-from .charts import BarChart, Chart, LineChart, Series
+from .charts import BarChart, Chart, LineChart, Series, line_ticks, ticks
 
 WIDTH = 560
 COLOURS = 4
@@ -15,7 +14,6 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 14, 44
 _LABELS = 150
 _BAR, _GAP = 18, 8
 _MOST_LABEL = 22
-_TICKS = 5
 
 
 def draw(chart: Chart, name: str) -> str:
@@ -50,14 +48,6 @@ def legend(chart: Chart) -> list[tuple[str, str]]:
     return [(part, f"c{index % COLOURS} bar") for index, (part, _) in enumerate(chart.parts)]
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """Round numbers, about five steps, that reach from `low` or below to `high` or above."""
-    span = high - low or 1.0
-    power = 10.0 ** math.floor(math.log10(span / _TICKS))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power * _TICKS >= span)
-    return [step * index for index in range(math.floor(low / step), math.ceil(high / step) + 1)]
-
-
 class _Scale:
     """Where on the picture a value lies."""
 
@@ -70,10 +60,7 @@ class _Scale:
 
 
 def _lines(chart: LineChart) -> Iterator[str]:
-    points = [point for series in chart.series for point in series.points]
-    x_ticks = ticks(0, max(point.x for point in points))
-    # Half of a spread may lie outside of the medians' range; a percentage may be below 0.
-    y_ticks = ticks(min(0.0, *(point.low for point in points)), max(point.high for point in points))
+    x_ticks, y_ticks = line_ticks(chart)
     x = _Scale(0, x_ticks[-1], _LEFT, WIDTH - _RIGHT)
     y = _Scale(y_ticks[0], y_ticks[-1], _HEIGHT - _BOTTOM, _TOP)
     for value in y_ticks:

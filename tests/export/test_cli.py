@@ -382,6 +382,7 @@ def test_the_commands_are_those_of_the_design():
         "tasks add",
         "tasks remove",
         "generate",
+        "bench",
     }
 
 

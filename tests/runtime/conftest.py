@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 import prefix_runtime
 from prefix_runtime import LayerPrefix, Prefix
 from prefix_runtime.bundle import MANIFEST_NAME, describe_file
+from prefix_runtime.measurements import BenchReport, BenchRequest, Cell, Opening, Sample, Subject, Switch
 
 
 @pytest.fixture(scope="session")
@@ -82,3 +83,31 @@ def as_nobody():
             os.seteuid(user)
 
     return nobody
+
+
+def sample(latency):
+    """A bench's sample of this inter-token latency, its other figures in proportion."""
+    return Sample(latency / 10, 2 * latency, 1.5 * latency, latency, 1 / latency)
+
+
+def cell(length, *latencies, task=None, prompt=10, batch=1):
+    """A row with a sample for each of these inter-token latencies."""
+    return Cell(task, length, prompt, batch, tuple(map(sample, latencies)))
+
+
+def report_of(*cells, rounds=None, new_tokens=8):
+    """A report of these rows, measured on a machine that reads 1 GB a second."""
+    rounds = rounds or len(cells[0].samples)
+    return BenchReport(
+        command="prefix-runtime bench bundle",
+        created="2030-01-02T03:04:05+00:00",
+        versions={"python": "3.11.0"},
+        machine={"processor": "A processor", "processors": "4 processors", "system": "Linux x86_64"},
+        subject=Subject("bundle", "a-model", "fp32", "fp32", weight_bytes=1_000_000, values_per_position=100),
+        request=BenchRequest(rounds=rounds, new_tokens=new_tokens),
+        bandwidth=(1e9,) * rounds,
+        cells=cells,
+        switches=(Switch(None, 5, (0.002,) * rounds, (0.0001,) * rounds),),
+        openings=(Opening(0.1, 1.5, 10_000_000, 20_000_000, None),),
+        skipped=("prefix 9: leaves no room",),
+    )

@@ -18,7 +18,7 @@ from prefix_runtime.cli import main, split_task
 
 PROMPT = "the lazy dog"
 COMMANDS = [[], ["inspect"], ["verify"], ["tasks"], ["tasks", "list"], ["tasks", "add"], ["tasks", "remove"]]
-COMMANDS += [["generate"]]
+COMMANDS += [["generate"], ["bench"]]
 
 
 @pytest.fixture

@@ -1,0 +1,78 @@
+"""`prefix-export bench`: the runtime's command, and models that have no weights yet. Torch is imported inside of it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from prefix_runtime.bench_cli import bench_options, check_outputs, progress, run
+
+if TYPE_CHECKING:
+    from prefix_runtime.bench import StepListener
+
+_BUILD_OPTIONS = ("precision", "block_size", "cache")
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.option("--model", help="In place of BUNDLE: a known model, a folder with a config.json, or a Hub id.")
+@click.option("--random", is_flag=True, help="With --model: random weights, so that none are needed.")
+@click.option("--precision", help="With --model: of the weights. Default: fp32.")
+@click.option("--block-size", type=int, help="With --model: weights that share a scale.")
+@click.option("--cache", help="With --model: type of the key/value buffers. Default: fp32.")
+@bench_options
+def bench(bundle: Path | None, model: str | None, random: bool, **flags: Any) -> None:
+    """Measure BUNDLE, or a model's geometry with random weights, at several prefix lengths, in interleaved rounds.
+
+    Prints time to first token, inter-token latency and tokens a second beside what reading memory allows, the overhead
+    against no prefix, the cost of selecting a task and of opening the bundle.
+
+    Models that --random knows without the network: distilgpt2, gpt2, gpt2-medium, gpt2-large, gpt2-xl, TinyLlama 1.1B,
+    Llama 3.2 1B and 3B, SmolLM2 135M, Qwen2.5 0.5B and 1.5B, by their Hub ids.
+    """
+    _check_usage(bundle, model, random, flags)
+    check_outputs(flags)
+    with progress() as on_step:
+        if bundle is not None:
+            run(bundle, flags, on_step)
+            return
+        assert model is not None  # by the check
+        options = {name: flags[name] for name in _BUILD_OPTIONS if flags[name] is not None}
+        with _random_bundle(model, options, on_step) as built:
+            run(built, flags, on_step)
+
+
+def _check_usage(bundle: Path | None, model: str | None, random: bool, flags: dict[str, Any]) -> None:
+    if (bundle is None) == (model is None):
+        raise click.UsageError("give either BUNDLE or --model")
+    if model is not None and not random:
+        raise click.UsageError("--model needs --random; to measure trained weights give BUNDLE, made by: build")
+    given = [name for name in _BUILD_OPTIONS if flags[name] is not None]
+    if bundle is not None and (random or given):
+        option = "--random" if random else f"--{given[0].replace('_', '-')}"
+        raise click.UsageError(f"{option} goes with --model; BUNDLE is measured as it is")
+
+
+@contextmanager
+def _random_bundle(model: str, options: dict[str, Any], on_step: StepListener) -> Iterator[Path]:
+    """A bundle of a model with random weights, for as long as the block lasts."""
+    from .cli import _cleaning_up_when_terminated, _libraries_quiet
+
+    with _cleaning_up_when_terminated(), tempfile.TemporaryDirectory(prefix="prefix-export-bench-") as name:
+        folder = Path(name)
+        with _libraries_quiet():
+            from .build import BuildRequest, build
+            from .random_model import save_random_model
+
+            on_step(0, 0, f"making random weights for {model}")
+            # The folder's name is the model's in the report.
+            source = folder / "model" / Path(model).resolve().name
+            save_random_model(model, source)
+            request = BuildRequest(str(source), {}, folder / "random-weights", verify=False, **options)
+            build(request, lambda step: on_step(0, 0, step.replace(str(source), model)))
+        yield folder / "random-weights"

@@ -1,0 +1,151 @@
+"""Models of real geometry with random weights: speed does not depend on what the weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from .errors import ModelError
+from .models import load_config
+
+_LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
+_LLAMA_3 = {
+    **_LLAMA,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "intermediate_size": 8192,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+_QWEN = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+}
+
+KNOWN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "distilgpt2": {"model_type": "gpt2", "n_embd": 768, "n_layer": 6, "n_head": 12},
+        "gpt2": {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12},
+        "gpt2-medium": {"model_type": "gpt2", "n_embd": 1024, "n_layer": 24, "n_head": 16},
+        "gpt2-large": {"model_type": "gpt2", "n_embd": 1280, "n_layer": 36, "n_head": 20},
+        "gpt2-xl": {"model_type": "gpt2", "n_embd": 1600, "n_layer": 48, "n_head": 25},
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0": {
+            **_LLAMA,
+            "vocab_size": 32000,
+            "max_position_embeddings": 2048,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+        },
+        "meta-llama/Llama-3.2-1B": {
+            **_LLAMA_3,
+            "hidden_size": 2048,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "head_dim": 64,
+        },
+        "meta-llama/Llama-3.2-3B": {
+            **_LLAMA_3,
+            "hidden_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 24,
+            "head_dim": 128,
+        },
+        "HuggingFaceTB/SmolLM2-135M": {
+            **_LLAMA,
+            "vocab_size": 49152,
+            "max_position_embeddings": 8192,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+            "tie_word_embeddings": True,
+        },
+        "Qwen/Qwen2.5-0.5B": {
+            **_QWEN,
+            "max_position_embeddings": 32768,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+        },
+        "Qwen/Qwen2.5-1.5B": {
+            **_QWEN,
+            "max_position_embeddings": 131072,
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+        },
+    }
+)
+"""Configurations that need no network, by Hub id, as the models' own config.json give them."""
+
+_NOISE = 0.02
+
+
+def random_config(name: str) -> PreTrainedConfig:
+    """A known model's configuration, or that of a folder or a Hub id, of which only the config.json is read.
+
+    Raises:
+        ModelError: it cannot be found or read.
+        UnsupportedArchitectureError: the model has an encoder.
+    """
+    if name not in KNOWN or Path(name).is_dir():
+        return load_config(name)
+    values = dict(KNOWN[name])
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def save_random_model(name: str, folder: Path) -> None:
+    """Write a model folder with random weights, the same every time, in float32, and no end token.
+
+    Raises:
+        ModelError: the configuration cannot be found, or is not a causal language model's.
+        OSError: the disk is full or not writable.
+    """
+    config = random_config(name)
+    # Made by fork so that the caller's random numbers are as they were.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except (ValueError, ImportError) as error:
+            raise ModelError(
+                f"model {name!r}: expected the configuration of a causal language model, found {config.model_type!r}: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        _make_vectors_random(model)
+    # So that a generation is as long as it is asked to be, whoever runs it.
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    model.save_pretrained(folder)
+
+
+@torch.no_grad()
+def _make_vectors_random(model: torch.nn.Module) -> None:
+    """Add a little to biases and norms: zeros and ones could be optimised away, and would then cost nothing."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn_like(parameter), alpha=_NOISE)
