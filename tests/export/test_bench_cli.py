@@ -1,0 +1,117 @@
+"""`prefix-export bench`: a model without weights is built aside, measured and removed; the rest is the runtime's."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from prefix_export import build as build_module
+from prefix_export.cli import main
+from prefix_export.errors import PrefixExportError
+from prefix_runtime import bandwidth
+
+SMALL = ["--rounds", 1, "--new-tokens", 2, "--threads", 1, "--prompt-length", 4, "--prefix-length", "0,5"]
+
+
+@pytest.fixture(autouse=True)
+def _little_to_read(monkeypatch):
+    monkeypatch.setattr(bandwidth, "MOST_BYTES", 1 << 20)
+
+
+@pytest.fixture
+def config(workshop, tmp_path):
+    """A folder with a configuration and no weights."""
+    folder = tmp_path / "small-llama"
+    folder.mkdir()
+    (folder / "config.json").write_text((workshop.model("llama") / "config.json").read_text())
+    return folder
+
+
+@pytest.fixture
+def aside(tmp_path, monkeypatch):
+    """Where temporary folders are made."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, ["bench", *map(str, arguments)], prog_name="prefix-export")
+
+
+def test_a_configuration_is_measured_without_weights(config, aside, tmp_path):
+    result = invoke("--model", config, "--random", *SMALL, "--json", tmp_path / "r.json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    content = json.loads((tmp_path / "r.json").read_text())
+    assert (content["subject"]["model"], content["subject"]["name"]) == ("small-llama", "random-weights")
+    assert content["command"].startswith("prefix-export bench --model small-llama --random --prefix-length 0,5")
+    assert [row["prefix_length"] for row in content["cells"]] == [0, 5]
+    assert not list(aside.iterdir())
+
+
+def test_a_bundle_is_measured_as_by_the_runtime(shared_bundle):
+    result = invoke(shared_bundle, *SMALL, "--task", "p3")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "p3 (3)" in result.stdout
+
+
+def test_how_it_is_built_is_passed_on_and_a_failure_leaves_nothing(config, aside, monkeypatch):
+    requests = []
+
+    def capture(request, _on_step):
+        requests.append(request)
+        raise PrefixExportError("that is enough")
+
+    monkeypatch.setattr(build_module, "build", capture)
+    flags = ["--precision", "int4", "--block-size", 64, "--cache", "int8"]
+    result = invoke("--model", config, "--random", *flags)
+    assert (result.exit_code, result.stderr) == (1, "Error: that is enough\n")
+    (request,) = requests
+    assert (request.prefixes, request.verify) == ({}, False)
+    assert (request.precision, request.block_size, request.cache) == ("int4", 64, "int8")
+    assert Path(request.model).name == "small-llama"
+    assert not list(aside.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give either BUNDLE or --model"),
+        (["bundle", "--model", "gpt2", "--random"], "give either BUNDLE or --model"),
+        (["--model", "gpt2"], "--model needs --random"),
+        (["bundle", "--random"], "--random goes with --model"),
+        (["bundle", "--precision", "int8"], "--precision goes with --model"),
+        (["bundle", "--block-size", "32"], "--block-size goes with --model"),
+    ],
+)
+def test_a_wrong_use_ends_with_status_2(arguments, said):
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr
+
+
+def test_a_model_that_is_not_there_ends_in_one_line(tmp_path, aside):
+    result = invoke("--model", tmp_path / "nowhere", "--random")
+    assert result.exit_code == 1
+    assert "expected a Hub id or a folder with a config.json" in result.stderr
+    assert not list(aside.iterdir())
+
+
+def test_a_task_that_a_random_model_cannot_have_ends_in_one_line(config, aside):
+    result = invoke("--model", config, "--random", *SMALL, "--task", "e2e")
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "tasks here: none" in result.stderr
+    assert not list(aside.iterdir())
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_built(config, aside, tmp_path, monkeypatch):
+    monkeypatch.setattr(build_module, "build", lambda *_: pytest.fail("it was built"))
+    result = invoke("--model", config, "--random", "--html", tmp_path / "no" / "r.html")
+    assert result.exit_code == 1
+    assert "expected a file in a folder that exists" in result.stderr
+    assert not list(aside.iterdir())
