@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prefix_runtime.bench_cli import bench_options, check_outputs, progress, run
+from prefix_runtime.bench_cli import bench_options, check_flags, progress, run
 
 if TYPE_CHECKING:
     from prefix_runtime.bench import StepListener
@@ -36,7 +36,7 @@ def bench(bundle: Path | None, model: str | None, random: bool, **flags: Any) ->
     Llama 3.2 1B and 3B, SmolLM2 135M, Qwen2.5 0.5B and 1.5B, by their Hub ids.
     """
     _check_usage(bundle, model, random, flags)
-    check_outputs(flags)
+    check_flags(flags)
     with progress() as on_step:
         if bundle is not None:
             run(bundle, flags, on_step)
@@ -52,6 +52,8 @@ def _check_usage(bundle: Path | None, model: str | None, random: bool, flags: di
         raise click.UsageError("give either BUNDLE or --model")
     if model is not None and not random:
         raise click.UsageError("--model needs --random; to measure trained weights give BUNDLE, made by: build")
+    if random and flags["tasks"]:
+        raise click.UsageError("--task goes with BUNDLE; a model with random weights has no tasks")
     given = [name for name in _BUILD_OPTIONS if flags[name] is not None]
     if bundle is not None and (random or given):
         option = "--random" if random else f"--{given[0].replace('_', '-')}"

@@ -89,7 +89,7 @@ def bench(bundle: Path, **flags: Any) -> None:
     Prints time to first token, inter-token latency and tokens a second beside what reading memory allows, the overhead
     against no prefix, the cost of selecting a task and of opening the bundle.
     """
-    check_outputs(flags)
+    check_flags(flags)
     with progress() as on_step:
         run(bundle, flags, on_step)
 
@@ -106,12 +106,16 @@ def run(bundle: Path, flags: dict[str, Any], on_step: StepListener) -> None:
     click.echo(as_text(report, comparison), nl=False)
 
 
-def check_outputs(flags: dict[str, Any]) -> None:
-    """Refuse files that cannot be written before anything is measured.
+def check_flags(flags: dict[str, Any]) -> None:
+    """Refuse what cannot be measured, compared with or written, before anything is built or measured.
 
     Raises:
-        BenchError: a folder is missing or in the way, or the picture's library is not installed.
+        BenchError: a number out of range, a report that is none, a folder that is missing or in the way, or the
+            picture's library is not installed.
     """
+    _request(flags)
+    if flags["against"] is not None and not flags["against"].is_dir():
+        _read_report(flags["against"])
     for name in _OUTPUTS:
         path: Path | None = flags[name]
         if path is None:
@@ -168,7 +172,6 @@ def _measure(bundle: Path, flags: dict[str, Any], on_step: StepListener) -> tupl
         report, other = bench_together([bundle, against], request, on_step)
         report = replace(report, command=command)
         return report, Comparison(report, replace(other, command=command), interleaved=True)
-    # Read first: a file that is none must not be found out after minutes of measuring.
     other_report = None if against is None else _read_report(against)
     report = replace(bench(bundle, request, on_step), command=command)
     return report, Comparison(report, other_report, interleaved=False) if other_report else None

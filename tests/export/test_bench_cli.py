@@ -84,6 +84,7 @@ def test_how_it_is_built_is_passed_on_and_a_failure_leaves_nothing(config, aside
         ([], "give either BUNDLE or --model"),
         (["bundle", "--model", "gpt2", "--random"], "give either BUNDLE or --model"),
         (["--model", "gpt2"], "--model needs --random"),
+        (["--model", "gpt2", "--random", "--task", "e2e"], "--task goes with BUNDLE"),
         (["bundle", "--random"], "--random goes with --model"),
         (["bundle", "--precision", "int8"], "--precision goes with --model"),
         (["bundle", "--block-size", "32"], "--block-size goes with --model"),
@@ -102,16 +103,17 @@ def test_a_model_that_is_not_there_ends_in_one_line(tmp_path, aside):
     assert not list(aside.iterdir())
 
 
-def test_a_task_that_a_random_model_cannot_have_ends_in_one_line(config, aside):
-    result = invoke("--model", config, "--random", *SMALL, "--task", "e2e")
-    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
-    assert "tasks here: none" in result.stderr
-    assert not list(aside.iterdir())
-
-
-def test_a_file_that_cannot_be_written_is_refused_before_anything_is_built(config, aside, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--html", "{tmp}/no/r.html"], "expected a file in a folder that exists"),
+        (["--rounds", "0"], "rounds: expected whole numbers from 1"),
+        (["--against", "{tmp}/nowhere"], "expected a bundle folder or a report"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_built(config, aside, tmp_path, monkeypatch, arguments, said):
     monkeypatch.setattr(build_module, "build", lambda *_: pytest.fail("it was built"))
-    result = invoke("--model", config, "--random", "--html", tmp_path / "no" / "r.html")
-    assert result.exit_code == 1
-    assert "expected a file in a folder that exists" in result.stderr
+    result = invoke("--model", config, "--random", *(argument.format(tmp=tmp_path) for argument in arguments))
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert said in result.stderr
     assert not list(aside.iterdir())
