@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,11 @@ import numpy as np
 
 from . import machine
 from .bandwidth import BandwidthProbe
+from .bench_plan import Plan, Row, plan_rows
 from .bundle import Bundle
 from .engine import Engine, load
-from .errors import BenchError
-from .geometry import LEAST_TEXT
-from .manifest import Manifest, unknown_task
-from .measurements import MOST_TASKS, BenchReport, BenchRequest, Cell, Opening, Sample, Subject, Switch
+from .manifest import Manifest
+from .measurements import BenchReport, BenchRequest, Cell, Opening, Sample, Subject, Switch
 from .openings import open_in_fresh_process
 from .prefix import LayerPrefix, Prefix
 
@@ -30,19 +29,6 @@ OPENINGS = 2
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class _Row:
-    """What a row runs under; `task` is the bundle's, or None where the prefix is random or there is none."""
-
-    task: str | None
-    prefix_length: int
-    prompt_length: int = 0
-    batch_size: int = 0
-
-    def __str__(self) -> str:
-        return f"task {self.task}" if self.task else f"prefix {self.prefix_length}"
-
-
 @dataclass
 class _Step(Generic[T]):
     """Something that is measured once a round."""
@@ -50,16 +36,6 @@ class _Step(Generic[T]):
     text: str
     measure: Callable[[], T]
     samples: list[T] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The rows of one bundle: those to measure, those whose selection is measured, and why others are not."""
-
-    bundle: Bundle
-    rows: tuple[_Row, ...]
-    prefixes: tuple[_Row, ...]
-    skipped: tuple[str, ...]
 
 
 def bench(
@@ -84,7 +60,7 @@ def bench_together(
 ) -> list[BenchReport]:
     """Measure bundles side by side, the rows of all of them in the same rounds; a report each, errors as `bench`."""
     request = request or BenchRequest()
-    plans = [_plan(Bundle.open(path), request) for path in paths]
+    plans = [plan_rows(Bundle.open(path), request) for path in paths]
     progress = _Progress(on_step, sum(OPENINGS + 1 + _steps_of(plan) * (request.rounds + 1) for plan in plans))
     progress.total += request.rounds + 1  # of the bandwidth
     openings = [_openings(plan, request, progress) for plan in plans]
@@ -96,11 +72,11 @@ def bench_together(
     return [each.report(measured, opened) for each, opened in zip(contestants, openings, strict=True)]
 
 
-def _steps_of(plan: _Plan) -> int:
+def _steps_of(plan: Plan) -> int:
     return len(plan.rows) + len(plan.prefixes)
 
 
-def _openings(plan: _Plan, request: BenchRequest, progress: _Progress) -> tuple[Opening, ...]:
+def _openings(plan: Plan, request: BenchRequest, progress: _Progress) -> tuple[Opening, ...]:
     found = []
     # Before this process opens the bundle itself, so that there is memory for both.
     for number in range(1, OPENINGS + 1):
@@ -135,7 +111,7 @@ class _Progress:
 class _Contestant:
     """One bundle's engine, its rows, and what was measured of them."""
 
-    def __init__(self, plan: _Plan, request: BenchRequest, progress: _Progress) -> None:
+    def __init__(self, plan: Plan, request: BenchRequest, progress: _Progress) -> None:
         progress.begin(f"opening {plan.bundle.root.name}")
         self._plan, self._request = plan, request
         self._engine = load(
@@ -144,7 +120,7 @@ class _Contestant:
             threads=request.threads,
             max_batch=max(request.batch_sizes),
         )
-        self._names: dict[_Row, str | None] = {_Row(None, 0): None}
+        self._names: dict[Row, str | None] = {Row(None, 0): None}
         for row in plan.prefixes:
             self._names[row] = row.task or self._add_random(row.prefix_length)
         self._generations = {row: self._generation(row) for row in plan.rows}
@@ -178,18 +154,18 @@ class _Contestant:
         self._engine.add_task(name, random_prefix(self._plan.bundle.manifest, length))
         return name
 
-    def _generation(self, row: _Row) -> _Step[Sample]:
+    def _generation(self, row: Row) -> _Step[Sample]:
         random = np.random.default_rng(row.prompt_length)
         vocabulary = self._plan.bundle.manifest.geometry.vocab_size
         prompts = random.integers(vocabulary, size=(row.batch_size, row.prompt_length)).tolist()
-        name = self._names[_Row(row.task, row.prefix_length)]
+        name = self._names[Row(row.task, row.prefix_length)]
         measure = partial(_generate, self._engine, name, prompts, self._request.new_tokens)
         return _Step(f"{row}, prompt {row.prompt_length}, batch {row.batch_size}", measure)
 
-    def _selection(self, row: _Row) -> _Step[tuple[float, float]]:
+    def _selection(self, row: Row) -> _Step[tuple[float, float]]:
         return _Step(f"selecting {row}", partial(self._select, row))
 
-    def _select(self, row: _Row) -> tuple[float, float]:
+    def _select(self, row: Row) -> tuple[float, float]:
         """Seconds of the first selection of a prefix that the engine has never seen, and of its second."""
         started = time.perf_counter()
         if row.task:
@@ -232,7 +208,7 @@ def _generate(engine: Engine, task: str | None, prompts: list[list[int]], new_to
     )
 
 
-def _switch(row: _Row, samples: Sequence[tuple[float, float]]) -> Switch:
+def _switch(row: Row, samples: Sequence[tuple[float, float]]) -> Switch:
     cold, warm = zip(*samples, strict=True)
     return Switch(row.task, row.prefix_length, cold, warm)
 
@@ -254,49 +230,3 @@ def _free_name(name: str, taken: Sequence[str]) -> str:
     while name in lowered:
         name += "_"
     return name
-
-
-def _plan(bundle: Bundle, request: BenchRequest) -> _Plan:
-    tasks, unmeasured = _tasks(bundle, request)
-    wanted = [*(_Row(None, length) for length in request.prefix_lengths), *tasks]
-    room = {row: _room(bundle, row) for row in wanted}
-    limit = bundle.manifest.max_length
-    fitting = [row for row in wanted if room[row] >= LEAST_TEXT]
-    skipped = [f"{row}: leaves no room for text in {limit} positions" for row in wanted if row not in fitting]
-    rows = []
-    for row in _settings(fitting, request):
-        if row.prompt_length + request.new_tokens <= room[_Row(row.task, row.prefix_length)]:
-            rows.append(row)
-        elif row.batch_size == request.batch_sizes[0]:
-            skipped.append(
-                f"{row}, prompt {row.prompt_length}: with {request.new_tokens} new tokens it does not fit "
-                f"{limit} positions"
-            )
-    if not rows:
-        raise BenchError(f"{bundle.root}: expected something that fits the bundle, found {'; '.join(skipped)}")
-    return _Plan(bundle, tuple(rows), tuple(row for row in fitting if row.prefix_length), (*skipped, *unmeasured))
-
-
-def _tasks(bundle: Bundle, request: BenchRequest) -> tuple[list[_Row], list[str]]:
-    """The tasks to measure, and a line about those that are left out."""
-    names = bundle.tasks[:MOST_TASKS] if request.tasks is None else request.tasks
-    for name in names:
-        if name not in bundle.manifest.tasks:
-            raise unknown_task(name, bundle.tasks)
-    left = len(bundle.tasks) - len(names) if request.tasks is None else 0
-    lines = [f"{left} more tasks: of a bundle the first {MOST_TASKS} are measured, unless others are named"]
-    return [_Row(name, bundle.manifest.tasks[name].prefix_length) for name in names], lines[: bool(left)]
-
-
-def _room(bundle: Bundle, row: _Row) -> int:
-    """Tokens of text that fit behind a row's prefix."""
-    manifest = bundle.manifest
-    base = manifest.tasks[row.task].position_base if row.task else row.prefix_length
-    return min(manifest.max_length - row.prefix_length, manifest.geometry.context_length - base)
-
-
-def _settings(prefixes: Sequence[_Row], request: BenchRequest) -> Iterator[_Row]:
-    for batch_size in request.batch_sizes:
-        for prompt_length in request.prompt_lengths:
-            for row in prefixes:
-                yield replace(row, prompt_length=prompt_length, batch_size=batch_size)

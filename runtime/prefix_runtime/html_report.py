@@ -63,9 +63,9 @@ def _introduction(report: BenchReport, title: str, comparison: Comparison | None
     yield f"<h1>{escape(title)}</h1>"
     if comparison:
         yield f"<p>Against {escape(comparison.labels[1])}.</p>"
-    yield _list(headline(report), "facts")
-    made = f"<code>{escape(report.command)}</code>, " if report.command else ""
-    yield f"<p>{made}{escape(report.created)}</p>"
+    yield _list([*headline(report), report.created], "facts")
+    if report.command:
+        yield f"<p><code>{escape(report.command)}</code></p>"
     yield _list(notes(report, comparison), "notes")
 
 

@@ -20,6 +20,7 @@ _COLUMNS = 3
 _LEGEND_COLUMNS = 2
 _DOTS_AN_INCH = 130
 _MOST_LABEL = 22
+_MARGIN = 0.04
 
 
 def as_png(report: BenchReport, comparison: Comparison | None = None) -> bytes:
@@ -81,8 +82,10 @@ def _draw(chart: Chart, axes: Axes) -> None:
 def _draw_lines(chart: LineChart, axes: Axes) -> None:
     for series in chart.series:
         _draw_series(series, axes)
-    _, y_ticks = line_ticks(chart)
-    axes.set_ylim(y_ticks[0], y_ticks[-1])
+    x_ticks, y_ticks = line_ticks(chart)
+    # A little more than the ticks, so that no mark is cut in half.
+    axes.set_xlim(-_MARGIN * x_ticks[-1], (1 + _MARGIN) * x_ticks[-1])
+    axes.set_ylim((1 + _MARGIN) * y_ticks[0], y_ticks[-1] + _MARGIN * (y_ticks[-1] - y_ticks[0]))
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
     axes.axhline(0, color="#5d6a74", linewidth=0.8)
@@ -97,8 +100,19 @@ def _draw_series(series: Series, axes: Axes) -> None:
         axes.plot(x, y, color=colour, linestyle="--", marker="." if len(x) == 1 else "", label=series.name)
         return
     spread = [[point.y - point.low for point in series.points], [point.high - point.y for point in series.points]]
-    line, marker = ("-", "o") if series.style == "line" else ("none", "D")
-    axes.errorbar(x, y, spread, color=colour, capsize=2, linestyle=line, marker=marker, markersize=4, label=series.name)
+    line, marker, inside = ("-", "o", colour) if series.style == "line" else ("none", "D", "white")
+    axes.errorbar(
+        x,
+        y,
+        spread,
+        color=colour,
+        capsize=2,
+        linestyle=line,
+        marker=marker,
+        markerfacecolor=inside,
+        markersize=4,
+        label=series.name,
+    )
 
 
 def _draw_bars(chart: BarChart, axes: Axes) -> None:

@@ -14,7 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefix_runtime import BenchError, Bundle, ProviderError, UnknownTaskError, bandwidth, bench_file, machine
+from prefix_runtime import (
+    BenchError,
+    Bundle,
+    ProviderError,
+    UnknownTaskError,
+    bandwidth,
+    bench_file,
+    bench_plan,
+    machine,
+)
 from prefix_runtime import bench as bench_module
 from prefix_runtime.bench import bench, bench_together, random_prefix
 from prefix_runtime.bench_file import from_json, summary, to_csv, to_json
@@ -171,7 +180,7 @@ class TestChoices:
             bench(shared_bundle, replace(SMALL, tasks=("nope",)))
 
     def test_of_many_tasks_the_first_are_measured_and_the_others_counted(self, bundle, make_prefix, monkeypatch):
-        monkeypatch.setattr(bench_module, "MOST_TASKS", 3)
+        monkeypatch.setattr(bench_plan, "MOST_TASKS", 3)
         opened = Bundle.open(bundle)
         for name in ("a", "b", "z"):
             opened.add_task(name, make_prefix(2))
