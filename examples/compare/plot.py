@@ -1,6 +1,8 @@
-"""Inter-token latency against prefix length, drawn from a report of `peft_eager.py`.
+"""Inter-token latency against prefix length, drawn from a report of `run.py`.
 
-python examples/compare/plot.py examples/compare/peft_eager.json examples/compare/latency.png
+    python examples/compare/plot.py REPORT.json PICTURE.png [PEER ...]
+
+Draws the peers that are named, or else all that were measured at two prefix lengths or more.
 """
 
 from __future__ import annotations
@@ -8,46 +10,64 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-COLOURS = {"eager": "#b3541e", "product": "#1f6f8b"}
-LABELS = {"eager": "PEFT, eager torch", "product": "prefix-export on onnxruntime"}
+PRODUCT_COLOURS = {"float32": "#1f6f8b", "int8": "#3a9d8f", "int4": "#7fbf7b"}
+FLOOR_COLOUR = "#888888"
 
 
-def draw(report: Path, picture: Path) -> None:
-    """Write the picture: medians with their quartiles."""
-    content = json.loads(report.read_text())
-    figure, axes = plt.subplots(figsize=(7, 3.6), dpi=160)
-    for who, colour in COLOURS.items():
-        rows = {
-            int(name.rsplit(" ", 1)[1]): row["inter_token"]
-            for name, row in content["seconds"].items()
-            if name.startswith(who)
-        }
-        lengths = sorted(rows)
-        medians = [rows[length]["median"] * 1e3 for length in lengths]
-        spread = [
-            [(rows[length]["median"] - rows[length]["first"]) * 1e3 for length in lengths],
-            [(rows[length]["third"] - rows[length]["median"]) * 1e3 for length in lengths],
-        ]
-        axes.errorbar(lengths, medians, spread, color=colour, marker="o", capsize=3, label=LABELS[who])
-        axes.annotate(
-            f"{medians[-1]:.0f} ms", (lengths[-1], medians[-1]), (6, 0), textcoords="offset points", va="center"
-        )
-    floor = content["floor, seconds"] * 1e3
-    axes.axhline(floor, color="#888888", linestyle="--", label="reading the weights once")
-    axes.set(
-        xlabel="prefix length (positions)",
-        ylabel="ms a token",
-        ylim=(0, None),
-        title="GPT-2-medium, float32, 2 threads",
-    )
+def draw(report: dict[str, Any], names: list[str]) -> Figure:
+    """Medians with their quartiles, and the floors of the precisions that are drawn."""
+    figure, axes = plt.subplots(figsize=(10, 4.8), dpi=160)
+    found = {name: report["contestants"][name] for name in names or measured(report)}
+    for name, contestant in found.items():
+        colour = PRODUCT_COLOURS[contestant["precision"]] if name.startswith("product") else None
+        draw_line(axes, contestant, colour)
+    for precision in sorted({contestant["precision"] for contestant in found.values()}):
+        draw_floor(axes, report, precision)
+    title = f"{report['model']}, random weights, {report['machine']}"
+    axes.set(xlabel="prefix length (positions)", ylabel="ms a token", ylim=(0, None), title=title)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.06, 1), fontsize="small")
     figure.tight_layout()
-    figure.savefig(picture)
+    return figure
+
+
+def measured(report: dict[str, Any]) -> list[str]:
+    """Those with a line to draw."""
+    return [name for name, row in report["contestants"].items() if len(row.get("lengths", ())) > 1]
+
+
+def draw_line(axes: Axes, contestant: dict[str, Any], colour: str | None) -> None:
+    """One contestant; colours are matplotlib's own where none is given."""
+    figures = {int(length): row["inter_token"] for length, row in contestant["lengths"].items()}
+    lengths = sorted(figures)
+    medians = [figures[length]["median"] * 1e3 for length in lengths]
+    spread = [
+        [(figures[length]["median"] - figures[length]["first"]) * 1e3 for length in lengths],
+        [(figures[length]["third"] - figures[length]["median"]) * 1e3 for length in lengths],
+    ]
+    axes.errorbar(lengths, medians, spread, color=colour, marker="o", capsize=3, label=contestant["label"])
+    axes.annotate(f"{medians[-1]:.1f}", (lengths[-1], medians[-1]), (6, 0), textcoords="offset points", va="center")
+
+
+def draw_floor(axes: Axes, report: dict[str, Any], precision: str) -> None:
+    """The time to read the weights and the prefix once."""
+    floors = {int(length): row[precision] * 1e3 for length, row in report["floor, seconds"].items()}
+    lengths = sorted(floors)
+    label = f"reading {precision} weights once"
+    axes.plot(lengths, [floors[length] for length in lengths], "--", color=FLOOR_COLOUR, label=label)
+
+
+def main() -> None:
+    """Draw what the command line names."""
+    report, picture, *names = sys.argv[1:]
+    draw(json.loads(Path(report).read_text()), names).savefig(picture)
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]), Path(sys.argv[2]))
+    main()

@@ -1,0 +1,172 @@
+"""The contest: workers in processes of their own, their tokens compared, then rounds in which each takes its turn."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from contestants import CONTESTANTS, IN_CACHE, IN_REQUEST, NONE, REFERENCE
+from environments import PreparationError, last_line
+from peers.protocol import stand_in
+from workshop import Workshop
+
+SHOWN_REASON = 300
+
+
+class WorkerError(Exception):
+    """A worker ended before it answered; the message is the last line that it printed."""
+
+
+class Worker:
+    """A peer in a process of its own, idle while others run."""
+
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._log = log
+        with log.open("w") as errors:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+        try:
+            self.opened = self._read()
+        except WorkerError:
+            self.close()
+            raise
+
+    def ask(self, **request: Any) -> Any:
+        """Its answer.
+
+        Raises:
+            WorkerError
+        """
+        assert self._process.stdin
+        with suppress(BrokenPipeError):  # reading says why
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+        return self._read()
+
+    def _read(self) -> Any:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            raise WorkerError((last_line(self._log) or f"ended with code {code}")[:SHOWN_REASON])
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin
+        assert self._process.stdout
+        with suppress(BrokenPipeError):  # it has ended already
+            self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+@dataclass
+class Entry:
+    """What is known of a contestant: what it said once open, why it dropped out, and by prefix length its figures."""
+
+    opened: dict[str, Any] = field(default_factory=dict)
+    reason: str | None = None
+    equal_tokens: dict[int, int] = field(default_factory=dict)
+    answers: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+class Contest:
+    """Contestants on one workshop's things, all asked for the same."""
+
+    def __init__(self, shop: Workshop, names: Sequence[str], prompt: list[int], new_tokens: int) -> None:
+        self._shop, self._prompt, self._new_tokens = shop, prompt, new_tokens
+        self.entries = {name: Entry() for name in names}
+        self._commands: dict[str, list[str]] = {}
+        self._workers: dict[str, Worker] = {}
+        self._reference: dict[tuple[int, bool], list[int]] = {}
+
+    def prepare(self) -> None:
+        """Make what every contestant needs, before anything is timed."""
+        self._observe_reference()
+        for name, entry in self.entries.items():
+            try:
+                self._commands[name] = CONTESTANTS[name].command(self._shop)
+            except PreparationError as error:
+                entry.reason = str(error)[:SHOWN_REASON]
+
+    def run(self, rounds: int, reopen: bool) -> None:
+        """Compare tokens, then time everyone once a round; the first round warms up and is left out.
+
+        With `reopen` one contestant is in memory at a time: opened, warmed up, timed and closed in every round.
+        """
+        for turn in range(rounds + 1):
+            for name in list(self._commands):
+                _show(f"round {turn} of {rounds}: {name}")
+                self._take_turn(name, timed=turn > 0, reopen=reopen)
+        self.close()
+
+    def close(self) -> None:
+        """End every worker."""
+        while self._workers:
+            self._workers.popitem()[1].close()
+
+    def _take_turn(self, name: str, timed: bool, reopen: bool) -> None:
+        entry = self.entries[name]
+        try:
+            worker = self._worker(name)
+            for length in self._shop.order.lengths:
+                if not timed or reopen:
+                    entry.equal_tokens[length] = self._count_equal_tokens(name, worker, length)
+                if timed:
+                    entry.answers.setdefault(length, []).append(self._ask(worker, length))
+        except WorkerError as error:
+            entry.reason = str(error)
+            del self._commands[name]
+            self._close(name)
+        if reopen:
+            self._close(name)
+
+    def _worker(self, name: str) -> Worker:
+        if name not in self._workers:
+            self._workers[name] = Worker(self._commands[name], self._shop.logs / f"{name}.log")
+            self.entries[name].opened = self._workers[name].opened
+        return self._workers[name]
+
+    def _close(self, name: str) -> None:
+        if name in self._workers:
+            self._workers.pop(name).close()
+
+    def _ask(self, worker: Worker, length: int) -> dict[str, Any]:
+        return worker.ask(prefix_length=length, prompt=self._prompt, new_tokens=self._new_tokens)
+
+    def _count_equal_tokens(self, name: str, worker: Worker, length: int) -> int:
+        """Of its greedy tokens, how many are the product's at float32 before the first that is not."""
+        prefix = CONTESTANTS[name].prefix
+        expected = self._reference[0 if prefix == NONE else length, prefix in {IN_CACHE, IN_REQUEST}]
+        pairs = enumerate(zip(self._ask(worker, length)["tokens"], expected, strict=True))
+        return next((index for index, (found, token) in pairs if found != token), len(expected))
+
+    def _observe_reference(self) -> None:
+        """The product's tokens under each prefix, and after each text that stands in for one."""
+        command = CONTESTANTS[REFERENCE].command(self._shop)
+        with Worker(command, self._shop.logs / "reference.log") as worker:
+            for length in {0, *self._shop.order.lengths}:
+                texts = {False: (length, self._prompt), True: (0, stand_in(length) + self._prompt)}
+                for as_text, (prefix_length, prompt) in texts.items():
+                    answer = worker.ask(prefix_length=prefix_length, prompt=prompt, new_tokens=self._new_tokens)
+                    self._reference[length, as_text] = answer["tokens"]
+
+
+def _show(text: str) -> None:
+    """Progress, on a terminal only."""
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr)

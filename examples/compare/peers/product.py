@@ -1,0 +1,73 @@
+"""The product, as it is deployed: without torch.
+
+python product.py BUNDLE THREADS [--as-text]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from protocol import Generation, serve, stand_in
+from random_prefix import random_prefix
+
+import prefix_runtime
+
+TASKS = 100
+
+
+class Product:
+    """An engine whose tasks are called after their prefix lengths, `p200`; with `as_text` text takes the prefix' place.
+
+    The text is part of the request, and so of the time to the first token.
+    """
+
+    def __init__(self, bundle: str, threads: int, as_text: bool) -> None:
+        self._engine = prefix_runtime.load(bundle, threads=threads)
+        self._bundle, self._threads, self._as_text = bundle, threads, as_text
+
+    def generate(self, prefix_length: int, prompt: list[int], new_tokens: int) -> Generation:
+        """One request."""
+        if self._as_text:
+            prompt, prefix_length = stand_in(prefix_length) + prompt, 0
+        task = f"p{prefix_length}" if prefix_length else None
+        result = self._engine.generate(token_ids=prompt, task=task, max_new_tokens=new_tokens)
+        metrics = result.metrics
+        seconds = [metrics.time_to_first_token, *metrics.inter_token_latencies]
+        return Generation(list(result.token_ids), seconds)
+
+    def select(self, prefix_length: int, cache_bytes: int) -> dict[str, list[float]]:
+        """Seconds to select each of 100 tasks, asked for in turn: each one's first request, then its second."""
+        engine = prefix_runtime.load(self._bundle, threads=self._threads, cache_bytes=cache_bytes)
+        names = [f"selected-{index}" for index in range(TASKS)]
+        for index, name in enumerate(names):
+            engine.add_task(name, random_prefix(engine.bundle.manifest.geometry, prefix_length, index))
+        return _answer_twice(engine, names)
+
+    def answer_each(self) -> dict[str, list[float]]:
+        """Seconds to select each of the bundle's tasks: its first request, then its second."""
+        return _answer_twice(self._engine, self._engine.tasks)
+
+
+def _answer_twice(engine: prefix_runtime.Engine, names: Sequence[str]) -> dict[str, list[float]]:
+    return {"first request": _answer_each(engine, names), "later requests": _answer_each(engine, names)}
+
+
+def _answer_each(engine: prefix_runtime.Engine, names: Sequence[str]) -> list[float]:
+    """One short request of every task in turn; seconds that selecting it took."""
+    results = (engine.generate(token_ids=[1], task=name, max_new_tokens=2) for name in names)
+    return [result.metrics.task_selection for result in results]
+
+
+def main() -> None:
+    """Serve what the command line names."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("bundle")
+    parser.add_argument("threads", type=int)
+    parser.add_argument("--as-text", action="store_true")
+    arguments = parser.parse_args()
+    serve(lambda: Product(**vars(arguments)), "onnxruntime")
+
+
+if __name__ == "__main__":
+    main()
