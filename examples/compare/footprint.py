@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -56,6 +57,7 @@ def measure_prefixes(shop: Workshop, precision: str, counts: list[int]) -> Itera
         answer = _ask(shop, "product.py", folder)
         way = f"prefixes of length {length}, {precision} weights"
         yield Footprint(way, count, _size(folder), None, answer["resident_bytes"], None, _switching(answer))
+    shutil.rmtree(folder)  # gigabytes, and no other run uses it
 
 
 def measure_merged(shop: Workshop, precision: str, counts: list[int]) -> Iterator[Footprint]:
@@ -66,7 +68,7 @@ def measure_merged(shop: Workshop, precision: str, counts: list[int]) -> Iterato
     added = two["resident_bytes"] - one["resident_bytes"]
     for count in counts:
         memory = one["resident_bytes"] + (count - 1) * added
-        sources = (None, None) if count == 1 else ("1 model", "1 and 2 models")
+        sources = None if count == 1 else "1 model", None if count <= 2 else "1 and 2 models"
         way = f"merged models, {precision} weights"
         yield Footprint(way, count, count * disk, sources[0], memory, sources[1], _switching(two))
 

@@ -16,17 +16,17 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-PRODUCT_COLOURS = {"float32": "#1f6f8b", "int8": "#3a9d8f", "int4": "#7fbf7b"}
+PRODUCT_COLOURS = {"product-float32": "#1f6f8b", "product-int8": "#3a9d8f", "product-int4": "#7fbf7b"}
 FLOOR_COLOUR = "#888888"
 
 
 def draw(report: dict[str, Any], names: list[str]) -> Figure:
     """Medians with their quartiles, and the floors of the precisions that are drawn."""
     figure, axes = plt.subplots(figsize=(10, 4.8), dpi=160)
+    axes.set_prop_cycle(color=plt.colormaps["tab20"].colors)
     found = {name: report["contestants"][name] for name in names or measured(report)}
     for name, contestant in found.items():
-        colour = PRODUCT_COLOURS[contestant["precision"]] if name.startswith("product") else None
-        draw_line(axes, contestant, colour)
+        draw_line(axes, contestant, PRODUCT_COLOURS.get(name))
     for precision in sorted({contestant["precision"] for contestant in found.values()}):
         draw_floor(axes, report, precision)
     title = f"{report['model']}, random weights, {report['machine']}"
@@ -43,7 +43,7 @@ def measured(report: dict[str, Any]) -> list[str]:
 
 
 def draw_line(axes: Axes, contestant: dict[str, Any], colour: str | None) -> None:
-    """One contestant; colours are matplotlib's own where none is given."""
+    """One contestant; in the next colour where none is given."""
     figures = {int(length): row["inter_token"] for length, row in contestant["lengths"].items()}
     lengths = sorted(figures)
     medians = [figures[length]["median"] * 1e3 for length in lengths]
