@@ -7,7 +7,7 @@ traced with the operator that the target runs (`GroupQueryAttention`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ AttentionFunction = Callable[..., torch.Tensor]
 """
 
 _NAME = "prefix_export"
+_KEY_SCALE = 12  # its place among the operator's inputs; the value's follows
 _active: ContextVar[AttentionFunction] = ContextVar("attention function")
 
 # What models hand to an attention function and what changes nothing here: positions are in the keys already, the
@@ -126,18 +127,23 @@ class GroupQueryAttention:
     Emits `com.microsoft::GroupQueryAttention` (onnxruntime 1.32, docs/ContribOperators.md), for every layer once.
 
     Args:
-        past: for each layer key and value, [batch, num_key_value_heads, past, head_dim] float32 or float16.
+        past: for each layer key and value, [batch, num_key_value_heads, past, head_dim] float32, float16 or int8.
         lengths: filled positions of each row less one, with the new tokens, [batch] int32.
         total: the longest row's, a scalar, int32.
+        scales: for an int8 past, for each layer key's and value's, [1, num_key_value_heads, 1, head_dim] float32.
 
     Attributes:
         present: for each layer that was traced key and value, shaped like the past.
     """
 
     def __init__(
-        self, past: list[tuple[torch.Tensor, torch.Tensor]], lengths: torch.Tensor, total: torch.Tensor
+        self,
+        past: list[tuple[torch.Tensor, torch.Tensor]],
+        lengths: torch.Tensor,
+        total: torch.Tensor,
+        scales: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> None:
-        self._past, self._lengths, self._total = past, lengths, total
+        self._past, self._lengths, self._total, self._scales = past, lengths, total, scales
         self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(
@@ -157,14 +163,30 @@ class GroupQueryAttention:
         index = int(module.layer_idx)  # type: ignore[arg-type]  # torch types every attribute of a module as a tensor
         past_key, past_value = self._past[index]
         batch, heads, sequence, head_dim = query.shape
-        attributes = {"num_heads": heads, "kv_num_heads": key.shape[1], "scale": scaling or head_dim**-0.5}
+        attributes: dict[str, Any] = {
+            "num_heads": heads,
+            "kv_num_heads": key.shape[1],
+            "scale": scaling or head_dim**-0.5,
+        }
         if sliding_window:
             attributes["local_window_size"] = sliding_window
         if softcap:
             attributes["softcap"] = softcap
+        inputs: list[torch.Tensor | None] = [
+            _packed(query),
+            _packed(key),
+            _packed(value),
+            past_key,
+            past_value,
+            self._lengths,
+            self._total,
+        ]
+        if self._scales is not None:
+            attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+            inputs += [None] * (_KEY_SCALE - len(inputs)) + list(self._scales[index])
         output, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
-            (_packed(query), _packed(key), _packed(value), past_key, past_value, self._lengths, self._total),
+            inputs,
             attrs=attributes,
             dtypes=(query.dtype, past_key.dtype, past_value.dtype),
             shapes=((batch, sequence, heads * head_dim), past_key.shape, past_value.shape),

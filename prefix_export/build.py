@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from prefix_runtime import Bundle, Manifest, Prefix
+from prefix_runtime import Bundle, LayerPrefix, Manifest, Prefix
 from prefix_runtime.bundle import MANIFEST_NAME, check_output, describe_file, staged, write_prefix
 from prefix_runtime.geometry import LEAST_TEXT
 from prefix_runtime.manifest import ModelEntry, check_new_task_name
@@ -19,16 +19,17 @@ from prefix_runtime.storage import write_file_atomically
 
 from . import __version__, formats
 from .attention import check_fast_flavour
+from .calibrate import cache_scales, save_scales
 from .errors import ExportError, ModelError
 from .graph import GRAPH_NAME, export_graph
 from .models import BaseModel, load_base_model
 from .parity import TaskParity
 from .progress import StepListener
-from .quality import TaskQuality, read_held_out
+from .quality import HeldOut, TaskQuality, read_held_out
 from .quantize import Quantization, QuantizedModel, quantization
-from .verification import FloatAnswers, answer_all, assess_all, certificate, compare_all, observe_all
+from .verification import answer_all, assess_all, certificate, compare_all, observe_all
 
-CACHES = {"fp32": torch.float32, "fp16": torch.float16}
+CACHES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
 """What keys and values may be kept in."""
 
 
@@ -44,7 +45,7 @@ class BuildRequest:
         precision: of the weights: "fp32", "int8" or "int4".
         block_size: weights that share a scale; None takes `quantize.DEFAULT_BLOCK_SIZES`.
         quantizer: how weights are rounded: "rtn" or "hqq".
-        cache: what keys and values are kept in: "fp32" or "fp16".
+        cache: what keys and values are kept in: "fp32", "fp16" or "int8".
         held_out: text files, a text a line, on which float32 and what is rounded are compared, by task; the one under
             None is for tasks without one of their own and for the bare model. Where there is none, the demo's.
         verify: compare the graph with the source framework before the bundle is moved into place.
@@ -101,11 +102,24 @@ def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> B
     on_step("folding prefixes")
     prefixes = {task: fold(path, base, max_length) for task, path in request.prefixes.items()}
     warnings = tuple(_warnings(request, base, prefixes, max_length))
-    in_float = _answer_in_float(request, base, prefixes, max_length, on_step)
+    held_out = _held_out(request, base, prefixes, max_length)
+    in_float = answer_all(base, prefixes, request.prefixes, held_out, on_step) if request.verify else {}
     quantized = _quantize(base, settings, on_step)
+    scales = _scales(request, base, prefixes, held_out, on_step)
     expected = observe_all(base, prefixes, request.prefixes, max_length, on_step) if request.verify else {}
     with staged(request.output) as folder:
-        manifest = _export(request, base, quantized, prefixes, max_length=max_length, folder=folder, on_step=on_step)
+        on_step("exporting the graph")
+        with quantized.packed() if quantized else nullcontext():
+            positions = base.geometry.context_length
+            weight_bytes = export_graph(
+                base.model, base.layers, positions, folder, cache=CACHES[request.cache], scales=scales
+            )
+        if scales is not None:
+            save_scales(scales, folder)
+        _save_configs(base, folder)
+        on_step("hashing")
+        manifest = _manifest(request, settings, base, prefixes, weight_bytes, max_length=max_length, folder=folder)
+        _write_manifest(folder, manifest)
         # The engine needs the room that the model takes, which torch's export keeps alive by cycles.
         del base, quantized
         gc.collect()
@@ -130,19 +144,29 @@ def _check_held_out(request: BuildRequest) -> None:
             raise ExportError(f"held-out text {path}: expected a text file, found none")
 
 
-def _answer_in_float(
-    request: BuildRequest, base: BaseModel, prefixes: Mapping[str, Prefix], max_length: int, on_step: StepListener
-) -> dict[str | None, FloatAnswers]:
-    """What the model makes of held-out text, where something is about to be rounded."""
-    if not request.verify or (request.precision == "fp32" and request.cache == "fp32"):
+def _held_out(
+    request: BuildRequest, base: BaseModel, prefixes: Mapping[str, Prefix], max_length: int
+) -> dict[str | None, HeldOut]:
+    """The texts of each task and of the bare model, where something is about to be rounded."""
+    if request.precision == "fp32" and request.cache == "fp32":
         return {}
-    held_out = {
-        task: read_held_out(
-            request.held_out.get(task, request.held_out.get(None)), base, prefixes[task] if task else None, max_length
-        )
-        for task in (None, *prefixes)
+    files = {task: request.held_out.get(task, request.held_out.get(None)) for task in (None, *prefixes)}
+    return {
+        task: read_held_out(path, base, prefixes[task] if task else None, max_length) for task, path in files.items()
     }
-    return answer_all(base, prefixes, request.prefixes, held_out, on_step)
+
+
+def _scales(
+    request: BuildRequest,
+    base: BaseModel,
+    prefixes: Mapping[str, Prefix],
+    held_out: Mapping[str | None, HeldOut],
+    on_step: StepListener,
+) -> tuple[LayerPrefix, ...] | None:
+    if request.cache != "int8":
+        return None
+    on_step("measuring keys and values")
+    return cache_scales(base, prefixes, held_out)
 
 
 def _quantize(base: BaseModel, settings: Quantization | None, on_step: StepListener) -> QuantizedModel | None:
@@ -150,34 +174,6 @@ def _quantize(base: BaseModel, settings: Quantization | None, on_step: StepListe
         return None
     on_step(f"rounding the weights to {settings.bits} bits")
     return QuantizedModel(base.model, settings)
-
-
-def _export(
-    request: BuildRequest,
-    base: BaseModel,
-    quantized: QuantizedModel | None,
-    prefixes: Mapping[str, Prefix],
-    *,
-    max_length: int,
-    folder: Path,
-    on_step: StepListener,
-) -> Manifest:
-    """Write everything but the certificate."""
-    on_step("exporting the graph")
-    with quantized.packed() if quantized else nullcontext():
-        context = base.geometry.context_length
-        weight_bytes = export_graph(base.model, base.layers, context, folder, CACHES[request.cache])
-    _save_configs(base, folder)
-    on_step("hashing")
-    manifest = replace(
-        _manifest(base, max_length, prefixes, weight_bytes, folder),
-        precision=request.precision,
-        cache=request.cache,
-        block_size=quantized.settings.block_size if quantized else None,
-        quantizer=quantized.settings.method if quantized else None,
-    )
-    _write_manifest(folder, manifest)
-    return manifest
 
 
 def fold(path: Path, base: BaseModel, max_length: int) -> Prefix:
@@ -244,7 +240,14 @@ def _save_configs(base: BaseModel, folder: Path) -> None:
 
 
 def _manifest(
-    base: BaseModel, max_length: int, prefixes: Mapping[str, Prefix], weight_bytes: int, folder: Path
+    request: BuildRequest,
+    settings: Quantization | None,
+    base: BaseModel,
+    prefixes: Mapping[str, Prefix],
+    weight_bytes: int,
+    *,
+    max_length: int,
+    folder: Path,
 ) -> Manifest:
     files = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
     return Manifest(
@@ -254,12 +257,15 @@ def _manifest(
         max_length=max_length,
         mode="feed",
         flavour="fast",
-        precision="fp32",
+        precision=request.precision,
         target="cpu",
         graph=GRAPH_NAME,
         weight_bytes=weight_bytes,
         files={name: describe_file(folder, name) for name in files},
         tasks={task: write_prefix(folder, task, prefix) for task, prefix in prefixes.items()},
+        cache=request.cache,
+        block_size=settings.block_size if settings else None,
+        quantizer=settings.method if settings else None,
     )
 
 

@@ -52,7 +52,7 @@ def main() -> None:
 @click.option("--precision", default="fp32", show_default=True, help="Of the weights: fp32, int8 or int4.")
 @click.option("--block-size", type=int, help="Weights that share a scale. Default: 128 for int8, 32 for int4.")
 @click.option("--quantizer", default="rtn", show_default=True, help="rtn rounds to nearest; hqq searches zero points.")
-@click.option("--cache", default="fp32", show_default=True, help="Keys and values are kept in: fp32 or fp16.")
+@click.option("--cache", default="fp32", show_default=True, help="Keys and values are kept in: fp32, fp16 or int8.")
 @click.option(
     "--held-out",
     metavar="[TASK=]TEXT_FILE",
@@ -135,6 +135,7 @@ def add_task(bundle: Path, prefix: str) -> None:
 tasks.add_command(runtime.list_tasks)
 tasks.add_command(runtime.remove_task)
 main.add_command(runtime.generate)
+main.add_command(runtime.prepare)
 main.add_command(bench)
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from prefix_runtime import LayerPrefix
 
 from .attention import AttentionLayer, GroupQueryAttention, attention
 from .errors import ExportError
@@ -48,7 +50,9 @@ def export_graph(
     layers: tuple[AttentionLayer, ...],
     positions: int,
     folder: Path,
+    *,
     cache: torch.dtype = torch.float32,
+    scales: Sequence[LayerPrefix] | None = None,
 ) -> int:
     """Write `model.onnx` and `model.onnx.data`, the weights, each stored once, into a folder.
 
@@ -57,7 +61,8 @@ def export_graph(
         layers: its attention layers, as `attention.probe` found them.
         positions: that the model has.
         folder: that exists.
-        cache: of past and present keys and values, float32 or float16.
+        cache: of past and present keys and values, float32, float16 or int8.
+        scales: for int8 each layer's, [num_key_value_heads, 1, head_dim] float32.
 
     Returns:
         The bytes of weights that a decode step reads: all but the rows of tables that it does not look up.
@@ -67,10 +72,11 @@ def export_graph(
         OSError: the disk is full or not writable.
     """
     with _plain_projections(model):
-        program = _trace(_Decoder(model, len(layers)).eval(), layers, cache)
+        program = _trace(_Decoder(model, len(layers), scales).eval(), layers, cache)
     graph = program.model
     _name_axes(graph)
-    simplify(graph, positions)
+    with _quiet():
+        simplify(graph, positions)
     _drop_traces_of_the_machine(graph)
     _check_contract(graph, len(layers))
     try:
@@ -87,9 +93,13 @@ def export_graph(
 class _Decoder(torch.nn.Module):
     """A model whose attention reads and extends a past that is given from outside."""
 
-    def __init__(self, model: PreTrainedModel, layers: int) -> None:
+    def __init__(self, model: PreTrainedModel, layers: int, scales: Sequence[LayerPrefix] | None) -> None:
         super().__init__()
         self.model, self.layers = model, layers
+        self.has_scales = scales is not None
+        for index, layer in enumerate(scales or ()):
+            self.register_buffer(f"key_scale_{index}", torch.tensor(layer.key)[None])
+            self.register_buffer(f"value_scale_{index}", torch.tensor(layer.value)[None])
 
     def forward(
         self,
@@ -101,7 +111,7 @@ class _Decoder(torch.nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         lengths = (attention_mask.sum(1) - 1).to(torch.int32)
         total = _size(attention_mask, 1).to(torch.int32)
-        function = GroupQueryAttention(past, lengths, total)
+        function = GroupQueryAttention(past, lengths, total, self._scales())
         with attention(self.model, function):
             output = self.model(
                 input_ids=input_ids,
@@ -110,6 +120,12 @@ class _Decoder(torch.nn.Module):
                 logits_to_keep=_kept(num_logits_to_keep, input_ids.shape[1]),
             )
         return (output.logits, *(tensor for i in range(self.layers) for tensor in function.present[i]))
+
+    def _scales(self) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        if not self.has_scales:
+            return None
+        named = dict(self.named_buffers(recurse=False))
+        return [(named[f"key_scale_{index}"], named[f"value_scale_{index}"]) for index in range(self.layers)]
 
 
 class _Projection(torch.nn.Module):

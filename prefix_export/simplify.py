@@ -173,7 +173,7 @@ def _apply_rotary_in_attention(
     for index, rotation in enumerate(rotations):
         node.replace_input_with(index, _before_rotation(model, node, rotation))
     position_ids = next(value for value in model.graph.inputs if value.name == "position_ids")
-    node.resize_inputs(10)
+    node.resize_inputs(max(10, len(node.inputs)))
     for index, value in zip((7, 8, 9), (*tables[key], position_ids), strict=True):
         node.replace_input_with(index, value)
     node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 1)

@@ -42,7 +42,7 @@ def answer_all(
 ) -> dict[str | None, FloatAnswers]:
     """What a model that is not rounded yet makes of held-out texts under each task and without."""
     found = {}
-    for task in (None, *prefixes):
+    for task in held_out:
         on_step(f"reading held-out text in float32: {shown_task(task)}")
         with reference(base, prefixes[task] if task else None, sources[task] if task else None) as model:
             found[task] = FloatAnswers(held_out[task], answers(held_out[task], model))

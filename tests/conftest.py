@@ -119,7 +119,8 @@ class Workshop:
 
         `options` are fields of the `BuildRequest`.
         """
-        parts = [architecture, *map(str, lengths), *map(str, options.values()), *(["text"] if tokenizer else [])]
+        chosen = [f"{name}={value}" for name, value in options.items()]
+        parts = [architecture, *map(str, lengths), *chosen, *(["text"] if tokenizer else [])]
         folder = self.root / f"{'-'.join(parts)}.bundle"
         if not folder.exists():
             model = self.model(architecture, tokenizer=tokenizer)

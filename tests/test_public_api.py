@@ -84,14 +84,30 @@ def test_the_exporters_recipe_has_these_names():
         for name, value in vars(prefix_export.build).items()
         if not name.startswith("_") and getattr(value, "__module__", None) == "prefix_export.build"
     }
-    assert own == {"BuildRequest", "BuildResult", "build", "certificate", "fold", "verify_against"}
-    assert prefix_export.build.StepListener
+    assert own == {"BuildRequest", "BuildResult", "build", "fold", "verify_against"}
 
 
 def test_a_build_request_has_these_fields():
     fields = prefix_export.build.BuildRequest.__dataclass_fields__
-    assert list(fields) == ["model", "prefixes", "output", "max_length", "verify"]
+    assert list(fields) == [
+        "model",
+        "prefixes",
+        "output",
+        "max_length",
+        "precision",
+        "block_size",
+        "quantizer",
+        "cache",
+        "held_out",
+        "verify",
+    ]
 
 
 def test_a_build_result_has_these_fields():
-    assert list(prefix_export.build.BuildResult.__dataclass_fields__) == ["bundle", "parity", "seconds", "warnings"]
+    assert list(prefix_export.build.BuildResult.__dataclass_fields__) == [
+        "bundle",
+        "parity",
+        "quality",
+        "seconds",
+        "warnings",
+    ]

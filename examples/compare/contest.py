@@ -16,6 +16,8 @@ from environments import PreparationError, last_line
 from peers.protocol import stand_in
 from workshop import Workshop
 
+from prefix_runtime.bandwidth import BandwidthProbe
+
 SHOWN_REASON = 300
 
 
@@ -90,6 +92,7 @@ class Contest:
     def __init__(self, shop: Workshop, names: Sequence[str], prompt: list[int], new_tokens: int) -> None:
         self._shop, self._prompt, self._new_tokens = shop, prompt, new_tokens
         self.entries = {name: Entry() for name in names}
+        self.bandwidths: list[float] = []  # bytes a second, one a round: machines drift
         self._commands: dict[str, list[str]] = {}
         self._workers: dict[str, Worker] = {}
         self._reference: dict[tuple[int, bool], list[int]] = {}
@@ -108,7 +111,9 @@ class Contest:
 
         With `reopen` one contestant is in memory at a time: opened, warmed up, timed and closed in every round.
         """
+        probe = BandwidthProbe(self._shop.order.threads)
         for turn in range(rounds + 1):
+            self.bandwidths.append(probe.measure())
             for name in list(self._commands):
                 _show(f"round {turn} of {rounds}: {name}")
                 self._take_turn(name, timed=turn > 0, reopen=reopen)

@@ -40,9 +40,9 @@ def _in(python: str, script: str, *arguments: object) -> list[str]:
     return [python, str(HERE / "peers" / script), *map(str, arguments)]
 
 
-def _product(label: str, precision: str) -> Contestant:
+def _product(label: str, precision: str, *options: str) -> Contestant:
     def command(shop: Workshop) -> list[str]:
-        return _here("product.py", shop.bundle(precision), shop.order.threads)
+        return _here("product.py", shop.bundle(precision, *options), shop.order.threads)
 
     return Contestant(label, precision, REAL, command)
 
@@ -92,6 +92,9 @@ CONTESTANTS = {
     REFERENCE: _product("prefix-export, float32", "float32"),
     "product-int8": _product("prefix-export, int8", "int8"),
     "product-int4": _product("prefix-export, int4", "int4"),
+    "product-int8-cache": _product("prefix-export, int8, keys and values too", "int8", "--cache", "int8"),
+    "product-int4-cache": _product("prefix-export, int4, keys and values int8", "int4", "--cache", "int8"),
+    "product-int4-128": _product("prefix-export, int4, block 128", "int4", "--block-size", "128"),
     "product-text": Contestant("prefix-export, float32, text as prompt", "float32", IN_REQUEST, _text_in_product),
     "peft-eager": _peft("PEFT, eager torch", REAL),
     "peft-lora": _peft("PEFT, eager torch, LoRA unmerged", NONE, "--lora"),

@@ -17,10 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from random_adapter import save_random_adapter
+from random_model import save_random_adapter, save_random_model
 from transformers import AutoModelForCausalLM
-
-from prefix_export.random_model import save_random_model
 
 
 def run(*command: str) -> tuple[float, int]:

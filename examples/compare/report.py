@@ -63,6 +63,8 @@ def _ratio(over: list[dict[str, Any]], under: list[dict[str, Any]], field: str) 
 def to_markdown(report: Mapping[str, Any]) -> str:
     """The whole report."""
     lines = [f"`{report['command']}`", "", report["machine"], "", f"Versions: {_versions(report['contestants'])}", ""]
+    bandwidth = show(report["read bandwidth, bytes a second"], 1e-9, 1)
+    lines += [f"Memory was read at {bandwidth} GB/s, measured in each round.", ""]
     lines.append(f"Medians [quartiles] of {report['rounds']} rounds; {report['new_tokens']} new tokens, batch 1.")
     for length in report["prefix_lengths"]:
         lines += ["", f"## Prefix length {length}, prompt of {report['prompt_length']}", "", *_length(report, length)]
@@ -76,10 +78,21 @@ def _length(report: Mapping[str, Any], length: int) -> list[str]:
     header = ("", "a token, ms", "product / this", "first token, ms", "product / this", "resident, MB", "equal tokens")
     rows = [_row(found, str(length), len(header)) for found in report["contestants"].values()]
     floors = [
-        (f"floor: reading {precision} weights once", f"{seconds * 1e3:.2f}", *[""] * (len(header) - 2))
+        (
+            f"floor: reading {precision} weights once",
+            f"{seconds * 1e3:.2f}",
+            f"{_over_floor(report, precision, length, seconds):.2f}",
+            *[""] * (len(header) - 3),
+        )
         for precision, seconds in report["floor, seconds"][str(length)].items()
     ]
     return markdown_table(header, [*rows, *floors])
+
+
+def _over_floor(report: Mapping[str, Any], precision: str, length: int, floor: float) -> float:
+    """The product's time at a precision over its floor."""
+    found = report["contestants"][PRODUCT[precision]]
+    return float("nan") if "reason" in found else found["lengths"][str(length)]["inter_token"]["median"] / floor
 
 
 def _row(found: Mapping[str, Any], length: str, width: int) -> list[str]:

@@ -11,19 +11,20 @@ import argparse
 import json
 import platform
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from contest import Contest, Worker
 from contestants import CONTESTANTS, REFERENCE
 from environments import ENVIRONMENTS, PreparationError
-from figures import BITS, PASSES, processor, quartiles, read_bandwidth, step_bytes
+from figures import PASSES, prefix_bytes, processor, quartiles
 from random_model import CONFIGS
-from report import contestants_report, to_markdown
-from transformers import AutoModelForCausalLM
+from report import PRODUCT, contestants_report, to_markdown
 from workshop import WORK, Order, Workshop
+
+from prefix_runtime import Bundle
 
 CACHE_GIBIBYTES = (2, 8)
 """Of key/value buffers in the measurement of selection: the runtime's default, and room for all 100 tasks."""
@@ -36,15 +37,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     prompt = np.random.default_rng(0).integers(vocab_size, size=arguments.prompt_length).tolist()
     contest = Contest(shop, arguments.peers, prompt, arguments.new_tokens)
     contest.prepare()
-    floors = measure_floors(shop)
     contest.run(arguments.rounds, arguments.reopen)
+    bandwidth = quartiles(contest.bandwidths)
     return {
         "command": "python examples/compare/run.py " + " ".join(sys.argv[1:]),
         "machine": f"{processor()}, {arguments.threads} threads, {platform.system()}",
         **{
             key: getattr(arguments, key) for key in ("model", "prefix_lengths", "prompt_length", "new_tokens", "rounds")
         },
-        "floor, seconds": floors,
+        "read bandwidth, bytes a second": bandwidth,
+        "floor, seconds": floors(shop, bandwidth["median"], contest.entries),
         "contestants": contestants_report(contest.entries),
         "task selection": measure_selection(arguments, shop),
     }
@@ -58,13 +60,18 @@ def place_order(arguments: argparse.Namespace) -> Order:
     return Order(arguments.model, lengths, longest_request, arguments.threads, arguments.folder, pythons)
 
 
-def measure_floors(shop: Workshop) -> dict[str, dict[str, float]]:
-    """Seconds in which a decode step's bytes can be read, by prefix length and precision."""
-    torch.set_num_threads(shop.order.threads)
-    bandwidth = read_bandwidth()
-    model = AutoModelForCausalLM.from_pretrained(shop.model)
+def floors(shop: Workshop, bandwidth: float, names: Iterable[str]) -> dict[str, dict[str, float]]:
+    """Seconds in which the product's weights, with their scales, and a prefix can be read, by its length."""
+    config = CONFIGS[shop.order.model]
+    weights = {
+        precision: Bundle.open(shop.bundle(precision)).manifest.weight_bytes
+        for precision, name in PRODUCT.items()
+        if name in names
+    }
     return {
-        str(length): {precision: step_bytes(model, precision, length) / bandwidth for precision in BITS}
+        str(length): {
+            precision: (count + prefix_bytes(config, length)) / bandwidth for precision, count in weights.items()
+        }
         for length in shop.order.lengths
     }
 

@@ -70,11 +70,12 @@ class Workshop:
         self._once("adapters/lora", lambda folder: save_lora(self._fresh(), folder))
         return parent
 
-    def bundle(self, precision: str) -> Path:
-        """The product's bundle, with a task for each prefix length."""
-        if precision not in self._bundles:
-            self._bundles[precision] = self._build(precision)
-        return self._bundles[precision]
+    def bundle(self, precision: str, *options: str) -> Path:
+        """The product's bundle, with a task for each prefix length; `options` are further ones of `build`."""
+        name = "-".join(["bundle", precision, *(option.removeprefix("--") for option in options)])
+        if name not in self._bundles:
+            self._bundles[name] = self._build(name, precision, options)
+        return self._bundles[name]
 
     @property
     def prefixes(self) -> Path:
@@ -112,14 +113,13 @@ class Workshop:
         cache = str(self._folder / "cache")
         return self._once(name, lambda folder: self._run(name, *builder, "-c", cache, "-i", source, "-o", folder))
 
-    def _build(self, precision: str) -> Path:
-        bundle = self._folder / f"bundle-{precision}"
+    def _build(self, name: str, precision: str, further: Sequence[str]) -> Path:
+        bundle = self._folder / name
         shutil.rmtree(bundle, ignore_errors=True)
         adapters = [str(self.adapters / f"p{length}") for length in self.order.lengths if length]
         prefixes = [option for adapter in adapters for option in ("--prefix", adapter)]
-        # float32 is the default, and older than the flag.
-        flag = [] if precision == "float32" else ["--precision", PRECISIONS[precision]]
-        options = ["--model", str(self.model), *prefixes, *flag, "--no-verify", "--output", str(bundle)]
+        chosen = ["--precision", PRECISIONS[precision], *further]
+        options = ["--model", str(self.model), *prefixes, *chosen, "--no-verify", "--output", str(bundle)]
         self._run(bundle.name, sys.executable, "-m", "prefix_export", "build", *options)
         return bundle
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .cache_format import CacheFormat
 from .errors import BundleError, BundleIntegrityError, PrefixError
 from .manifest import FileEntry, Manifest, TaskEntry, check_new_task_name, prefix_path, unknown_task
 from .prefix import Prefix
@@ -125,6 +126,7 @@ class Bundle:
         """
         manifest = self.manifest
         manifest.geometry.check_prefix(prefix, where, manifest.model.fingerprint, manifest.max_length)
+        CacheFormat.of_bundle(self.root, manifest.cache, manifest.geometry).check(prefix, where)
 
     def add_task(self, name: str, prefix: Prefix) -> None:
         """Add a task to the folder: its file first, then the manifest, replaced in one step.

@@ -6,8 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
-
+from .cache_format import CacheFormat
 from .geometry import Geometry
 from .kv_cache import KeyValueCache
 from .prefix import Prefix
@@ -29,12 +28,14 @@ class CachePool:
         geometry: the model's.
         max_length: positions that a row may take.
         budget: bytes of keys and values, of all caches together.
-        dtype: of keys and values.
+        cache_format: of keys and values.
     """
 
-    def __init__(self, session: Session, geometry: Geometry, max_length: int, budget: int, dtype: np.dtype) -> None:
+    def __init__(
+        self, session: Session, geometry: Geometry, max_length: int, budget: int, cache_format: CacheFormat
+    ) -> None:
         self._session, self._geometry = session, geometry
-        self._max_length, self._budget, self._dtype = max_length, budget, dtype
+        self._max_length, self._budget, self._format = max_length, budget, cache_format
         self._lock = threading.Lock()
         self._idle: list[KeyValueCache] = []  # the least recently used first
         self._lent: list[KeyValueCache] = []
@@ -66,7 +67,7 @@ class CachePool:
         return max(length, min(steps * _CAPACITY_STEP, self._max_length))
 
     def _take(self, prefixes: Sequence[Prefix | None], capacity: int) -> KeyValueCache:
-        needed = self._dtype.itemsize * len(prefixes) * capacity * self._geometry.values_per_position
+        needed = self._format.dtype.itemsize * len(prefixes) * capacity * self._geometry.values_per_position
         with self._lock:
             cache = self._find(prefixes, capacity, needed)
             if cache is not None:
@@ -77,7 +78,7 @@ class CachePool:
             self._lent_bytes += needed
             self._shrink()
         try:
-            cache = KeyValueCache(self._session, self._geometry, len(prefixes), capacity, self._dtype)
+            cache = KeyValueCache(self._session, self._geometry, len(prefixes), capacity, self._format)
         except BaseException:
             with self._lock:
                 self._lent_bytes -= needed

@@ -11,12 +11,13 @@ from typing import Any, TypedDict, Unpack, cast, overload
 import numpy as np
 
 from .bundle import Bundle
+from .cache_format import CacheFormat
 from .cache_pool import CachePool
 from .decoding import decode
 from .errors import BundleError, ContextOverflowError, RequestError
 from .generation import GrowingAnswer, Request
-from .kv_cache import CACHE_TYPES
 from .prefix import Prefix
+from .prepared import prepared_graph
 from .results import Chunk, GenerationResult
 from .sampling import Sampling
 from .session import Session
@@ -56,7 +57,7 @@ def load(
     max_batch: int = DEFAULT_MAX_BATCH,
     verify: bool = False,
 ) -> Engine:
-    """An engine on a bundle folder.
+    """An engine on a bundle folder; opened from what `prefix-runtime prepare` kept of it, where there is such.
 
     Args:
         path: the bundle.
@@ -85,7 +86,7 @@ def load(
         raise RequestError(f"cache_bytes: expected 0 or more, found {cache_bytes}")
     if max_batch < 1:
         raise RequestError(f"max_batch: expected 1 or more, found {max_batch}")
-    session = Session(bundle.graph_path, provider, threads)
+    session = Session(prepared_graph(bundle, provider) or bundle.graph_path, provider, threads)
     return Engine(bundle, session, max_length or limit, cache_bytes, max_batch)
 
 
@@ -108,8 +109,8 @@ class Engine:
         self._geometry = bundle.manifest.geometry
         self._max_length, self._max_batch = max_length, max_batch
         self._store = TaskStore(bundle)
-        dtype = CACHE_TYPES[bundle.manifest.cache]
-        self._pool = CachePool(session, self._geometry, max_length, cache_bytes, dtype)
+        cache_format = CacheFormat.of_bundle(bundle.root, bundle.manifest.cache, self._geometry)
+        self._pool = CachePool(session, self._geometry, max_length, cache_bytes, cache_format)
         self._codec = _read_codec(bundle)
         self._end_tokens = _read_end_tokens(bundle)
 

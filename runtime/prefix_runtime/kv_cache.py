@@ -6,13 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .cache_format import CacheFormat
 from .errors import ContextOverflowError
 from .geometry import Geometry
 from .prefix import Prefix
 from .session import Session
-
-CACHE_TYPES: dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
-"""What keys and values are kept in, by the manifest's name."""
 
 
 class Row:
@@ -48,7 +46,7 @@ class KeyValueCache:
         geometry: the model's.
         rows: of the batch.
         capacity: positions of each row.
-        dtype: of the graph's past and present, see `CACHE_TYPES`.
+        cache_format: of the graph's past and present.
 
     Attributes:
         capacity: positions that there is room for.
@@ -57,12 +55,18 @@ class KeyValueCache:
         is_wanted: whether it is to be kept for another request.
     """
 
-    def __init__(self, session: Session, geometry: Geometry, rows: int, capacity: int, dtype: np.dtype) -> None:
+    def __init__(
+        self, session: Session, geometry: Geometry, rows: int, capacity: int, cache_format: CacheFormat
+    ) -> None:
+        self._format = cache_format
         self.capacity = capacity
         self.rows = tuple(Row() for _ in range(rows))
         self.is_wanted = True
         self._layers = [
-            tuple(np.empty((rows, layer.key_value_heads, capacity, layer.head_dim), dtype) for _ in ("key", "value"))
+            tuple(
+                np.empty((rows, layer.key_value_heads, capacity, layer.head_dim), cache_format.dtype)
+                for _ in ("key", "value")
+            )
             for layer in geometry.layers
         ]
         self.nbytes = sum(array.nbytes for layer in self._layers for array in layer)
@@ -79,8 +83,8 @@ class KeyValueCache:
         held = self.rows[row]
         held.prefix = None  # until the new one is whole
         if prefix is not None:
-            for arrays, layer in zip(self._layers, prefix.sites["decoder"], strict=True):
-                for array, part in zip(arrays, (layer.key, layer.value), strict=True):
+            for arrays, stored in zip(self._layers, self._format.stored(prefix), strict=True):
+                for array, part in zip(arrays, stored, strict=True):
                     array[row, :, : prefix.prefix_length] = part
         held.prefix = prefix
         self.reset(row)

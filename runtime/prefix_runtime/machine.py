@@ -23,6 +23,12 @@ def describe() -> dict[str, str]:
     }
 
 
+def processor_features() -> str:
+    """The processor's name and what instructions it has: code and packed weights for one may not suit another."""
+    flags = _line(_PROCESSORS, "flags") or _line(_PROCESSORS, "Features") or ""  # as x86 and ARM call them
+    return f"{_processor_name()}: {' '.join(sorted(flags.split()))}"
+
+
 def versions() -> dict[str, str]:
     """Of Python, the runtime and what it runs on, those that are installed."""
     found = {"python": platform.python_version()}

@@ -63,7 +63,7 @@ class Manifest:
         weight_bytes: of the weights that one decode step reads.
         files: every file but the prefixes and the manifest itself, by path.
         tasks: by name.
-        cache: what keys and values are kept in: "fp32" or "fp16".
+        cache: what keys and values are kept in: "fp32", "fp16" or "int8".
         block_size: weights that share a scale, at most; None for "fp32".
         quantizer: how weights were rounded, "rtn" or "hqq"; None for "fp32".
         parity: the certificate that `build` wrote, or None where it was told not to verify.
@@ -257,7 +257,7 @@ def _read_manifest(fields: _Fields) -> Manifest:
         weight_bytes=fields.count("weight_bytes", least=1),
         files=files,
         tasks=tasks,
-        cache=fields.choice("cache", "fp32", "fp16"),
+        cache=fields.choice("cache", "fp32", "fp16", "int8"),
         block_size=fields.optional("block_size", int),
         quantizer=fields.optional("quantizer", str),
         parity=_read_parity(fields),

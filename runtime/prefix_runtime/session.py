@@ -39,17 +39,11 @@ class Session:
 
     def __init__(self, path: Path, provider: str = "cpu", threads: int | None = None) -> None:
         options = ort.SessionOptions()
-        options.log_severity_level = _ERROR_SEVERITY
         if threads is not None:
             if not 1 <= threads <= _MOST_THREADS:
                 raise ProviderError(f"threads: expected 1 to {_MOST_THREADS}, found {threads}")
             options.intra_op_num_threads = threads
-        try:
-            self._session = ort.InferenceSession(str(path), options, providers=[_provider_name(provider)])
-        except ProviderError:
-            raise
-        except Exception as error:  # onnxruntime's own errors share no base but Exception.
-            raise ProviderError(f"{path}: onnxruntime {ort.__version__} cannot open the graph: {error}") from error
+        self._session = _open(path, provider, options)
 
     def binding(self) -> Binding:
         """A new, empty binding."""
@@ -85,6 +79,43 @@ class Binding:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # as above
             raise ProviderError(f"onnxruntime {ort.__version__} cannot run the graph: {error}") from error
+
+
+def save_opened(path: Path, target: Path, provider: str = "cpu") -> None:
+    """Open a graph and write what became of it: optimised, its weights packed for this processor.
+
+    Args:
+        path: the graph.
+        target: the file to write; its weights go beside it.
+        provider: as for `Session`.
+
+    Raises:
+        ProviderError: onnxruntime refuses the graph, or cannot write.
+    """
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(target)
+    for key, value in {
+        "optimized_model_external_initializers_file_name": f"{target.name}.data",
+        "optimized_model_external_initializers_min_size_in_bytes": "1024",
+        "save_external_prepacked_constant_initializers": "1",
+    }.items():
+        options.add_session_config_entry(f"session.{key}", value)
+    _open(path, provider, options)
+
+
+def onnxruntime_version() -> str:
+    """Of what runs graphs here."""
+    version: str = ort.__version__
+    return version
+
+
+def _open(path: Path, provider: str, options: ort.SessionOptions) -> ort.InferenceSession:
+    options.log_severity_level = _ERROR_SEVERITY
+    providers = [_provider_name(provider)]
+    try:
+        return ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # onnxruntime's own errors share no base but Exception.
+        raise ProviderError(f"{path}: onnxruntime {ort.__version__} cannot open the graph: {error}") from error
 
 
 def _provider_name(provider: str) -> str:

@@ -17,11 +17,12 @@ from tokenizers import Tokenizer
 
 import prefix_export
 from prefix_export import build as build_module
-from prefix_export import formats
-from prefix_export.build import BuildRequest, build, certificate, verify_against
+from prefix_export import formats, verification
+from prefix_export.build import BuildRequest, build, verify_against
 from prefix_export.errors import ExportError, ModelError, ParityError, UnsupportedArchitectureError
 from prefix_export.models import load_base_model
 from prefix_export.parity import TaskParity
+from prefix_export.verification import certificate
 from prefix_runtime import BundleError, DuplicateTaskError, PrefixMismatchError, TaskNameError
 from prefix_runtime import bundle as bundle_module
 from tests.export.conftest import Trap
@@ -53,9 +54,10 @@ def built(workshop, model, tmp_path_factory):
 def quick(monkeypatch, built):
     """Builds take the graph that was built before in place of an export."""
 
-    def copy(_model, _layers, folder):
+    def copy(_model, _layers, _positions, folder, **_):
         for name in GRAPH:
             shutil.copy(built.root / name, folder)
+        return 1
 
     monkeypatch.setattr(build_module, "export_graph", copy)
 
@@ -137,7 +139,7 @@ def test_the_certificate_names_what_each_task_was_compared_with(built):
     assert parity["bare_model"]["reference"] == parity["tasks"]["own"]["reference"] == framework
     adapters = {parity["tasks"][task]["reference"] for task in ("folder", "file")}
     assert adapters == {f"peft {peft.__version__}"}
-    assert parity == certificate(built.result.parity)
+    assert parity == certificate(built.result.parity, {})
 
 
 def test_a_pickle_beside_the_weights_is_never_unpickled(built):
@@ -156,7 +158,7 @@ def test_each_step_is_announced(built, model):
     assert built.steps == [
         f"loading {model}",
         "folding prefixes",
-        "running the source framework",
+        "running the source framework: the bare model",
         "running the source framework: folder",
         "running the source framework: file",
         "running the source framework: own",
@@ -312,9 +314,9 @@ STAGES = [
     (build_module, "describe_file"),
     (build_module, "write_prefix"),
     (build_module, "_write_manifest"),
-    (build_module, "load"),
-    (build_module, "observe"),
-    (build_module, "compare"),
+    (verification, "load"),
+    (verification, "observe"),
+    (verification, "compare"),
     (build_module, "certificate"),
     (bundle_module, "sync_tree"),
 ]
@@ -331,8 +333,8 @@ def test_a_failure_at_any_stage_leaves_nothing_behind(model, built, place, monke
 
     if name not in ("observe", "compare"):  # those take seconds
         agreement = TaskParity("script", 0.0, 1e-4, greedy_tokens_equal=True, ties=0, prompts=1)
-        monkeypatch.setattr(build_module, "observe", lambda *_: None)
-        monkeypatch.setattr(build_module, "compare", lambda *_: agreement)
+        monkeypatch.setattr(verification, "observe", lambda *_: None)
+        monkeypatch.setattr(verification, "compare", lambda *_: agreement)
     monkeypatch.setattr(module, name, fail)
     with pytest.raises(type(error)):
         build(BuildRequest(str(model), {"task": built.prefixes["folder"]}, place / "out"))
@@ -340,7 +342,7 @@ def test_a_failure_at_any_stage_leaves_nothing_behind(model, built, place, monke
 
 
 def test_a_failure_in_the_middle_of_the_export_leaves_nothing_behind(model, place, monkeypatch):
-    def half(_model, _layers, folder):
+    def half(_model, _layers, _positions, folder, **_):
         (folder / "model.onnx.data").write_bytes(b"half of it")
         assert [path.suffix for path in place.iterdir()] == [".partial"]
         raise ExportError("graph: cannot be made")
@@ -352,10 +354,11 @@ def test_a_failure_in_the_middle_of_the_export_leaves_nothing_behind(model, plac
 
 
 def test_an_output_that_appears_during_the_build_is_not_overwritten(model, built, place, monkeypatch):
-    def late(_model, _layers, folder):
+    def late(_model, _layers, _positions, folder, **_):
         for name in GRAPH:
             shutil.copy(built.root / name, folder)
         (place / "out").mkdir()
+        return 1
 
     monkeypatch.setattr(build_module, "export_graph", late)
     with pytest.raises(BundleError, match="does not exist yet"):

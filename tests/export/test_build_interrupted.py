@@ -60,8 +60,9 @@ def test_a_build_that_is_killed_leaves_no_bundle_and_does_not_stand_in_the_way(g
     assert not (place / "out").exists()
     assert [path.suffix for path in place.iterdir()] == [".partial"]
 
-    def export(_model, _layers, folder):
+    def export(_model, _layers, _positions, folder, **_):
         (folder / "model.onnx").write_bytes(b"a graph")
+        return 1
 
     monkeypatch.setattr(build_module, "export_graph", export)
     result = build(BuildRequest(str(gpt2), {"task": gpt2_adapter}, place / "out", verify=False))

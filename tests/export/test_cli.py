@@ -212,7 +212,7 @@ def test_build_passes_on_what_it_was_told(monkeypatch, tmp_path):
     )
     assert request == build_module.BuildRequest("org/m", {}, tmp_path / "o", 77, verify=False)
     plain = captured_request(monkeypatch, "--model", "org/m")
-    assert plain == build_module.BuildRequest("org/m", {}, Path("bundle"), None, verify=True)
+    assert plain == build_module.BuildRequest("org/m", {}, Path("bundle"))
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
 
 def test_warnings_go_to_stderr(monkeypatch, made, tmp_path):
-    result = build_module.BuildResult(Bundle.open(made), {}, 1.0, ("mind the gap",))
+    result = build_module.BuildResult(Bundle.open(made), {}, {}, 1.0, ("mind the gap",))
     monkeypatch.setattr(build_module, "build", lambda *_: result)
     ran = invoke("build", "--model", "m", "--output", tmp_path / "o")
     assert (ran.exit_code, ran.stderr) == (0, "warning: mind the gap\n")
@@ -383,6 +383,7 @@ def test_the_commands_are_those_of_the_design():
         "tasks remove",
         "generate",
         "bench",
+        "prepare",
     }
 
 

@@ -23,7 +23,7 @@ from prefix_export.graph import export_graph
 VOCAB_SIZE = 384
 TOLERANCE = 1e-4
 # Grouped queries and weights of its own for the output; multi-head attention and tied weights.
-GEOMETRY = {"llama": (2, 8), "gpt2": (4, 16)}
+GEOMETRY = {"llama": (2, 16), "gpt2": (4, 16)}
 
 
 @pytest.fixture(scope="module", params=GEOMETRY)
@@ -39,7 +39,7 @@ def model(workshop, architecture):
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("graph")
-    export_graph(model, probe(model), 64, folder)
+    export_graph(model, probe(model), 320, folder)
     return folder
 
 

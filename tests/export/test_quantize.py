@@ -158,7 +158,7 @@ class TestBundle:
         assert max(result.largest_logit_difference for result in parity.values()) < 1e-4
 
 
-@pytest.mark.parametrize("settings", [{"quantizer": "hqq"}, {"block_size": 16}, {"cache": "fp16"}])
+@pytest.mark.parametrize("settings", [{"quantizer": "hqq"}, {"block_size": 16}, {"cache": "fp16"}, {"cache": "int8"}])
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
 def test_other_settings_agree_with_the_source_framework_too(workshop, architecture, settings):
     bundle = prefix_runtime.Bundle.open(workshop.bundle(architecture, precision="int4", **settings))
@@ -173,7 +173,7 @@ class TestRefused:
         ("fields", "message"),
         [
             ({"precision": "int2"}, "precision: expected one of"),
-            ({"cache": "int8"}, "cache: expected one of fp32, fp16, found 'int8'"),
+            ({"cache": "int4"}, "cache: expected one of fp32, fp16, int8, found 'int4'"),
             ({"precision": "int8", "block_size": 5}, "block size: expected one of"),
         ],
     )

@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import prefix_runtime
 from prefix_runtime import Bundle, ContextOverflowError
+from prefix_runtime.cache_format import CacheFormat
 from prefix_runtime.cache_pool import CachePool
-from prefix_runtime.kv_cache import CACHE_TYPES, KeyValueCache
+from prefix_runtime.kv_cache import KeyValueCache
 from prefix_runtime.session import Session
 
 PROMPT, NEXT = [5, 6, 7, 260], [8, 9, 3]
 TOLERANCE = 1e-4
-FLOAT = CACHE_TYPES["fp32"]
+FLOAT = CacheFormat(np.dtype(np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -234,16 +235,18 @@ class TestRows:
         assert [row.length for row in cache.rows] == [2, 5]
 
 
-def test_a_cache_of_half_precision_answers_nearly_as_one_of_full(workshop, make_prefix):
-    prefix, answers = make_prefix(6), []
-    for cache in ("fp32", "fp16"):
+@pytest.mark.parametrize(("kind", "tolerance"), [("fp16", 2e-2), ("int8", 0.5)])
+def test_a_rounded_cache_answers_nearly_as_one_of_float32(workshop, kind, tolerance):
+    answers = []
+    for cache in ("fp32", kind):
         opened = Bundle.open(workshop.bundle(cache=cache))
         session, geometry = Session(opened.graph_path, threads=1), opened.manifest.geometry
-        held = KeyValueCache(session, geometry, 1, 64, CACHE_TYPES[cache])
-        held.seed(0, prefix)
+        cache_format = CacheFormat.of_bundle(opened.root, cache, geometry)
+        held = KeyValueCache(session, geometry, 1, 64, cache_format)
+        held.seed(0, opened.prefix("p20"))
         answers.append(answer(held))
-    # Numbers of eleven bits, a few of which are summed: logits of about 5 differ in the third digit.
-    np.testing.assert_allclose(*answers, rtol=0, atol=2e-2)
+    # Numbers of eleven or eight bits, a few of which are summed, under logits of about 5.
+    np.testing.assert_allclose(*answers, rtol=0, atol=tolerance)
     assert np.abs(answers[0] - answers[1]).max() > 0
 
 

@@ -1,0 +1,85 @@
+"""How large keys and values become, channel by channel: the scales of a cache of 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from transformers import DynamicCache
+
+from prefix_runtime import LayerPrefix, Prefix
+from prefix_runtime.cache_format import SCALES_NAME
+
+from .models import BaseModel
+from .quality import HeldOut
+
+# Other text reaches a little further than the text that was measured.
+_MARGIN = 1.2
+_LARGEST = 127
+_LEAST = 1e-6
+
+
+def cache_scales(
+    base: BaseModel, prefixes: Mapping[str, Prefix], held_out: Mapping[str | None, HeldOut]
+) -> tuple[LayerPrefix, ...]:
+    """Each layer's scales [num_key_value_heads, 1, head_dim] float32, by what text and prefixes reach.
+
+    Args:
+        base: the frozen model; each text is run through it once, under its task's prefix and behind it.
+        prefixes: by task; none goes beyond the scales.
+        held_out: texts for each task, and for the bare model under None.
+    """
+    largest = [
+        [np.zeros((layer.key_value_heads, 1, layer.head_dim), np.float32) for _ in ("key", "value")]
+        for layer in base.layers
+    ]
+    for task, texts in held_out.items():
+        prefix = prefixes[task] if task is not None else None
+        for text in texts.texts:
+            _widen(largest, _keys_and_values(base, prefix, text.token_ids), _MARGIN)
+    for prefix in prefixes.values():
+        _widen(largest, ((layer.key, layer.value) for layer in prefix.sites["decoder"]), 1.0)
+    return tuple(LayerPrefix(*(np.maximum(part / _LARGEST, _LEAST) for part in layer)) for layer in largest)
+
+
+def save_scales(scales: Iterable[LayerPrefix], folder: Path) -> None:
+    """Write the bundle's file of scales."""
+    tensors: dict[str, np.ndarray] = {}
+    for index, layer in enumerate(scales):
+        tensors |= {f"{index}.key": layer.key, f"{index}.value": layer.value}
+    save_file(tensors, folder / SCALES_NAME)
+
+
+def _widen(largest: list[list[np.ndarray]], layers: Iterable[tuple[np.ndarray, np.ndarray]], margin: float) -> None:
+    for held, pair in zip(largest, layers, strict=True):
+        for index, array in enumerate(pair):
+            reached = np.abs(np.asarray(array, np.float32)).max(1, keepdims=True) * np.float32(margin)
+            held[index] = np.maximum(held[index], reached)
+
+
+def _keys_and_values(
+    base: BaseModel, prefix: Prefix | None, token_ids: tuple[int, ...]
+) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """What the model makes of a text, [num_key_value_heads, sequence, head_dim] for each layer, rotated."""
+    cache, first, length = DynamicCache(), 0, 0
+    if prefix is not None:
+        first, length = prefix.position_base, prefix.prefix_length
+        for index, layer in enumerate(prefix.sites["decoder"]):
+            key, value = (torch.tensor(np.asarray(array, np.float32))[None] for array in (layer.key, layer.value))
+            cache.update(key, value, index)
+    ids = torch.tensor([token_ids])
+    with torch.no_grad():
+        base.model(
+            input_ids=ids,
+            attention_mask=torch.ones(1, length + len(token_ids), dtype=torch.int64),
+            position_ids=torch.arange(first, first + len(token_ids))[None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+    for held in cache.layers:
+        keys_and_values: Any = held  # of no layer that attends are they None
+        yield keys_and_values.keys[0].numpy(), keys_and_values.values[0].numpy()

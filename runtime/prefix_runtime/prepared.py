@@ -1,0 +1,80 @@
+"""What onnxruntime makes of a graph when it opens it, kept for the next time.
+
+Opening a graph optimises it and packs its weights for the processor, seconds for each gigabyte. `prepare` keeps the
+result by the content of graph and weights, onnxruntime's version and the processor: in the user's cache folder, never
+in the bundle, which may come from anywhere. A kept graph takes about twice the bundle's size; it is mapped, not read,
+and its pages are shared between processes. The folder may be removed at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+from .bundle import Bundle, staged
+from .errors import BundleError
+from .machine import processor_features
+from .session import onnxruntime_version, save_opened
+
+
+def prepare(bundle: Bundle, provider: str = "cpu") -> Path:
+    """Open a bundle's graph once and keep what onnxruntime made of it; returns the kept graph.
+
+    Raises:
+        BundleIntegrityError: a file is not the one that the manifest names: nothing is kept under a false name.
+        ProviderError: onnxruntime cannot open the graph.
+        OSError: the disk is full or the folder not writable; nothing is left behind.
+    """
+    if (found := prepared_graph(bundle, provider)) is not None:
+        return found
+    bundle.verify()
+    folder = _folder(bundle, provider)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with staged(folder) as staging:
+            save_opened(bundle.graph_path, staging / bundle.graph_path.name, provider)
+    except BundleError:
+        if (found := prepared_graph(bundle, provider)) is None:
+            raise
+        return found  # another process was faster
+    return folder / bundle.graph_path.name
+
+
+def prepared_graph(bundle: Bundle, provider: str = "cpu") -> Path | None:
+    """The graph that `prepare` kept for this bundle on this machine, if there is one."""
+    graph = _folder(bundle, provider) / bundle.graph_path.name
+    return graph if graph.is_file() else None
+
+
+def forget(bundle: Bundle, provider: str = "cpu") -> bool:
+    """Remove what `prepare` kept; returns whether there was anything."""
+    if prepared_graph(bundle, provider) is None:
+        return False
+    shutil.rmtree(_folder(bundle, provider))
+    return True
+
+
+def cache_folder() -> Path:
+    """Where prepared graphs are kept: `PREFIX_RUNTIME_CACHE`, or `prefix-runtime` in the user's cache folder."""
+    if chosen := os.environ.get("PREFIX_RUNTIME_CACHE"):
+        return Path(chosen)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "prefix-runtime"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefix-runtime"
+
+
+def _folder(bundle: Bundle, provider: str) -> Path:
+    manifest = bundle.manifest
+    identity = {
+        "files": {name: manifest.files[name].sha256 for name in sorted(manifest.files) if ".onnx" in name},
+        "onnxruntime": onnxruntime_version(),
+        "provider": provider,
+        "machine": [platform.system(), platform.machine(), processor_features()],
+    }
+    return cache_folder() / "prepared" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]

@@ -1,0 +1,140 @@
+"""Graphs that are kept as onnxruntime opened them: used where they fit, never for another bundle or machine."""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import prefix_runtime
+from prefix_runtime import Bundle, BundleIntegrityError, machine, prepared, session
+from prefix_runtime.cli import main
+from prefix_runtime.prepared import cache_folder, forget, prepare, prepared_graph
+
+IDS = [5, 6, 7, 260, 12]
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("PREFIX_RUNTIME_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(params=["fp32", "int8"])
+def opened(workshop, request):
+    return Bundle.open(workshop.bundle(precision=request.param))
+
+
+def logits(bundle, task="p20"):
+    return prefix_runtime.load(bundle.root, threads=1).logits(IDS, task)
+
+
+def test_the_kept_graph_answers_as_the_bundles_own(opened):
+    before = logits(opened)
+    graph = prepare(opened)
+    assert prepared_graph(opened) == graph
+    np.testing.assert_array_equal(logits(opened), before)
+
+
+def test_the_kept_graph_is_the_one_that_is_opened(opened, monkeypatch):
+    graph, paths, init = prepare(opened), [], session.Session.__init__
+
+    def note(self, path, *arguments):
+        paths.append(path)
+        init(self, path, *arguments)
+
+    monkeypatch.setattr(session.Session, "__init__", note)
+    logits(opened)
+    assert paths == [graph]
+
+
+def test_it_is_made_once(opened, monkeypatch):
+    graph = prepare(opened)
+    monkeypatch.setattr(prepared, "save_opened", lambda *_: pytest.fail("made again"))
+    assert prepare(opened) == graph
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value"),
+    [(prepared, "onnxruntime_version", "0.0"), (prepared, "processor_features", "another: avx")],
+)
+def test_another_onnxruntime_or_processor_does_not_find_it(opened, monkeypatch, module, name, value):
+    prepare(opened)
+    monkeypatch.setattr(module, name, lambda: value)
+    assert prepared_graph(opened) is None
+
+
+def test_another_bundle_does_not_find_it(workshop):
+    prepare(Bundle.open(workshop.bundle(precision="int8")))
+    assert prepared_graph(Bundle.open(workshop.bundle(precision="int4"))) is None
+
+
+def test_a_bundle_that_is_not_what_it_says_is_not_kept(bundle, cache):
+    data = bundle / "model.onnx.data"
+    content = bytearray(data.read_bytes())
+    content[100] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(BundleIntegrityError, match=r"model\.onnx\.data: expected SHA-256"):
+        prepare(Bundle.open(bundle))
+    assert not cache.exists()
+
+
+def test_nothing_half_written_is_left_behind(opened, cache, monkeypatch):
+    def full(_path, target, _provider):
+        target.write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(prepared, "save_opened", full)
+    with pytest.raises(OSError, match="No space left"):
+        prepare(opened)
+    assert not list((cache / "prepared").iterdir())
+    assert prepared_graph(opened) is None
+
+
+def test_a_process_that_comes_second_takes_what_the_first_kept(opened, monkeypatch):
+    save = prepared.save_opened
+
+    def overtaken(path, target, provider):
+        monkeypatch.setattr(prepared, "save_opened", save)
+        prepare(opened)
+        save(path, target, provider)
+
+    monkeypatch.setattr(prepared, "save_opened", overtaken)
+    assert prepare(opened) == prepared_graph(opened)
+
+
+def test_it_may_be_removed(opened):
+    prepare(opened)
+    assert forget(opened)
+    assert prepared_graph(opened) is None
+    assert not forget(opened)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"PREFIX_RUNTIME_CACHE": "/here", "XDG_CACHE_HOME": "/there"}, "/here"),
+        ({"PREFIX_RUNTIME_CACHE": "", "XDG_CACHE_HOME": "/there"}, "/there/prefix-runtime"),
+        ({"PREFIX_RUNTIME_CACHE": "", "XDG_CACHE_HOME": "", "HOME": "/home/me"}, "/home/me/.cache/prefix-runtime"),
+    ],
+)
+def test_the_folder_is_the_users(monkeypatch, variables, expected):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert str(cache_folder()) == expected
+
+
+def test_the_command_line_prepares_and_removes(opened, cache):
+    run = CliRunner().invoke
+    made = run(main, ["prepare", str(opened.root)])
+    assert made.exit_code == 0
+    assert made.output.startswith(f"{cache}/prepared/")
+    assert made.output.endswith(" MB\n")
+    assert run(main, ["prepare", "--remove", str(opened.root)]).output == f"removed what was kept of {opened.root}\n"
+    assert run(main, ["prepare", "--remove", str(opened.root)]).output == "nothing was kept\n"
+
+
+def test_features_name_the_processor():
+    assert len(machine.processor_features()) > 5
