@@ -16,8 +16,8 @@ from . import machine
 from .bandwidth import BandwidthProbe
 from .bench_plan import Plan, Row, plan_rows
 from .bundle import Bundle
+from .cache_format import CacheFormat
 from .engine import Engine, load
-from .manifest import Manifest
 from .measurements import BenchReport, BenchRequest, Cell, Opening, Sample, Subject, Switch
 from .openings import open_in_fresh_process
 from .prefix import LayerPrefix, Prefix
@@ -151,7 +151,7 @@ class _Contestant:
 
     def _add_random(self, length: int) -> str:
         name = _free_name(f"prefix-{length}", self._engine.tasks)
-        self._engine.add_task(name, random_prefix(self._plan.bundle.manifest, length))
+        self._engine.add_task(name, random_prefix(self._plan.bundle, length))
         return name
 
     def _generation(self, row: Row) -> _Step[Sample]:
@@ -172,7 +172,7 @@ class _Contestant:
             prefix = self._plan.bundle.prefix(row.task)
             read = time.perf_counter() - started
         else:
-            prefix, read = random_prefix(self._plan.bundle.manifest, row.prefix_length), 0.0
+            prefix, read = random_prefix(self._plan.bundle, row.prefix_length), 0.0
         name = _free_name("selected", self._engine.tasks)
         self._engine.add_task(name, prefix)
         try:
@@ -185,12 +185,22 @@ class _Contestant:
         return read + first, second
 
 
-def random_prefix(manifest: Manifest, length: int) -> Prefix:
-    """A prefix of a length that fits a bundle's model, the same every time; text begins at position `length`."""
+def random_prefix(bundle: Bundle, length: int) -> Prefix:
+    """A prefix of a length that fits a bundle, the same every time; text begins at position `length`."""
     random = np.random.default_rng(length)
+    manifest = bundle.manifest
     shapes = [(2, layer.key_value_heads, length, layer.head_dim) for layer in manifest.geometry.layers]
-    pairs = tuple(LayerPrefix(*random.standard_normal(shape, np.float32)) for shape in shapes)
-    return Prefix({"decoder": pairs}, position_base=length)
+    pairs = [LayerPrefix(*random.standard_normal(shape, np.float32)) for shape in shapes]
+    if scales := CacheFormat.of_bundle(bundle.root, manifest.cache, manifest.geometry).scales:
+        # Within what 8 bits reach, each channel by its own scale.
+        layers = zip(pairs, scales, strict=True)
+        pairs = [LayerPrefix(_within(pair.key, scale.key), _within(pair.value, scale.value)) for pair, scale in layers]
+    return Prefix({"decoder": tuple(pairs)}, position_base=length)
+
+
+def _within(numbers: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    clipped: np.ndarray = np.clip(32 * numbers, -127, 127).astype(np.float32) * scale
+    return clipped
 
 
 def _generate(engine: Engine, task: str | None, prompts: list[list[int]], new_tokens: int) -> Sample:

@@ -422,3 +422,13 @@ class TestFiles:
             *Sample.__dataclass_fields__,
             "prefill",
         }
+
+
+def test_a_random_prefix_fits_a_cache_of_eight_bits(workshop):
+    bundle = Bundle.open(workshop.bundle(cache="int8"))
+    prefix = random_prefix(bundle, 5)
+    bundle.check_prefix(prefix, "random")
+    assert prefix == random_prefix(bundle, 5)
+    for layer in prefix.sites["decoder"]:
+        assert layer.key.shape == (4, 5, 16)
+        assert layer.key.std() > 0
