@@ -70,6 +70,32 @@ def test_another_tasks_prefix_answers_another_task(score, wanted, task):
     assert score(wanted, task) <= 0.05
 
 
+@pytest.mark.parametrize(
+    ("options", "agreement", "lost"),
+    [
+        ({"precision": "int8"}, 0.99, 0),
+        ({"precision": "int8", "cache": "int8"}, 0.99, 1),
+        ({"precision": "int4"}, 0.97, 1),
+    ],
+    ids=["int8", "int8, keys and values too", "int4"],
+)
+def test_rounded_weights_answer_as_float32_does(tmp_path, corpus, score, options, agreement, lost):
+    """By the certificate, and by tables answered right, of which so many may be lost."""
+    prefixes = {task: DEMO / "prefixes" / task for task in TASKS}
+    texts = {task: DEMO / "held_out" / f"{task}.txt" for task in TASKS}
+    built = build(BuildRequest(str(DEMO / "model"), prefixes, tmp_path / "bundle", held_out=texts, **options))
+    assert min(built.quality[task].greedy_agreement for task in TASKS) >= agreement
+    lights = corpus.held_out(TABLES)
+    engine = prefix_runtime.load(built.bundle.root, threads=1)
+    for task in TASKS:
+        results = engine.generate([corpus.prompt(light) for light in lights], task=task)
+        right = sum(
+            result.text.strip() == corpus.TASKS[task](light).strip()
+            for result, light in zip(results, lights, strict=True)
+        )
+        assert right >= score(task, task) * TABLES - lost
+
+
 def test_the_committed_scores_meet_what_the_demo_promises():
     scores = json.loads((DEMO / "results.json").read_text())["scores"]
     for task in TASKS:

@@ -221,9 +221,9 @@ class TestChoices:
             bench(shared_bundle, replace(SMALL, provider="tpu"))
 
     def test_a_random_prefix_fits_and_is_the_same_every_time(self, shared_bundle):
-        manifest = Bundle.open(shared_bundle).manifest
-        assert random_prefix(manifest, 7) == random_prefix(manifest, 7)
-        assert random_prefix(manifest, 7).prefix_length == random_prefix(manifest, 7).position_base == 7
+        bundle = Bundle.open(shared_bundle)
+        assert random_prefix(bundle, 7) == random_prefix(bundle, 7)
+        assert random_prefix(bundle, 7).prefix_length == random_prefix(bundle, 7).position_base == 7
 
 
 class TestMachine:
