@@ -102,10 +102,10 @@ def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> B
     on_step("folding prefixes")
     prefixes = {task: fold(path, base, max_length) for task, path in request.prefixes.items()}
     warnings = tuple(_warnings(request, base, prefixes, max_length))
-    held_out = _held_out(request, base, prefixes, max_length)
-    in_float = answer_all(base, prefixes, request.prefixes, held_out, on_step) if request.verify else {}
+    measured, compared = _split(request, _held_out(request, base, prefixes, max_length))
+    in_float = answer_all(base, prefixes, request.prefixes, compared, on_step) if request.verify else {}
     quantized = _quantize(base, settings, on_step)
-    scales = _scales(request, base, prefixes, held_out, on_step)
+    scales = _scales(request, base, prefixes, measured, on_step)
     expected = observe_all(base, prefixes, request.prefixes, max_length, on_step) if request.verify else {}
     with staged(request.output) as folder:
         on_step("exporting the graph")
@@ -137,6 +137,8 @@ def _check_cache(cache: str) -> None:
 
 
 def _check_held_out(request: BuildRequest) -> None:
+    if request.held_out and (_is_exact(request) or not (request.verify or request.cache == "int8")):
+        raise ExportError("held-out text: expected weights or a cache to round and compare with float32, found none")
     for task, path in request.held_out.items():
         if task is not None and task not in request.prefixes:
             raise ExportError(f"held-out text {path}: expected one of the tasks that are built, found {task!r}")
@@ -148,12 +150,29 @@ def _held_out(
     request: BuildRequest, base: BaseModel, prefixes: Mapping[str, Prefix], max_length: int
 ) -> dict[str | None, HeldOut]:
     """The texts of each task and of the bare model, where something is about to be rounded."""
-    if request.precision == "fp32" and request.cache == "fp32":
+    if _is_exact(request) or not (request.verify or request.cache == "int8"):
         return {}
     files = {task: request.held_out.get(task, request.held_out.get(None)) for task in (None, *prefixes)}
     return {
         task: read_held_out(path, base, prefixes[task] if task else None, max_length) for task, path in files.items()
     }
+
+
+def _is_exact(request: BuildRequest) -> bool:
+    return request.precision == "fp32" and request.cache == "fp32"
+
+
+def _split(
+    request: BuildRequest, held_out: Mapping[str | None, HeldOut]
+) -> tuple[Mapping[str | None, HeldOut], Mapping[str | None, HeldOut]]:
+    """The texts that scales are measured on, and those that quality is: not the same, where there are two."""
+    if request.cache != "int8":
+        return held_out, held_out
+
+    def part(first: int) -> dict[str | None, HeldOut]:
+        return {task: replace(held, texts=held.texts[first::2] or held.texts) for task, held in held_out.items()}
+
+    return part(0), part(1)
 
 
 def _scales(
@@ -281,6 +300,8 @@ def _warnings(request: BuildRequest, base: BaseModel, prefixes: Mapping[str, Pre
             f"{request.model}: the context is {base.geometry.context_length} of {positions} positions: beyond, the "
             "model's rotary scaling changes what is cached"
         )
+    if request.cache == "fp16":
+        found.append("cache fp16: on a CPU onnxruntime widens the whole buffer in every step: slower than fp32, int8")
     if base.tokenizer is None:
         found.append(f"{request.model} has no tokenizer: the bundle takes token ids, not text")
     for task, prefix in prefixes.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from transformers import DynamicCache
 
 from prefix_runtime import LayerPrefix, Prefix
@@ -51,7 +51,7 @@ def save_scales(scales: Iterable[LayerPrefix], folder: Path) -> None:
     tensors: dict[str, np.ndarray] = {}
     for index, layer in enumerate(scales):
         tensors |= {f"{index}.key": layer.key, f"{index}.value": layer.value}
-    save_file(tensors, folder / SCALES_NAME)
+    (folder / SCALES_NAME).write_bytes(save(tensors))
 
 
 def _widen(largest: list[list[np.ndarray]], layers: Iterable[tuple[np.ndarray, np.ndarray]], margin: float) -> None:

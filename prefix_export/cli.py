@@ -58,7 +58,8 @@ def main() -> None:
     metavar="[TASK=]TEXT_FILE",
     multiple=True,
     help="Texts, one a line, on which what is rounded is compared with float32; what stands before a tab is read and "
-    "not counted. Repeatable. Default: the demo's.",
+    "not counted. With --cache int8 every other text is what the scales are measured on. Repeatable. "
+    "Default: the demo's.",
 )
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with the source framework.")
 def build(model: str, prefixes: tuple[str, ...], held_out: tuple[str, ...], **options: Any) -> None:

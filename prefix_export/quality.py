@@ -98,14 +98,19 @@ def read_held_out(path: Path | None, base: BaseModel, prefix: Prefix | None, max
     encoded = [_encoded(line, base.tokenizer, length) for line in _lines(path)]
     texts = _first_tokens([text for text in encoded if len(text.token_ids) > text.prompt])
     if not texts:
-        raise PrefixExportError(f"{path}: expected lines of at least two tokens, found none")
+        raise PrefixExportError(
+            f"held-out text {path or 'of the demo'}: expected lines of at least two tokens, found none"
+        )
     return HeldOut(path.name if path else "the demo's lighthouses", texts, is_text=True)
 
 
 def _encoded(line: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Text:
     prompt, tab, answer = line.partition("\t")
     counted_from = max(1, len(tokenizer.encode(prompt))) if tab else 1
-    return Text(tuple(tokenizer.encode(prompt + answer))[:length], counted_from)
+    ids = tokenizer.encode(prompt + answer)
+    # Where there is no room for all of it, the prompt's beginning goes first.
+    cut = max(0, len(ids) - length)
+    return Text(tuple(ids[cut:]), max(1, counted_from - cut))
 
 
 def _lines(path: Path | None) -> list[str]:

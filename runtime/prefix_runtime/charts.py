@@ -93,8 +93,8 @@ def line_ticks(chart: LineChart) -> tuple[list[float], list[float]]:
     """The ticks of both axes, around all points and their spread."""
     points = [point for series in chart.series for point in series.points]
     # Positions are whole: with fewer the ticks would be fractions.
-    x = ticks(0, max(_TICKS, *(point.x for point in points)))
-    return x, ticks(min(0.0, *(point.low for point in points)), max(0.0, *(point.high for point in points)))
+    x = ticks(0, max([_TICKS, *(point.x for point in points)]))
+    return x, ticks(min([0.0, *(point.low for point in points)]), max([0.0, *(point.high for point in points)]))
 
 
 def selection_chart(report: BenchReport) -> LineChart | None:

@@ -84,9 +84,11 @@ def load(
         raise RequestError(f"max_length: expected 1 to the bundle's {limit}, found {max_length}")
     if cache_bytes < 0:
         raise RequestError(f"cache_bytes: expected 0 or more, found {cache_bytes}")
-    if max_batch < 1:
-        raise RequestError(f"max_batch: expected 1 or more, found {max_batch}")
-    session = Session(prepared_graph(bundle, provider) or bundle.graph_path, provider, threads)
+    if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
+        raise RequestError(f"max_batch: expected a whole number, 1 or more, found {max_batch!r}")
+    # A kept graph has no hashes: who asks for verification gets what was verified.
+    kept = None if verify else prepared_graph(bundle, provider)
+    session = Session(kept or bundle.graph_path, provider, threads)
     return Engine(bundle, session, max_length or limit, cache_bytes, max_batch)
 
 
@@ -255,7 +257,16 @@ class Engine:
         with self._pool.lease(prefixes, max(request.length for request in requests)) as (cache, rows):
             lease = time.perf_counter() - started
             answers += [GrowingAnswer(request, self._codec, lease) for request in requests]
-            yield from decode(cache, rows, answers)
+            try:
+                yield from decode(cache, rows, answers)
+            finally:
+                self._forget_removed(requests)
+
+    def _forget_removed(self, requests: Sequence[Request]) -> None:
+        """Let go of the buffers of tasks that were removed after these requests had found them."""
+        for request in requests:
+            if request.prefix and request.task and not self._store.holds(request.task, request.prefix):
+                self._pool.forget(request.prefix)
 
     def _request(
         self, prompt: str | Sequence[int], task: str | None, options: GenerationOptions, least_new_tokens: int = 1
@@ -268,6 +279,8 @@ class Engine:
         stop = _as_stop(options.get("stop"))
         if stop and self._codec is None:
             raise RequestError(f"stop: {self.bundle.root} has no tokenizer, so text cannot be looked at; leave it out")
+        if not isinstance(options.get("ignore_end", False), bool):
+            raise RequestError(f"ignore_end: expected True or False, found {options['ignore_end']!r}")
         selecting = time.perf_counter()
         prefix = None if task is None else self._store.get(task)
         selected = time.perf_counter() - selecting
@@ -324,8 +337,9 @@ def _as_list(
     if prompt is not None:
         if isinstance(prompt, str):
             return [prompt], True
-        if all(isinstance(item, str) for item in prompt):
-            return list(prompt), False
+        listed = list(prompt)
+        if all(isinstance(item, str) for item in listed):
+            return listed, False
         raise RequestError("prompt: expected text or a list of texts; give token ids as token_ids=")
     if isinstance(token_ids, str | bytes):
         raise RequestError("token_ids: expected whole numbers, found text; give text as the prompt")

@@ -21,6 +21,9 @@ from .errors import BundleError
 from .machine import processor_features
 from .session import onnxruntime_version, save_opened
 
+_SIZES = "sizes.json"
+"""Of the kept files: an interrupted copy or a full disk is noticed, and the bundle's own graph opened."""
+
 
 def prepare(bundle: Bundle, provider: str = "cpu") -> Path:
     """Open a bundle's graph once and keep what onnxruntime made of it; returns the kept graph.
@@ -39,6 +42,7 @@ def prepare(bundle: Bundle, provider: str = "cpu") -> Path:
     try:
         with staged(folder) as staging:
             save_opened(bundle.graph_path, staging / bundle.graph_path.name, provider)
+            (staging / _SIZES).write_text(json.dumps(_sizes(staging)), encoding="utf-8")
     except BundleError:
         if (found := prepared_graph(bundle, provider)) is None:
             raise
@@ -49,24 +53,34 @@ def prepare(bundle: Bundle, provider: str = "cpu") -> Path:
 def prepared_graph(bundle: Bundle, provider: str = "cpu") -> Path | None:
     """The graph that `prepare` kept for this bundle on this machine, if there is one."""
     graph = _folder(bundle, provider) / bundle.graph_path.name
-    return graph if graph.is_file() else None
+    try:
+        kept = json.loads(graph.with_name(_SIZES).read_text(encoding="utf-8"))
+        whole = kept == _sizes(graph.parent)
+    except (OSError, ValueError):  # none was kept, or it is damaged
+        return None
+    return graph if whole else None
 
 
 def forget(bundle: Bundle, provider: str = "cpu") -> bool:
     """Remove what `prepare` kept; returns whether there was anything."""
-    if prepared_graph(bundle, provider) is None:
+    folder = _folder(bundle, provider)
+    if not folder.exists():
         return False
-    shutil.rmtree(_folder(bundle, provider))
+    shutil.rmtree(folder)
     return True
 
 
 def cache_folder() -> Path:
     """Where prepared graphs are kept: `PREFIX_RUNTIME_CACHE`, or `prefix-runtime` in the user's cache folder."""
     if chosen := os.environ.get("PREFIX_RUNTIME_CACHE"):
-        return Path(chosen)
+        return Path(chosen).expanduser()
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "prefix-runtime"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefix-runtime"
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != _SIZES}
 
 
 def _folder(bundle: Bundle, provider: str) -> Path:

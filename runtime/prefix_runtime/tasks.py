@@ -46,6 +46,11 @@ class TaskStore:
                 self._prefixes[name] = prefix = loaded
         return prefix
 
+    def holds(self, name: str, prefix: Prefix) -> bool:
+        """Whether a task is there, with this very prefix."""
+        with self._lock:
+            return self._prefixes.get(name) is prefix
+
     def _find(self, name: str) -> Prefix | None:
         try:
             return self._prefixes[name]

@@ -82,6 +82,12 @@ class TestReading:
         held_out = read_held_out(path, base, prefix, 100)
         assert len(held_out.texts[0].token_ids) == 80
 
+    def test_a_prompt_that_is_too_long_loses_its_beginning(self, base, tmp_path):
+        path = write(tmp_path / "t.txt", "the quick brown fox " * 40 + "fox\t jumps")
+        (text,) = read_held_out(path, base, None, 30).texts
+        assert len(text.token_ids) == 30
+        assert base.tokenizer.decode(text.token_ids[text.prompt :]) == " jumps"
+
     @pytest.mark.parametrize("content", ["", "\n\n", "\t\n", "the quick brown\t\n"])
     def test_a_file_without_tokens_that_count_is_refused(self, base, tmp_path, content):
         with pytest.raises(PrefixExportError, match=r"t\.txt: expected lines of at least two tokens, found none"):

@@ -184,8 +184,19 @@ class TestRefused:
 
     def test_held_out_text_for_a_task_that_is_not_built_is_refused(self, workshop, tmp_path):
         with pytest.raises(ExportError, match=r"expected one of the tasks that are built, found 'xsum'"):
-            build(self.request(workshop, tmp_path, held_out={"xsum": tmp_path}))
+            build(self.request(workshop, tmp_path, precision="int8", held_out={"xsum": tmp_path}))
 
     def test_a_missing_text_is_refused(self, workshop, tmp_path):
         with pytest.raises(ExportError, match=r"none\.txt: expected a text file, found none"):
-            build(self.request(workshop, tmp_path, held_out={None: tmp_path / "none.txt"}))
+            build(self.request(workshop, tmp_path, precision="int8", held_out={None: tmp_path / "none.txt"}))
+
+    @pytest.mark.parametrize("fields", [{}, {"precision": "int8", "verify": False}])
+    def test_text_that_nothing_is_compared_on_is_refused(self, workshop, tmp_path, fields):
+        (tmp_path / "t.txt").write_text("the fox")
+        with pytest.raises(ExportError, match="expected weights or a cache to round and compare with float32"):
+            build(self.request(workshop, tmp_path, held_out={None: tmp_path / "t.txt"}, **fields))
+
+    def test_a_small_context_is_enough(self, workshop, tmp_path):
+        result = build(self.request(workshop, tmp_path, precision="int8", cache="int8", max_length=10))
+        assert result.quality[None].positions > 0
+        assert {path.stat().st_mode & 0o777 for path in result.bundle.root.glob("*.safetensors")} == {0o644}

@@ -675,7 +675,7 @@ class TestBatches:
             engine.generate(["a", "b"], max_new_tokens=[3, 0])
 
     def test_a_batch_has_room_for_a_row(self, shared_bundle):
-        with pytest.raises(RequestError, match="max_batch: expected 1 or more, found 0"):
+        with pytest.raises(RequestError, match="max_batch: expected a whole number, 1 or more, found 0"):
             prefix_runtime.load(shared_bundle, max_batch=0)
 
 
@@ -687,3 +687,30 @@ def test_end_tokens_may_be_ignored(shared_bundle, rewrite, tmp_path):
     assert engine.generate(token_ids=IDS, max_new_tokens=3).finish_reason == "end_token"
     ignored = engine.generate(token_ids=IDS, max_new_tokens=3, ignore_end=True)
     assert (len(ignored.token_ids), ignored.finish_reason) == (3, "length")
+
+
+def test_buffers_of_a_task_that_was_removed_meanwhile_are_let_go_of(shared_bundle, make_prefix):
+    engine = prefix_runtime.load(shared_bundle, threads=1)
+    engine.add_task("gone", make_prefix())
+    chunks = engine.stream(token_ids=IDS, task="gone", max_new_tokens=4)
+    engine.remove_task("gone")
+    assert len(list(chunks)) == 4
+    assert engine._pool._idle == []
+
+
+def test_prompts_may_come_from_a_generator(engine):
+    assert len(engine.generate((text for text in ("a", "b")), max_new_tokens=1)) == 2
+
+
+def test_ignore_end_is_a_truth_value(engine):
+    with pytest.raises(RequestError, match="ignore_end: expected True or False"):
+        engine.generate(["a", "b"], ignore_end=[True, False])
+
+
+@pytest.mark.parametrize("options", [{"precision": "int8"}, {"precision": "int4", "cache": "int8"}])
+def test_rows_of_rounded_bundles_are_answered_as_if_each_were_alone(workshop, options):
+    engine = prefix_runtime.load(workshop.bundle(**options), threads=1)
+    prompts, tasks = ["the quick", "a", "brown fox jumps", "dog"], ["p3", None, "p20", "p3"]
+    alone = [engine.generate(text, task=task, max_new_tokens=12) for text, task in zip(prompts, tasks, strict=True)]
+    together = engine.generate(prompts, task=tasks, max_new_tokens=12)
+    assert [row.token_ids for row in together] == [row.token_ids for row in alone]

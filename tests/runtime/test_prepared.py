@@ -105,6 +105,30 @@ def test_a_process_that_comes_second_takes_what_the_first_kept(opened, monkeypat
     assert prepare(opened) == prepared_graph(opened)
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "sizes.json"])
+@pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_bytes(b"half")])
+def test_a_damaged_graph_is_not_opened_and_made_anew(opened, name, spoil):
+    graph = prepare(opened)
+    spoil(graph.with_name(name))
+    assert prepared_graph(opened) is None
+    assert logits(opened).shape == (len(IDS), 384)
+    assert prepare(opened) == graph
+    assert prepared_graph(opened) == graph
+
+
+def test_who_asks_for_verification_gets_the_bundles_own_graph(opened, monkeypatch):
+    prepare(opened)
+    paths, init = [], session.Session.__init__
+
+    def note(self, path, *arguments):
+        paths.append(path)
+        init(self, path, *arguments)
+
+    monkeypatch.setattr(session.Session, "__init__", note)
+    prefix_runtime.load(opened.root, verify=True)
+    assert paths == [opened.graph_path]
+
+
 def test_it_may_be_removed(opened):
     prepare(opened)
     assert forget(opened)
