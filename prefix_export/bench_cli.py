@@ -63,11 +63,11 @@ def _check_usage(bundle: Path | None, model: str | None, random: bool, flags: di
 @contextmanager
 def _random_bundle(model: str, options: dict[str, Any], on_step: StepListener) -> Iterator[Path]:
     """A bundle of a model with random weights, for as long as the block lasts."""
-    from .cli import _cleaning_up_when_terminated, _libraries_quiet
+    from .cli import cleaning_up_when_terminated, libraries_quiet
 
-    with _cleaning_up_when_terminated(), tempfile.TemporaryDirectory(prefix="prefix-export-bench-") as name:
+    with cleaning_up_when_terminated(), tempfile.TemporaryDirectory(prefix="prefix-export-bench-") as name:
         folder = Path(name)
-        with _libraries_quiet():
+        with libraries_quiet():
             from .build import BuildRequest, build
             from .random_model import save_random_model
 

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from safetensors.numpy import save
-from transformers import DynamicCache
 
 from prefix_runtime import LayerPrefix, Prefix
-from prefix_runtime.cache_format import SCALES_NAME
+from prefix_runtime.cache_format import LARGEST, SCALES_NAME
 
 from .models import BaseModel
+from .parity import CacheReference
 from .quality import HeldOut
 
 # Other text reaches a little further than the text that was measured.
 _MARGIN = 1.2
-_LARGEST = 127
 _LEAST = 1e-6
 
 
@@ -38,12 +35,12 @@ def cache_scales(
         for layer in base.layers
     ]
     for task, texts in held_out.items():
-        prefix = prefixes[task] if task is not None else None
+        model = CacheReference(base.model, prefixes[task] if task is not None else None)
         for text in texts.texts:
-            _widen(largest, _keys_and_values(base, prefix, text.token_ids), _MARGIN)
+            _widen(largest, model.keys_and_values(text.token_ids), _MARGIN)
     for prefix in prefixes.values():
         _widen(largest, ((layer.key, layer.value) for layer in prefix.sites["decoder"]), 1.0)
-    return tuple(LayerPrefix(*(np.maximum(part / _LARGEST, _LEAST) for part in layer)) for layer in largest)
+    return tuple(LayerPrefix(*(np.maximum(part / LARGEST, _LEAST) for part in layer)) for layer in largest)
 
 
 def save_scales(scales: Iterable[LayerPrefix], folder: Path) -> None:
@@ -59,27 +56,3 @@ def _widen(largest: list[list[np.ndarray]], layers: Iterable[tuple[np.ndarray, n
         for index, array in enumerate(pair):
             reached = np.abs(np.asarray(array, np.float32)).max(1, keepdims=True) * np.float32(margin)
             held[index] = np.maximum(held[index], reached)
-
-
-def _keys_and_values(
-    base: BaseModel, prefix: Prefix | None, token_ids: tuple[int, ...]
-) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """What the model makes of a text, [num_key_value_heads, sequence, head_dim] for each layer, rotated."""
-    cache, first, length = DynamicCache(), 0, 0
-    if prefix is not None:
-        first, length = prefix.position_base, prefix.prefix_length
-        for index, layer in enumerate(prefix.sites["decoder"]):
-            key, value = (torch.tensor(np.asarray(array, np.float32))[None] for array in (layer.key, layer.value))
-            cache.update(key, value, index)
-    ids = torch.tensor([token_ids])
-    with torch.no_grad():
-        base.model(
-            input_ids=ids,
-            attention_mask=torch.ones(1, length + len(token_ids), dtype=torch.int64),
-            position_ids=torch.arange(first, first + len(token_ids))[None],
-            past_key_values=cache,
-            use_cache=True,
-        )
-    for held in cache.layers:
-        keys_and_values: Any = held  # of no layer that attends are they None
-        yield keys_and_values.keys[0].numpy(), keys_and_values.values[0].numpy()

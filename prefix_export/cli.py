@@ -64,7 +64,7 @@ def main() -> None:
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with the source framework.")
 def build(model: str, prefixes: tuple[str, ...], held_out: tuple[str, ...], **options: Any) -> None:
     """Export the model and fold the prefixes into a bundle."""
-    with _cleaning_up_when_terminated(), _libraries_quiet(), _progress() as on_step:
+    with cleaning_up_when_terminated(), libraries_quiet(), _progress() as on_step:
         from .build import BuildRequest, build
 
         result = build(BuildRequest(model, _by_task(prefixes), held_out=_held_out(held_out), **options), on_step)
@@ -100,7 +100,7 @@ def verify(bundle: Path, model: str | None) -> None:
     if model is not None:
         from .build import verify_against
 
-        with _libraries_quiet(), _progress() as on_step:
+        with libraries_quiet(), _progress() as on_step:
             parity = verify_against(opened, model, on_step)
         for task, result in parity.items():
             click.echo(
@@ -232,7 +232,7 @@ def _progress() -> Iterator[StepListener]:
 
 
 @contextmanager
-def _libraries_quiet() -> Iterator[None]:
+def libraries_quiet() -> Iterator[None]:
     """Keep progress bars and advice of the libraries, which are not the user's to follow, from the terminal."""
     import logging as standard_logging
     import warnings
@@ -248,7 +248,7 @@ def _libraries_quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _cleaning_up_when_terminated() -> Iterator[None]:
+def cleaning_up_when_terminated() -> Iterator[None]:
     """Turn a polite kill into an exit, so that what is half-written is removed."""
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:

@@ -94,6 +94,14 @@ class CacheReference:
             tokens += step
         return tokens
 
+    def keys_and_values(self, token_ids: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Each layer's keys and values of prefix and text, [num_key_value_heads, length, head_dim] float32, rotated."""
+        cache, base = self._cache()
+        self._forward(token_ids, cache, base)
+        for layer in cache.layers:
+            held: Any = layer  # of no layer that attends are they None
+            yield held.keys[0].numpy(), held.values[0].numpy()
+
     def _cache(self) -> tuple[DynamicCache, int]:
         cache = DynamicCache()
         if self._prefix is None:

@@ -105,8 +105,9 @@ def _by_task(results: Mapping[str | None, TaskParity] | Mapping[str | None, Task
 
 @contextmanager
 def _exact_engine(bundle: Bundle) -> Iterator[Engine]:
+    # The bundle's own graph, not what may be kept of it.
     if bundle.manifest.precision == "fp32":
-        yield load(bundle.root)
+        yield Engine(bundle, Session(bundle.graph_path), bundle.manifest.max_length)
         return
     with tempfile.TemporaryDirectory(dir=bundle.root.absolute().parent, prefix=".exact.") as folder:
         graph = Path(folder) / bundle.graph_path.name

@@ -20,11 +20,11 @@ from typing import Any
 from contest import Worker
 from environments import PreparationError
 from figures import PASSES, markdown_table, processor, quartiles, show
-from peers.random_prefix import random_prefix
 from random_model import CONFIGS, LORA_RANK
 from workshop import HERE, WORK, Order, Workshop
 
 from prefix_runtime import Bundle
+from prefix_runtime.bench import random_prefix
 
 PRODUCT_PRECISIONS = ("float32", "int8")
 
@@ -53,7 +53,7 @@ def measure_prefixes(shop: Workshop, precision: str, counts: list[int]) -> Itera
     bundle = Bundle.open(folder)
     for count in sorted(counts):
         for index in range(len(bundle.tasks), count):
-            bundle.add_task(f"task-{index}", random_prefix(bundle.manifest.geometry, length, index))
+            bundle.add_task(f"task-{index}", random_prefix(bundle, length, index))
         answer = _ask(shop, "product.py", folder)
         way = f"prefixes of length {length}, {precision} weights"
         yield Footprint(way, count, _size(folder), None, answer["resident_bytes"], None, _switching(answer))

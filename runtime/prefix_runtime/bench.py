@@ -16,7 +16,7 @@ from . import machine
 from .bandwidth import BandwidthProbe
 from .bench_plan import Plan, Row, plan_rows
 from .bundle import Bundle
-from .cache_format import CacheFormat
+from .cache_format import LARGEST, CacheFormat
 from .engine import Engine, load
 from .measurements import BenchReport, BenchRequest, Cell, Opening, Sample, Subject, Switch
 from .openings import open_in_fresh_process
@@ -185,9 +185,9 @@ class _Contestant:
         return read + first, second
 
 
-def random_prefix(bundle: Bundle, length: int) -> Prefix:
-    """A prefix of a length that fits a bundle, the same every time; text begins at position `length`."""
-    random = np.random.default_rng(length)
+def random_prefix(bundle: Bundle, length: int, seed: int | None = None) -> Prefix:
+    """A prefix of a length that fits a bundle, the same for the same seed; text begins at position `length`."""
+    random = np.random.default_rng(length if seed is None else seed)
     manifest = bundle.manifest
     shapes = [(2, layer.key_value_heads, length, layer.head_dim) for layer in manifest.geometry.layers]
     pairs = [LayerPrefix(*random.standard_normal(shape, np.float32)) for shape in shapes]
@@ -199,7 +199,7 @@ def random_prefix(bundle: Bundle, length: int) -> Prefix:
 
 
 def _within(numbers: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    clipped: np.ndarray = np.clip(32 * numbers, -127, 127).astype(np.float32) * scale
+    clipped: np.ndarray = np.clip(32 * numbers, -LARGEST, LARGEST).astype(np.float32) * scale
     return clipped
 
 

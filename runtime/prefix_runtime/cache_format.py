@@ -23,7 +23,8 @@ CACHE_TYPES: dict[str, np.dtype] = {
 SCALES_NAME = "cache_scales.safetensors"
 """The bundle's file of scales: `{layer}.key` and `{layer}.value` [num_key_value_heads, 1, head_dim] float32."""
 
-_LARGEST = 127  # symmetric: -128 is not used
+LARGEST = 127
+"""Of the kept numbers: symmetric, -128 is not used."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class CacheFormat:
         """
         for index, (layer, scale) in enumerate(zip(prefix.sites["decoder"], self.scales or (), strict=False)):
             for name, array, step in (("key", layer.key, scale.key), ("value", layer.value, scale.value)):
-                reached = float(np.abs(array / step).max()) / _LARGEST
+                reached = float(np.abs(array / step).max()) / LARGEST
                 if reached > 1.01:
                     raise PrefixMismatchError(
                         f"{where}: layer {index}, {name}: expected numbers that the bundle's 8-bit cache reaches, "
@@ -75,7 +76,7 @@ class CacheFormat:
 
 
 def _rounded(array: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    rounded: np.ndarray = np.clip(np.rint(array / scale), -_LARGEST, _LARGEST).astype(np.int8)
+    rounded: np.ndarray = np.clip(np.rint(array / scale), -LARGEST, LARGEST).astype(np.int8)
     return rounded
 
 

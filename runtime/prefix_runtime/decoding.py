@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from typing import Protocol
 
 import numpy as np
@@ -45,7 +46,9 @@ def decode(cache: KeyValueCache, rows: Sequence[int], generations: Sequence[Gene
         generations: none of them begun.
     """
     seconds = 0.0
-    active: list[Generation] = [generation for _, generation in sorted(zip(rows, generations, strict=True), key=_row)]
+    active: list[Generation] = [
+        generation for _, generation in sorted(zip(rows, generations, strict=True), key=itemgetter(0))
+    ]
     for row, generation in enumerate(active):
         started = time.perf_counter()
         generation.take(cache.prefill(row, generation.prompt))
@@ -61,10 +64,6 @@ def decode(cache: KeyValueCache, rows: Sequence[int], generations: Sequence[Gene
         for generation in active:
             generation.note_time(seconds)
         yield from active
-
-
-def _row(pair: tuple[int, Generation]) -> int:
-    return pair[0]
 
 
 def _leave(cache: KeyValueCache, active: list[Generation]) -> bool:

@@ -314,7 +314,7 @@ STAGES = [
     (build_module, "describe_file"),
     (build_module, "write_prefix"),
     (build_module, "_write_manifest"),
-    (verification, "load"),
+    (verification, "Session"),
     (verification, "observe"),
     (verification, "compare"),
     (build_module, "certificate"),

@@ -9,9 +9,9 @@ import argparse
 from collections.abc import Sequence
 
 from protocol import Generation, serve, stand_in
-from random_prefix import random_prefix
 
 import prefix_runtime
+from prefix_runtime.bench import random_prefix
 
 TASKS = 100
 
@@ -41,7 +41,7 @@ class Product:
         engine = prefix_runtime.load(self._bundle, threads=self._threads, cache_bytes=cache_bytes)
         names = [f"selected-{index}" for index in range(TASKS)]
         for index, name in enumerate(names):
-            engine.add_task(name, random_prefix(engine.bundle.manifest.geometry, prefix_length, index))
+            engine.add_task(name, random_prefix(engine.bundle, prefix_length, index))
         return _answer_twice(engine, names)
 
     def answer_each(self) -> dict[str, list[float]]:
