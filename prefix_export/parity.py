@@ -238,7 +238,7 @@ def compare(expectation: Expectation, engine: Engine, task: str | None) -> TaskP
     ties = sum(0 < gap <= 2 * tolerance for gap in partings)
     equal = all(gap <= 2 * tolerance for gap in partings)
     result = TaskParity(expectation.reference, difference, tolerance, equal, ties, len(expected))
-    _refuse_disagreement(task, result)
+    _refuse_disagreement(task, result, cache)
     return result
 
 
@@ -270,13 +270,18 @@ def _on_disk(array: np.ndarray) -> np.ndarray:
     return mapped
 
 
-def _refuse_disagreement(task: str | None, result: TaskParity) -> None:
+def _refuse_disagreement(task: str | None, result: TaskParity, cache: str) -> None:
     if not result.agrees:
         what = "the bare model" if task is None else f"task {task!r}"
         tokens = "equal" if result.greedy_tokens_equal else "different"
+        advice = (
+            "; where keys and values go beyond the scales of 8 bits, more and other text widens them: --held-out, or "
+            "build with --cache fp32"
+        )
         raise ParityError(
             f"{what}: expected the exported graph to agree with {result.reference} within {result.tolerance:.1e} "
             f"and in greedy tokens, found logits {result.largest_logit_difference:.1e} apart, {tokens} tokens"
+            + (advice if cache == "int8" else "")
         )
 
 

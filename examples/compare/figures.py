@@ -1,10 +1,8 @@
-"""Figures with their spread, and what the machine could do at best."""
+"""Figures with their spread, and how they are written."""
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedConfig
@@ -32,13 +30,6 @@ def prefix_bytes(config: PreTrainedConfig, length: int) -> int:
     head_dim = config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     return 2 * config.num_hidden_layers * heads * length * head_dim * 4
-
-
-def processor() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:

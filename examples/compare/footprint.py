@@ -19,12 +19,13 @@ from typing import Any
 
 from contest import Worker
 from environments import PreparationError
-from figures import PASSES, markdown_table, processor, quartiles, show
+from figures import PASSES, markdown_table, quartiles, show
 from random_model import CONFIGS, LORA_RANK
 from workshop import HERE, WORK, Order, Workshop
 
 from prefix_runtime import Bundle
 from prefix_runtime.bench import random_prefix
+from prefix_runtime.machine import processor_name
 
 PRODUCT_PRECISIONS = ("float32", "int8")
 
@@ -113,7 +114,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             missing[f"{precision} weights"] = str(error)
     return {
         "command": "python examples/compare/footprint.py " + " ".join(sys.argv[1:]),
-        "machine": f"{processor()}, {arguments.threads} threads",
+        "machine": f"{processor_name()}, {arguments.threads} threads",
         "rows": [asdict(row) for row in rows],
         "missing": missing,
     }

@@ -19,12 +19,13 @@ import numpy as np
 from contest import Contest, Worker
 from contestants import CONTESTANTS, REFERENCE
 from environments import ENVIRONMENTS, PreparationError
-from figures import PASSES, prefix_bytes, processor, quartiles
+from figures import PASSES, prefix_bytes, quartiles
 from random_model import CONFIGS
 from report import PRODUCT, contestants_report, to_markdown
 from workshop import WORK, Order, Workshop
 
 from prefix_runtime import Bundle
+from prefix_runtime.machine import processor_name
 
 CACHE_GIBIBYTES = (2, 8)
 """Of key/value buffers in the measurement of selection: the runtime's default, and room for all 100 tasks."""
@@ -41,7 +42,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     bandwidth = quartiles(contest.bandwidths)
     return {
         "command": "python examples/compare/run.py " + " ".join(sys.argv[1:]),
-        "machine": f"{processor()}, {arguments.threads} threads, {platform.system()}",
+        "machine": f"{processor_name()}, {arguments.threads} threads, {platform.system()}",
         **{
             key: getattr(arguments, key) for key in ("model", "prefix_lengths", "prompt_length", "new_tokens", "rounds")
         },

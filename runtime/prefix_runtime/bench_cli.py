@@ -110,12 +110,19 @@ def check_flags(flags: dict[str, Any]) -> None:
     """Refuse what cannot be measured, compared with or written, before anything is built or measured.
 
     Raises:
-        BenchError: a number out of range, a report that is none, a folder that is missing or in the way, or the
-            picture's library is not installed.
+        BenchError: a number out of range, a report that is none, a folder that is missing or in the way, two outputs
+            in one file, or the picture's library is not installed.
+        ProviderError: the provider is unknown or not installed, or cannot have so many threads.
     """
-    _request(flags)
+    from .session import check_provider, check_threads
+
+    request = _request(flags)
+    check_provider(request.provider)
+    if request.threads is not None:
+        check_threads(request.threads)
     if flags["against"] is not None and not flags["against"].is_dir():
         _read_report(flags["against"])
+    written: dict[Path, str] = {}
     for name in _OUTPUTS:
         path: Path | None = flags[name]
         if path is None:
@@ -123,6 +130,8 @@ def check_flags(flags: dict[str, Any]) -> None:
         if path.is_dir() or not path.absolute().parent.is_dir():
             found = "a folder of that name" if path.is_dir() else f"no folder {path.absolute().parent}"
             raise BenchError(f"--{name} {path}: expected a file in a folder that exists, found {found}")
+        if (other := written.setdefault(path.resolve(), name)) != name:
+            raise BenchError(f"--{name} {path}: expected a file of its own, found that of --{other}")
     if flags["png"]:
         from .picture import check_library
 

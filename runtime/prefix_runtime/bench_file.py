@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from .checks import is_finite
 from .errors import BenchError
 from .measurements import BYTES_PER_VALUE, BenchReport, Cell, Ratio
 
@@ -21,6 +21,9 @@ MOST_BYTES = 256 << 20
 
 FIGURES = ("time_to_first_token", "task_selection", "prefill", "first_step", "inter_token_latency", "tokens_per_second")
 """Of a `Sample`, by their names."""
+
+# Of seconds and of bytes a second: ratios of what lies between stay numbers.
+_LEAST, _MOST = 1e-12, 1e15
 
 T = TypeVar("T")
 
@@ -145,14 +148,14 @@ def _read_object(kind: type[Any], value: Any, where: str) -> Any:
 
 def _expect(kind: type[T], value: Any, where: str) -> T:
     # JSON's true is Python's 1: a number must not be a truth value.
-    if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and not 0 <= value < 2**63):  # type: ignore[operator]
+    if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and not 0 <= value <= _MOST):  # type: ignore[operator]
         raise BenchError(f"{where}: expected {kind.__name__}, found {type(value).__name__} {str(value)[:60]!r}")
     return value
 
 
 def _read_float(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
-        raise BenchError(f"{where}: expected a number of 0 or more, found {str(value)[:60]!r}")
+    if not is_finite(value) or not (value == 0 or _LEAST <= value <= _MOST):
+        raise BenchError(f"{where}: expected 0 or a number from {_LEAST:g} to {_MOST:g}, found {str(value)[:60]!r}")
     return float(value)
 
 

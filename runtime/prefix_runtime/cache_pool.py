@@ -92,8 +92,8 @@ class CachePool:
         if not fitting:
             return None
         # The last one of those that hold most: the most recently used.
-        best = max(reversed(fitting), key=lambda cache: len(_matches(cache, prefixes)))
-        if len(_matches(best, prefixes)) == len(prefixes):
+        best = max(reversed(fitting), key=lambda cache: _held(cache, prefixes))
+        if _held(best, prefixes) == len(prefixes):
             return best
         # When a new cache would go over the budget, the oldest that is large enough is seeded anew: this spares
         # the allocation. Otherwise a new one leaves the others' prefixes where they are; but a batch's is too large for
@@ -124,6 +124,13 @@ def _fits(cache: KeyValueCache, rows: int) -> bool:
 
 def _holds(cache: KeyValueCache, prefix: Prefix) -> bool:
     return any(row.prefix is prefix for row in cache.rows)
+
+
+def _held(cache: KeyValueCache, prefixes: Sequence[Prefix | None]) -> int:
+    """How many of some prefixes the first rows hold."""
+    if len(prefixes) == 1:  # asked of every idle cache, of which there may be thousands
+        return cache.rows[0].prefix is prefixes[0]
+    return len(_matches(cache, prefixes))
 
 
 def _matches(cache: KeyValueCache, prefixes: Sequence[Prefix | None]) -> dict[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast, overload
 
@@ -13,6 +13,7 @@ import numpy as np
 from .bundle import Bundle
 from .cache_format import CacheFormat
 from .cache_pool import CachePool
+from .checks import is_whole
 from .decoding import decode
 from .errors import BundleError, ContextOverflowError, RequestError
 from .generation import GrowingAnswer, Request
@@ -80,11 +81,11 @@ def load(
     if verify:
         bundle.verify()
     limit = bundle.manifest.max_length
-    if max_length is not None and not 1 <= max_length <= limit:
-        raise RequestError(f"max_length: expected 1 to the bundle's {limit}, found {max_length}")
-    if cache_bytes < 0:
-        raise RequestError(f"cache_bytes: expected 0 or more, found {cache_bytes}")
-    if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
+    if max_length is not None and not is_whole(max_length, 1, limit):
+        raise RequestError(f"max_length: expected 1 to the bundle's {limit}, found {max_length!r}")
+    if not is_whole(cache_bytes):
+        raise RequestError(f"cache_bytes: expected a whole number, 0 or more, found {cache_bytes!r}")
+    if not is_whole(max_batch, 1):
         raise RequestError(f"max_batch: expected a whole number, 1 or more, found {max_batch!r}")
     # A kept graph has no hashes: who asks for verification gets what was verified.
     kept = None if verify else prepared_graph(bundle, provider)
@@ -186,7 +187,7 @@ class Engine:
             ContextOverflowError: prefix, prompt and new tokens do not fit.
         """
         prompts, single = _as_list(prompt, token_ids)
-        tasks = _one_each(task, len(prompts))
+        tasks = [cast(str | None, task)] if single else _one_each(task, len(prompts))
         each = [options] if single else _options_of_each(options, len(prompts))
         # All are checked before the first is run: a list is answered whole or not at all.
         requests = [self._request(*row) for row in zip(prompts, tasks, each, strict=True)]
@@ -281,6 +282,8 @@ class Engine:
             raise RequestError(f"stop: {self.bundle.root} has no tokenizer, so text cannot be looked at; leave it out")
         if not isinstance(options.get("ignore_end", False), bool):
             raise RequestError(f"ignore_end: expected True or False, found {options['ignore_end']!r}")
+        if not (task is None or isinstance(task, str)):
+            raise RequestError(f"task: expected the name of one, or None, found {task!r}")
         selecting = time.perf_counter()
         prefix = None if task is None else self._store.get(task)
         selected = time.perf_counter() - selecting
@@ -313,12 +316,12 @@ class Engine:
                 )
         return ids
 
-    def _check_length(self, prefix: Prefix | None, prompt: int, new: object, least: int) -> int:
+    def _check_length(self, prefix: Prefix | None, prompt: int, new: Any, least: int) -> int:
         """The new tokens that may be asked for; None stands for the default."""
-        if new is not None and (isinstance(new, bool) or not isinstance(new, int | np.integer) or new < least):
+        if new is not None and not is_whole(new, least):
             raise RequestError(f"max_new_tokens: expected a whole number, {least} or more, found {new!r}")
         room = self._geometry.room(prefix, self._max_length)
-        wanted = prompt + (least if new is None else new)
+        wanted = prompt + (least if new is None else int(new))
         if wanted > room:
             raise ContextOverflowError(
                 f"expected at most {room} tokens of prompt and new text (context {self._geometry.context_length}, "
@@ -337,13 +340,12 @@ def _as_list(
     if prompt is not None:
         if isinstance(prompt, str):
             return [prompt], True
-        listed = list(prompt)
+        listed = list(prompt) if isinstance(prompt, Iterable) else [prompt]
         if all(isinstance(item, str) for item in listed):
             return listed, False
         raise RequestError("prompt: expected text or a list of texts; give token ids as token_ids=")
-    if isinstance(token_ids, str | bytes):
-        raise RequestError("token_ids: expected whole numbers, found text; give text as the prompt")
-    assert token_ids is not None  # by the first check
+    if isinstance(token_ids, str | bytes) or not isinstance(token_ids, Iterable):
+        raise RequestError(f"token_ids: expected whole numbers, found {token_ids!r}; give text as the prompt")
     rows: list[Any] = list(token_ids)
     if rows and all(isinstance(row, Sequence | np.ndarray) for row in rows):
         for row in rows:
@@ -355,15 +357,16 @@ def _as_list(
 
 def _check_ids(row: Sequence[object]) -> None:
     for index, token_id in enumerate(row):
-        if isinstance(token_id, bool) or not isinstance(token_id, int | np.integer):
+        if not isinstance(token_id, int | np.integer) or isinstance(token_id, bool):
             raise RequestError(f"token_ids[{index}]: expected a whole number, found {token_id!r}")
 
 
 def _one_each(task: str | Sequence[str | None] | None, count: int) -> list[str | None]:
     if task is None or isinstance(task, str):
         return [task] * count
-    if len(task) != count:
-        raise RequestError(f"task: expected one, or one for each of the {count} prompts, found {len(task)}")
+    if not isinstance(task, Sequence) or len(task) != count:
+        found = len(task) if isinstance(task, Sequence) else repr(task)
+        raise RequestError(f"task: expected one, or one for each of the {count} prompts, found {found}")
     return list(task)
 
 
@@ -388,10 +391,10 @@ def _as_sampling(sampling: object) -> Sampling:
 def _as_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     if stop is None:
         return ()
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(string, str) and string for string in strings):
-        raise RequestError(f"stop: expected strings of at least one character, found {list(strings)}")
-    return strings
+    strings = [stop] if isinstance(stop, str) else stop
+    if not isinstance(strings, Sequence) or not all(isinstance(string, str) and string for string in strings):
+        raise RequestError(f"stop: expected strings of at least one character, found {strings!r}")
+    return tuple(strings)
 
 
 def _read_codec(bundle: Bundle) -> TextCodec | None:
@@ -416,6 +419,6 @@ def _read_end_tokens(bundle: Bundle) -> frozenset[int]:
 
 def _token_list(found: Any, path: Path) -> list[int]:
     listed = found if isinstance(found, list) else [found]
-    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in listed):
+    if not all(map(is_whole, listed)):
         raise BundleError(f"{path}: eos_token_id: expected a token id or a list of them, found {found!r}")
     return listed

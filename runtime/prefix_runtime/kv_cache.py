@@ -10,7 +10,7 @@ from .cache_format import CacheFormat
 from .errors import ContextOverflowError
 from .geometry import Geometry
 from .prefix import Prefix
-from .session import Session
+from .session import Binding, Session
 
 
 class Row:
@@ -120,7 +120,7 @@ class KeyValueCache:
         binding = self._prompt
         if self._prompt_row != row:
             self._prompt_row = -1  # until all is bound
-            self._bind_layers(slice(row, row + 1), prompt=True)
+            self._bind_layers(self._prompt, slice(row, row + 1))
             self._prompt_row = row
         binding.input("input_ids", np.asarray(token_ids, np.int64).reshape(1, count))
         binding.input("position_ids", positions.reshape(1, count))
@@ -156,7 +156,7 @@ class KeyValueCache:
 
     def _bind_step(self, count: int) -> None:
         self._step_rows = -1  # until all is bound
-        self._bind_layers(slice(count), prompt=False)
+        self._bind_layers(self._step, slice(count))
         self._step.input("input_ids", self._token_ids[:count])
         self._step.input("position_ids", self._positions[:count])
         # The mask keeps the buffer's whole length: its sum, not its size, tells the operator how far to read a row.
@@ -165,8 +165,7 @@ class KeyValueCache:
         self._step.output("logits", self._logits[:count])
         self._step_rows = count
 
-    def _bind_layers(self, rows: slice, prompt: bool) -> None:
-        binding = self._prompt if prompt else self._step
+    def _bind_layers(self, binding: Binding, rows: slice) -> None:
         for index, arrays in enumerate(self._layers):
             for part, array in zip(("key", "value"), arrays, strict=True):
                 binding.input(f"past_key_values.{index}.{part}", array[rows])

@@ -17,7 +17,7 @@ _DISTRIBUTIONS = ("prefix-runtime", "onnxruntime", "onnxruntime-gpu", "numpy")
 def describe() -> dict[str, str]:
     """Processor, number of processors that this process may use, and system; nothing that tells whose machine it is."""
     return {
-        "processor": _processor_name(),
+        "processor": processor_name(),
         "processors": f"{usable_processors()} processors",
         "system": f"{platform.system()} {platform.machine()}",
     }
@@ -26,7 +26,7 @@ def describe() -> dict[str, str]:
 def processor_features() -> str:
     """The processor's name and what instructions it has: code and packed weights for one may not suit another."""
     flags = _line(_PROCESSORS, "flags") or _line(_PROCESSORS, "Features") or ""  # as x86 and ARM call them
-    return f"{_processor_name()}: {' '.join(sorted(flags.split()))}"
+    return f"{processor_name()}: {' '.join(sorted(flags.split()))}"
 
 
 def versions() -> dict[str, str]:
@@ -76,7 +76,8 @@ def _kibibytes(path: Path, name: str) -> int | None:
     return None if text is None else int(text.split()[0]) * 1024
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
+    """The processor's name."""
     return _line(_PROCESSORS, "model name") or platform.processor() or platform.machine()
 
 

@@ -52,11 +52,11 @@ def prepare(bundle: Bundle, provider: str = "cpu") -> Path:
 
 def prepared_graph(bundle: Bundle, provider: str = "cpu") -> Path | None:
     """The graph that `prepare` kept for this bundle on this machine, if there is one."""
-    graph = _folder(bundle, provider) / bundle.graph_path.name
     try:
+        graph = _folder(bundle, provider) / bundle.graph_path.name
         kept = json.loads(graph.with_name(_SIZES).read_text(encoding="utf-8"))
         whole = kept == _sizes(graph.parent)
-    except (OSError, ValueError):  # none was kept, or it is damaged
+    except (OSError, ValueError, RecursionError):  # none was kept, it is damaged, or there can be none
         return None
     return graph if whole else None
 
@@ -71,7 +71,18 @@ def forget(bundle: Bundle, provider: str = "cpu") -> bool:
 
 
 def cache_folder() -> Path:
-    """Where prepared graphs are kept: `PREFIX_RUNTIME_CACHE`, or `prefix-runtime` in the user's cache folder."""
+    """Where prepared graphs are kept: `PREFIX_RUNTIME_CACHE`, or `prefix-runtime` in the user's cache folder.
+
+    Raises:
+        OSError: the user has no home folder.
+    """
+    try:
+        return _cache_folder()
+    except RuntimeError as error:  # as Path has it
+        raise OSError(f"PREFIX_RUNTIME_CACHE: expected a folder to keep graphs in, found none: {error}") from error
+
+
+def _cache_folder() -> Path:
     if chosen := os.environ.get("PREFIX_RUNTIME_CACHE"):
         return Path(chosen).expanduser()
     if sys.platform == "win32":

@@ -160,7 +160,8 @@ def _overhead_row(report: BenchReport, cell: Cell) -> tuple[str, ...]:
 def _breakdown_row(report: BenchReport, cell: Cell) -> tuple[str, ...]:
     floor = report.step_floor(cell)
     parts = [cell.quartiles(name).median for name in ("task_selection", "prefill", "first_step")]
-    rest = cell.quartiles("inter_token_latency").median - floor.seconds
+    # A step that is faster than the floor, which a note tells of, has nothing left.
+    rest = max(0.0, cell.quartiles("inter_token_latency").median - floor.seconds)
     return (row_name(cell), *map(milliseconds, (*parts, floor.weights, floor.key_values, rest)))
 
 

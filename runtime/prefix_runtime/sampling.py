@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .checks import is_finite, is_whole
 from .errors import RequestError
 
 Sampler = Callable[[np.ndarray, Sequence[int]], int]
@@ -40,12 +41,13 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, "0 or more", 0 <= self.temperature < float("inf"))
-        _check("top_k", self.top_k, "a whole number, 0 or more", _is_whole(self.top_k))
-        _check("top_p", self.top_p, "above 0 and at most 1", 0 < self.top_p <= 1)
-        _check("min_p", self.min_p, "0 to 1", 0 <= self.min_p <= 1)
-        _check("repetition_penalty", self.repetition_penalty, "above 0", 0 < self.repetition_penalty < float("inf"))
-        _check("seed", self.seed, "None or a whole number, 0 or more", self.seed is None or _is_whole(self.seed))
+        _check("temperature", self.temperature, "0 or more", is_finite(self.temperature) and self.temperature >= 0)
+        _check("top_k", self.top_k, "a whole number, 0 or more", is_whole(self.top_k))
+        _check("top_p", self.top_p, "above 0 and at most 1", is_finite(self.top_p) and 0 < self.top_p <= 1)
+        _check("min_p", self.min_p, "0 to 1", is_finite(self.min_p) and 0 <= self.min_p <= 1)
+        penalty = self.repetition_penalty
+        _check("repetition_penalty", penalty, "above 0", is_finite(penalty) and penalty > 0)
+        _check("seed", self.seed, "None or a whole number, 0 or more", self.seed is None or is_whole(self.seed))
 
 
 def make_sampler(sampling: Sampling) -> Sampler:
@@ -120,10 +122,6 @@ def _normalized(weights: np.ndarray) -> np.ndarray:
     return total
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= 0)
-
-
 def _check(name: str, value: object, expected: str, sound: bool) -> None:
     if not sound:
-        raise RequestError(f"{name}: expected {expected}, found {value}")
+        raise RequestError(f"{name}: expected {expected}, found {value!r}")

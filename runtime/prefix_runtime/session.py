@@ -18,6 +18,7 @@ try:
 except ImportError as error:
     raise ImportError("prefix-runtime needs onnxruntime: pip install 'prefix-runtime[cpu]'") from error
 
+from .checks import is_whole
 from .errors import ProviderError
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider"}
@@ -40,9 +41,8 @@ class Session:
     def __init__(self, path: Path, provider: str = "cpu", threads: int | None = None) -> None:
         options = ort.SessionOptions()
         if threads is not None:
-            if not 1 <= threads <= _MOST_THREADS:
-                raise ProviderError(f"threads: expected 1 to {_MOST_THREADS}, found {threads}")
-            options.intra_op_num_threads = threads
+            check_threads(threads)
+            options.intra_op_num_threads = int(threads)
         self._session = _open(path, provider, options)
 
     def binding(self) -> Binding:
@@ -103,6 +103,25 @@ def save_opened(path: Path, target: Path, provider: str = "cpu") -> None:
     _open(path, provider, options)
 
 
+def check_threads(threads: int) -> None:
+    """Refuse a number of threads that no session can be given.
+
+    Raises:
+        ProviderError
+    """
+    if not is_whole(threads, 1, _MOST_THREADS):
+        raise ProviderError(f"threads: expected 1 to {_MOST_THREADS}, found {threads!r}")
+
+
+def check_provider(provider: str) -> None:
+    """Refuse an execution provider that is unknown or not installed.
+
+    Raises:
+        ProviderError
+    """
+    _provider_name(provider)
+
+
 def onnxruntime_version() -> str:
     """Of what runs graphs here."""
     version: str = ort.__version__
@@ -119,7 +138,7 @@ def _open(path: Path, provider: str, options: ort.SessionOptions) -> ort.Inferen
 
 
 def _provider_name(provider: str) -> str:
-    name = _PROVIDERS.get(provider)
+    name = _PROVIDERS.get(provider) if isinstance(provider, str) else None
     if name is None:
         raise ProviderError(f"provider: expected one of {', '.join(_PROVIDERS)}, found {provider!r}")
     available: Sequence[Any] = ort.get_available_providers()

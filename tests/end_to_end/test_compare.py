@@ -107,3 +107,16 @@ def test_two_prefixes_take_less_than_two_merged_models(folder):
     assert set(disk) == {"LoRA", "merged", "prefixes"}
     assert disk["prefixes"] < disk["merged"]
     assert disk["LoRA"] < disk["merged"]
+
+
+def test_a_batch_is_compared_with_its_rows(shared_bundle):
+    lines = run("batches.py", shared_bundle, "--rows", 3, "--prefix-length", 4, "--rounds", 1, "--threads", 1).splitlines()
+    assert [line.split(":")[0] for line in lines[:3]] == ["one row", "3 rows of one task", "3 rows of 3 tasks"]
+    assert all(float(line.split(": ")[1].split()[0]) > 0 for line in lines)
+
+
+def test_session_options_are_compared_with_the_defaults(shared_bundle):
+    table = run("session_options.py", shared_bundle, "--rounds", 1, "--threads", 1)
+    rows = {cells[1].strip(): cells for cells in (line.split("|") for line in table.splitlines()[2:])}
+    assert float(rows["defaults, again"][3].split()[0]) == 1
+    assert {"no spinning", "no prepacking"} < set(rows)

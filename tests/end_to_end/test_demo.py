@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -94,6 +95,16 @@ def test_rounded_weights_answer_as_float32_does(tmp_path, corpus, score, options
             for result, light in zip(results, lights, strict=True)
         )
         assert right >= score(task, task) * TABLES - lost
+
+
+def test_rounded_bundles_are_scored():
+    script = [sys.executable, str(DEMO / "evaluate_rounded.py"), "--tables", "2"]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()]
+    assert rows[0] == ["build", *TASKS]
+    assert {row[0] for row in rows[2:]} > {"float32", "int8", "int4"}
+    assert all(cell == "100.0 % (100.0)" for row in rows[2:] for cell in row[1:])
 
 
 def test_the_committed_scores_meet_what_the_demo_promises():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -139,7 +140,9 @@ class TestPrompts:
 
     @pytest.mark.parametrize("ids", ["12", b"12"])
     def test_text_in_place_of_token_ids_is_refused(self, engine, ids):
-        with pytest.raises(RequestError, match="token_ids: expected whole numbers, found text"):
+        with pytest.raises(
+            RequestError, match=f"token_ids: expected whole numbers, found {ids!r}; give text as the prompt"
+        ):
             engine.generate(token_ids=ids)
 
     def test_token_ids_in_place_of_text_are_refused(self, engine):
@@ -228,9 +231,9 @@ class TestLengths:
         with pytest.raises(ContextOverflowError, match="max_length 10, prefix 20"):
             prefix_runtime.load(shared_bundle, threads=1, max_length=10).generate("a", task="p20")
 
-    @pytest.mark.parametrize("length", [0, -1, 321])
+    @pytest.mark.parametrize("length", [0, -1, 321, 2.5, "12", True])
     def test_a_length_that_the_bundle_does_not_have_is_refused(self, shared_bundle, length):
-        with pytest.raises(RequestError, match=f"max_length: expected 1 to the bundle's 320, found {length}"):
+        with pytest.raises(RequestError, match=f"max_length: expected 1 to the bundle's 320, found {length!r}"):
             prefix_runtime.load(shared_bundle, max_length=length)
 
 
@@ -318,7 +321,7 @@ class TestEndings:
         stop = "the lazy dog"
         assert engine.generate(stop, max_new_tokens=5, stop=stop).finish_reason == "length"
 
-    @pytest.mark.parametrize("stop", [[""], "", ["a", ""], [3], [None], [b"a"]])
+    @pytest.mark.parametrize("stop", [[""], "", ["a", ""], [3], [None], [b"a"], 3, True])
     def test_an_empty_stop_string_or_none_is_refused(self, engine, stop):
         with pytest.raises(RequestError, match="stop: expected strings of at least one character, found"):
             engine.generate("a", stop=stop)
@@ -576,14 +579,14 @@ class TestLoading:
     def test_the_number_of_threads_changes_no_token(self, shared_bundle, engine, threads):
         assert tokens(prefix_runtime.load(str(shared_bundle), threads=threads)) == tokens(engine)
 
-    @pytest.mark.parametrize("threads", [0, -1])
+    @pytest.mark.parametrize("threads", [0, -1, 513, 1.5, "2", True])
     def test_no_threads_are_refused(self, shared_bundle, threads):
-        with pytest.raises(ProviderError, match=f"threads: expected 1 to 512, found {threads}"):
+        with pytest.raises(ProviderError, match=f"threads: expected 1 to 512, found {threads!r}"):
             prefix_runtime.load(shared_bundle, threads=threads)
 
-    @pytest.mark.parametrize("provider", ["tpu", "", "CPU", "CPUExecutionProvider"])
+    @pytest.mark.parametrize("provider", ["tpu", "", "CPU", "CPUExecutionProvider", None, ["cpu"]])
     def test_an_unknown_provider_is_refused_and_the_known_are_listed(self, shared_bundle, provider):
-        with pytest.raises(ProviderError, match=f"provider: expected one of cpu.*, found '{provider}'"):
+        with pytest.raises(ProviderError, match=f"provider: expected one of cpu.*, found {re.escape(repr(provider))}"):
             prefix_runtime.load(shared_bundle, provider=provider)
 
     @pytest.mark.parametrize("name", ["model.onnx.data", "prefixes/p20.safetensors", "config.json"])
@@ -674,9 +677,31 @@ class TestBatches:
         with pytest.raises(RequestError, match="max_new_tokens: expected a whole number"):
             engine.generate(["a", "b"], max_new_tokens=[3, 0])
 
-    def test_a_batch_has_room_for_a_row(self, shared_bundle):
-        with pytest.raises(RequestError, match="max_batch: expected a whole number, 1 or more, found 0"):
-            prefix_runtime.load(shared_bundle, max_batch=0)
+    @pytest.mark.parametrize("rows", [0, 1.5, "8", None, True])
+    def test_a_batch_has_room_for_a_row(self, shared_bundle, rows):
+        with pytest.raises(RequestError, match=f"max_batch: expected a whole number, 1 or more, found {rows!r}"):
+            prefix_runtime.load(shared_bundle, max_batch=rows)
+
+    @pytest.mark.parametrize("size", [-1, 1e9, "1", None, True])
+    def test_buffers_take_a_whole_number_of_bytes(self, shared_bundle, size):
+        with pytest.raises(RequestError, match=f"cache_bytes: expected a whole number, 0 or more, found {size!r}"):
+            prefix_runtime.load(shared_bundle, cache_bytes=size)
+
+    @pytest.mark.parametrize("task", [["p3"], [None], 3, b"p3"])
+    def test_a_single_prompt_has_a_single_task(self, engine, task):
+        with pytest.raises(RequestError, match=re.escape(f"task: expected the name of one, or None, found {task!r}")):
+            engine.generate("a", task=task)
+
+    @pytest.mark.parametrize(("task", "found"), [(3, "expected one, or"), ([3, None], "expected the name of one, or")])
+    def test_tasks_of_a_list_are_names(self, engine, task, found):
+        with pytest.raises(RequestError, match=f"task: {found}"):
+            engine.generate(["a", "b"], task=task)
+
+    def test_what_is_neither_text_nor_a_list_is_no_prompt(self, engine):
+        with pytest.raises(RequestError, match="prompt: expected text or a list of texts"):
+            engine.generate(3)
+        with pytest.raises(RequestError, match="token_ids: expected whole numbers, found 3"):
+            engine.generate(token_ids=3)
 
 
 def test_end_tokens_may_be_ignored(shared_bundle, rewrite, tmp_path):

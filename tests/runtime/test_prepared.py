@@ -150,6 +150,16 @@ def test_the_folder_is_the_users(monkeypatch, variables, expected):
     assert str(cache_folder()) == expected
 
 
+@pytest.mark.parametrize("folder", ["~nobody-of-this-name/here", "/" + 5000 * "x", "/dev/null/here"])
+def test_a_folder_that_cannot_be_stops_no_engine(bundle, monkeypatch, folder):
+    monkeypatch.setenv("PREFIX_RUNTIME_CACHE", folder)
+    assert logits(Bundle.open(bundle)).shape == (len(IDS), 384)
+    refused = CliRunner().invoke(main, ["prepare", str(bundle)])
+    assert refused.exit_code == 1
+    assert refused.output.startswith("Error: ")
+    assert refused.output.count("\n") == 1
+
+
 def test_the_command_line_prepares_and_removes(opened, cache):
     run = CliRunner().invoke
     made = run(main, ["prepare", str(opened.root)])

@@ -1,0 +1,22 @@
+"""What a value given by a caller is: Python's truth values are numbers, and numpy's numbers are none of Python's."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def is_whole(value: object, least: int = 0, most: float = math.inf) -> bool:
+    """Whether it is a whole number in a range; True and False are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(least <= value <= most)
+
+
+def is_finite(value: object) -> bool:
+    """Whether it is a number that is neither infinite nor undefined; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond what floating point reaches
+        return False
