@@ -110,7 +110,8 @@ def test_two_prefixes_take_less_than_two_merged_models(folder):
 
 
 def test_a_batch_is_compared_with_its_rows(shared_bundle):
-    lines = run("batches.py", shared_bundle, "--rows", 3, "--prefix-length", 4, "--rounds", 1, "--threads", 1).splitlines()
+    options = ["--rows", 3, "--prefix-length", 4, "--rounds", 1, "--threads", 1]
+    lines = run("batches.py", shared_bundle, *options).splitlines()
     assert [line.split(":")[0] for line in lines[:3]] == ["one row", "3 rows of one task", "3 rows of 3 tasks"]
     assert all(float(line.split(": ")[1].split()[0]) > 0 for line in lines)
 
