@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from .cache_format import CacheFormat
-from .geometry import Geometry
-from .kv_cache import KeyValueCache
+from .cache import Cache
 from .prefix import Prefix
-from .session import Session
 
 # Buffers grow in steps, so that requests of about the same length find each other's buffers.
 _CAPACITY_STEP = 64
+CacheMaker = Callable[[int, int], Cache]
+"""Rows and capacity to a cache."""
 
 
 class CachePool:
@@ -24,25 +23,22 @@ class CachePool:
     requests are never dropped.
 
     Args:
-        session: of the graph.
-        geometry: the model's.
+        make: makes a cache of so many rows and so many positions of each.
+        position_bytes: that the keys and values of one position take.
         max_length: positions that a row may take.
         budget: bytes of keys and values, of all caches together.
-        cache_format: of keys and values.
     """
 
-    def __init__(
-        self, session: Session, geometry: Geometry, max_length: int, budget: int, cache_format: CacheFormat
-    ) -> None:
-        self._session, self._geometry = session, geometry
-        self._max_length, self._budget, self._format = max_length, budget, cache_format
+    def __init__(self, make: CacheMaker, position_bytes: int, max_length: int, budget: int) -> None:
+        self._make, self._position_bytes = make, position_bytes
+        self._max_length, self._budget = max_length, budget
         self._lock = threading.Lock()
-        self._idle: list[KeyValueCache] = []  # the least recently used first
-        self._lent: list[KeyValueCache] = []
+        self._idle: list[Cache] = []  # the least recently used first
+        self._lent: list[Cache] = []
         self._lent_bytes = 0  # with those that are being made
 
     @contextmanager
-    def lease(self, prefixes: Sequence[Prefix | None], length: int) -> Iterator[tuple[KeyValueCache, list[int]]]:
+    def lease(self, prefixes: Sequence[Prefix | None], length: int) -> Iterator[tuple[Cache, list[int]]]:
         """A cache whose first rows hold these prefixes and nothing else, and the row of each prefix.
 
         Args:
@@ -66,8 +62,8 @@ class CachePool:
         steps = -(-length // _CAPACITY_STEP)
         return max(length, min(steps * _CAPACITY_STEP, self._max_length))
 
-    def _take(self, prefixes: Sequence[Prefix | None], capacity: int) -> KeyValueCache:
-        needed = self._format.dtype.itemsize * len(prefixes) * capacity * self._geometry.values_per_position
+    def _take(self, prefixes: Sequence[Prefix | None], capacity: int) -> Cache:
+        needed = len(prefixes) * capacity * self._position_bytes
         with self._lock:
             cache = self._find(prefixes, capacity, needed)
             if cache is not None:
@@ -78,7 +74,7 @@ class CachePool:
             self._lent_bytes += needed
             self._shrink()
         try:
-            cache = KeyValueCache(self._session, self._geometry, len(prefixes), capacity, self._format)
+            cache = self._make(len(prefixes), capacity)
         except BaseException:
             with self._lock:
                 self._lent_bytes -= needed
@@ -87,7 +83,7 @@ class CachePool:
             self._lent.append(cache)
         return cache
 
-    def _find(self, prefixes: Sequence[Prefix | None], capacity: int, needed: int) -> KeyValueCache | None:
+    def _find(self, prefixes: Sequence[Prefix | None], capacity: int, needed: int) -> Cache | None:
         fitting = [cache for cache in self._idle if cache.capacity >= capacity and _fits(cache, len(prefixes))]
         if not fitting:
             return None
@@ -103,7 +99,7 @@ class CachePool:
         in_use = self._lent_bytes + sum(cache.nbytes for cache in self._idle)
         return fitting[0] if in_use + needed > self._budget else None
 
-    def _give_back(self, cache: KeyValueCache) -> None:
+    def _give_back(self, cache: Cache) -> None:
         with self._lock:
             self._lent.remove(cache)
             self._lent_bytes -= cache.nbytes
@@ -117,23 +113,23 @@ class CachePool:
             total -= self._idle.pop(0).nbytes
 
 
-def _fits(cache: KeyValueCache, rows: int) -> bool:
+def _fits(cache: Cache, rows: int) -> bool:
     """Whether a batch may run in a cache; a single request does not take a batch's, which is much larger."""
     return len(cache.rows) == rows or len(cache.rows) > rows > 1
 
 
-def _holds(cache: KeyValueCache, prefix: Prefix) -> bool:
+def _holds(cache: Cache, prefix: Prefix) -> bool:
     return any(row.prefix is prefix for row in cache.rows)
 
 
-def _held(cache: KeyValueCache, prefixes: Sequence[Prefix | None]) -> int:
+def _held(cache: Cache, prefixes: Sequence[Prefix | None]) -> int:
     """How many of some prefixes the first rows hold."""
     if len(prefixes) == 1:  # asked of every idle cache, of which there may be thousands
         return cache.rows[0].prefix is prefixes[0]
     return len(_matches(cache, prefixes))
 
 
-def _matches(cache: KeyValueCache, prefixes: Sequence[Prefix | None]) -> dict[int, int]:
+def _matches(cache: Cache, prefixes: Sequence[Prefix | None]) -> dict[int, int]:
     """For prefixes that one of the first rows holds, by their place: the row; each row once."""
     free = list(range(len(prefixes)))
     found = {}
@@ -145,7 +141,7 @@ def _matches(cache: KeyValueCache, prefixes: Sequence[Prefix | None]) -> dict[in
     return found
 
 
-def _seeded(cache: KeyValueCache, prefixes: Sequence[Prefix | None]) -> list[int]:
+def _seeded(cache: Cache, prefixes: Sequence[Prefix | None]) -> list[int]:
     """Let the first rows hold these prefixes and nothing else; returns the row of each."""
     found = _matches(cache, prefixes)
     for row in found.values():

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from .kv_cache import KeyValueCache
+from .cache import Cache
 
 
 class Generation(Protocol):
@@ -34,7 +34,7 @@ class Generation(Protocol):
         """Seconds that went by, in this batch, until the newest token was there."""
 
 
-def decode(cache: KeyValueCache, rows: Sequence[int], generations: Sequence[Generation]) -> Iterator[Generation]:
+def decode(cache: Cache, rows: Sequence[int], generations: Sequence[Generation]) -> Iterator[Generation]:
     """Run generations together, each prefilled into its row; gives each one back after each of its tokens.
 
     What the caller does in between is not part of the seconds. A row leaves when it has finished: the last one takes
@@ -66,7 +66,7 @@ def decode(cache: KeyValueCache, rows: Sequence[int], generations: Sequence[Gene
         yield from active
 
 
-def _leave(cache: KeyValueCache, active: list[Generation]) -> bool:
+def _leave(cache: Cache, active: list[Generation]) -> bool:
     """Take finished rows out; returns whether any is left."""
     for row in reversed(range(len(active))):
         if active[row].is_finished:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast, overload
 
@@ -17,6 +18,7 @@ from .checks import is_whole
 from .decoding import decode
 from .errors import BundleError, ContextOverflowError, RequestError
 from .generation import GrowingAnswer, Request
+from .kv_cache import KeyValueCache
 from .prefix import Prefix
 from .prepared import prepared_graph
 from .results import Chunk, GenerationResult
@@ -113,7 +115,9 @@ class Engine:
         self._max_length, self._max_batch = max_length, max_batch
         self._store = TaskStore(bundle)
         cache_format = CacheFormat.of_bundle(bundle.root, bundle.manifest.cache, self._geometry)
-        self._pool = CachePool(session, self._geometry, max_length, cache_bytes, cache_format)
+        make = partial(KeyValueCache, session, self._geometry, cache_format=cache_format)
+        position_bytes = cache_format.dtype.itemsize * self._geometry.values_per_position
+        self._pool = CachePool(make, position_bytes, max_length, cache_bytes)
         self._codec = _read_codec(bundle)
         self._end_tokens = _read_end_tokens(bundle)
 

@@ -1,4 +1,4 @@
-"""Key/value buffers of a batch: how they are shaped, seeded with prefixes, and run with a graph."""
+"""Key/value buffers that past and present share: how they are shaped, seeded with prefixes, and run with a graph."""
 
 from __future__ import annotations
 
@@ -6,38 +6,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .cache import Cache
 from .cache_format import CacheFormat
-from .errors import ContextOverflowError
 from .geometry import Geometry
 from .prefix import Prefix
 from .session import Binding, Session
 
 
-class Row:
-    """One row of the buffers.
-
-    Attributes:
-        prefix: what the first positions hold.
-        length: positions that are filled, the prefix's included.
-    """
-
-    def __init__(self) -> None:
-        self.prefix: Prefix | None = None
-        self.length = 0
-
-    @property
-    def position(self) -> int:
-        """The position of the next token of text."""
-        return (
-            self.length if self.prefix is None else self.length - self.prefix.prefix_length + self.prefix.position_base
-        )
-
-
-class KeyValueCache:
-    """The keys and values of some rows for every layer, and the graph's inputs and outputs bound to them.
+class KeyValueCache(Cache):
+    """A cache for graphs of the fast flavour, whose inputs and outputs are bound to it.
 
     Past and present of a layer are one array, [rows, num_key_value_heads, capacity, head_dim]: a run appends to it in
-    place. A prompt is run into its row alone; decode steps run the first rows together, each as far as it is filled.
+    place, to each row as far as it is filled.
     The positions of a prefix are never written again, so a row is the same task's empty row as soon as its length is
     set back.
 
@@ -47,21 +27,12 @@ class KeyValueCache:
         rows: of the batch.
         capacity: positions of each row.
         cache_format: of the graph's past and present.
-
-    Attributes:
-        capacity: positions that there is room for.
-        rows: what each holds.
-        nbytes: of the keys and values.
-        is_wanted: whether it is to be kept for another request.
     """
 
     def __init__(
         self, session: Session, geometry: Geometry, rows: int, capacity: int, cache_format: CacheFormat
     ) -> None:
         self._format = cache_format
-        self.capacity = capacity
-        self.rows = tuple(Row() for _ in range(rows))
-        self.is_wanted = True
         self._layers = [
             tuple(
                 np.empty((rows, layer.key_value_heads, capacity, layer.head_dim), cache_format.dtype)
@@ -69,7 +40,7 @@ class KeyValueCache:
             )
             for layer in geometry.layers
         ]
-        self.nbytes = sum(array.nbytes for layer in self._layers for array in layer)
+        super().__init__(rows, capacity, sum(array.nbytes for layer in self._layers for array in layer))
         self._mask = np.zeros((rows, capacity), np.int64)
         self._vocab_size = geometry.vocab_size
         self._prompt, self._step = session.binding(), session.binding()
@@ -79,7 +50,7 @@ class KeyValueCache:
         self._logits = np.empty((rows, 1, geometry.vocab_size), np.float32)
 
     def seed(self, row: int, prefix: Prefix | None) -> None:
-        """Copy a prefix into the first positions of a row, or none, and forget everything else."""
+        """See `Cache`: the prefix is copied into the first positions."""
         held = self.rows[row]
         held.prefix = None  # until the new one is whole
         if prefix is not None:
@@ -87,32 +58,26 @@ class KeyValueCache:
                 for array, part in zip(arrays, stored, strict=True):
                     array[row, :, : prefix.prefix_length] = part
         held.prefix = prefix
+        held.offset = prefix.position_base - prefix.prefix_length if prefix is not None else 0
         self.reset(row)
 
     def reset(self, row: int) -> None:
-        """Forget all of a row but its prefix."""
+        """See `Cache`."""
         held = self.rows[row]
         self._fill(row, held.prefix.prefix_length if held.prefix is not None else 0)
 
     def move(self, source: int, target: int) -> None:
-        """Let a row go on in the place of another, which is over."""
+        """See `Cache`."""
         left, right = self.rows[source], self.rows[target]
         right.prefix = None  # until the copy is whole
         for layer in self._layers:
             for array in layer:
                 array[target, :, : left.length] = array[source, :, : left.length]
-        right.prefix = left.prefix
+        right.prefix, right.offset = left.prefix, left.offset
         self._fill(target, left.length)
 
     def prefill(self, row: int, token_ids: Sequence[int], keep_all_logits: bool = False) -> np.ndarray:
-        """Run a prompt and append its keys and values to a row.
-
-        Returns the logits, float32: [vocab] of the last token, a view that the next run overwrites; or, when all are
-        kept, a new array [sequence, vocab].
-
-        Raises:
-            ContextOverflowError: there is no room.
-        """
+        """See `Cache`."""
         held, count = self.rows[row], len(token_ids)
         self._check_room(held, count)
         logits = np.empty((1, count, self._vocab_size), np.float32) if keep_all_logits else self._logits[row : row + 1]
@@ -133,13 +98,7 @@ class KeyValueCache:
         return kept
 
     def step(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Run one more token for each of the first rows and append their keys and values.
-
-        Returns the logits [rows, vocab] float32, a view that the next run overwrites.
-
-        Raises:
-            ContextOverflowError: there is no room in one of them.
-        """
+        """See `Cache`."""
         count = len(token_ids)
         for row in range(count):
             held = self.rows[row]
@@ -175,7 +134,3 @@ class KeyValueCache:
         self.rows[row].length = length
         self._mask[row, :length] = 1
         self._mask[row, length:] = 0
-
-    def _check_room(self, held: Row, count: int) -> None:
-        if held.length + count > self.capacity:
-            raise ContextOverflowError(f"expected at most {self.capacity} positions, found {held.length + count}")

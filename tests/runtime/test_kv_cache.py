@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -49,7 +50,9 @@ def new_cache(session, geometry):
 
 @pytest.fixture
 def new_pool(session, geometry):
-    return lambda budget=1 << 30, max_length=320: CachePool(session, geometry, max_length, budget, FLOAT)
+    make = partial(KeyValueCache, session, geometry, cache_format=FLOAT)
+    position_bytes = 4 * geometry.values_per_position
+    return lambda budget=1 << 30, max_length=320: CachePool(make, position_bytes, max_length, budget)
 
 
 @pytest.fixture
@@ -382,7 +385,7 @@ class TestPool:
         assert (len(pool._idle), pool._lent_bytes) == (1, 0)
 
     def test_a_cache_that_could_not_be_made_is_not_counted(self, new_pool, monkeypatch):
-        def fail(*_):
+        def fail(*_, **__):
             raise MemoryError
 
         pool = new_pool()
