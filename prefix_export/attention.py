@@ -196,6 +196,104 @@ class GroupQueryAttention:
         return output.view(batch, sequence, heads, head_dim)
 
 
+class PortableAttention:
+    """Attention in standard operators, over a past that is returned longer, and over prefixes beside it.
+
+    The scores over a prefix and over past and new tokens are computed apart and joined for one softmax; its parts weigh
+    the values of each, and their sum is attention over all of them. Of the prefix nothing is copied, and the rows of a
+    batch may share it.
+
+    Args:
+        past: for each layer key and value, [batch, num_key_value_heads, past, head_dim].
+        seen: which of past and new tokens there are, [batch, total] bool; the others are padding.
+        prefixes: for each layer key and value, [batch or 1, num_key_value_heads, prefix, head_dim], ending where the
+            past begins; None where there are none.
+        prefix_seen: which slots of the prefixes there are, [batch or 1, prefix] bool.
+
+    Attributes:
+        present: for each layer that was traced key and value, [batch, num_key_value_heads, total, head_dim].
+    """
+
+    def __init__(
+        self,
+        past: list[tuple[torch.Tensor, torch.Tensor]],
+        seen: torch.Tensor,
+        prefixes: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        prefix_seen: torch.Tensor | None = None,
+    ) -> None:
+        self._past, self._seen, self._prefixes, self._prefix_seen = past, seen, prefixes, prefix_seen
+        self._masks: dict[int | None, torch.Tensor] = {}  # by sliding window
+        self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """See `AttentionFunction`; [batch, sequence, heads, head_dim]."""
+        _refuse_unknown(type(module).__name__, kwargs)
+        index = int(module.layer_idx)  # type: ignore[arg-type]  # as above
+        past_key, past_value = self._past[index]
+        self.present[index] = torch.cat((past_key, key), 2), torch.cat((past_value, value), 2)
+        sources = [self.present[index]] if self._prefixes is None else [self._prefixes[index], self.present[index]]
+        batch, heads, sequence, head_dim = query.shape
+        groups = heads // key.shape[1]
+        # Heads that share a key are rows of one product: no key is repeated.
+        rows = (query * (scaling or head_dim**-0.5)).reshape(batch, key.shape[1], groups * sequence, head_dim)
+        scores = torch.cat([rows @ keys.transpose(2, 3) for keys, _ in sources], 3).float()
+        if softcap:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = scores.reshape(batch, key.shape[1] * groups, sequence, -1)
+        # A finite number: a row of padding, which sees nothing, shall be garbage and not NaN.
+        scores = scores.masked_fill(~self._mask(sequence, sliding_window), torch.finfo(torch.float32).min)
+        weights = scores.softmax(3).to(query.dtype).reshape(batch, key.shape[1], groups * sequence, -1)
+        output = _weighted(weights, [values for _, values in sources])
+        return output.reshape(batch, heads, sequence, head_dim).transpose(1, 2)
+
+    def _mask(self, sequence: int, window: int | None) -> torch.Tensor:
+        """Which of prefix, past and new tokens each new token sees, [batch or 1, 1, sequence, all] bool."""
+        if window not in self._masks:
+            total = self._seen.shape[1]
+            queries = torch.arange(total - sequence, total)[:, None]
+            slots = torch.arange(total)
+            seen = self._seen[:, None] & (slots <= queries)
+            if window:
+                seen = seen & (slots > queries - window)
+            if self._prefixes is not None:
+                seen = torch.cat((self._prefix_mask(sequence, window).expand(seen.shape[0], -1, -1), seen), 2)
+            self._masks[window] = seen[:, None]
+        return self._masks[window]
+
+    def _prefix_mask(self, sequence: int, window: int | None) -> torch.Tensor:
+        """Which slots of the prefixes each new token sees, [batch or 1, sequence, prefix] bool."""
+        assert self._prefixes is not None
+        length = self._prefixes[0][0].shape[2]
+        slots = torch.arange(length) - length  # from the first token of text
+        if window:
+            # A row's own tokens count, padding does not: rows of a batch see what each would see alone.
+            own = self._seen.to(torch.int64).cumsum(1)[:, self._seen.shape[1] - sequence :] - 1
+            seen = slots > own[:, :, None] - window
+        else:
+            seen = (slots < 0).expand(1, sequence, length)
+        return seen if self._prefix_seen is None else seen & self._prefix_seen[:, None]
+
+
+def _weighted(weights: torch.Tensor, values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of values [batch or 1, heads, length, head_dim], joined, by weights [batch, heads, rows, lengths]."""
+    if len(values) == 1:
+        return weights @ values[0]
+    first, second = values
+    length = first.shape[2]
+    return weights[..., :length] @ first + weights[..., length:] @ second
+
+
 def check_fast_flavour(model: PreTrainedModel, layers: tuple[AttentionLayer, ...]) -> None:
     """Refuse what `GroupQueryAttention` cannot run on a CPU.
 

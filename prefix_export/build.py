@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,11 +18,13 @@ from prefix_runtime.geometry import LEAST_TEXT
 from prefix_runtime.manifest import ModelEntry, check_new_task_name
 from prefix_runtime.storage import write_file_atomically
 
-from . import __version__, formats
+from . import __version__, formats, targets
 from .attention import check_fast_flavour
+from .bake import PrefixBank
 from .calibrate import cache_scales, save_scales
+from .decoder import Decoder, FastDecoder, PortableDecoder
 from .errors import ExportError, ModelError
-from .graph import GRAPH_NAME, export_graph
+from .graph import export_graph
 from .models import BaseModel, load_base_model
 from .parity import TaskParity
 from .progress import StepListener
@@ -42,10 +45,13 @@ class BuildRequest:
         prefixes: a trained checkpoint for each task.
         output: the bundle's folder, which must not exist yet.
         max_length: positions that prefix and text may take together; None takes the model's context.
-        precision: of the weights: "fp32", "int8" or "int4".
+        mode: "feed", or "bake": the graph holds the prefixes, and its tasks cannot change.
+        target: what the graph is made for, of `targets.TARGETS`; None takes "cpu", or "portable" for "bake".
+        opset: of ONNX' own operators; None takes the target's.
+        precision: of the weights: "fp32", "fp16", "int8" or "int4"; None takes the target's first.
         block_size: weights that share a scale; None takes `quantize.DEFAULT_BLOCK_SIZES`.
         quantizer: how weights are rounded: "rtn" or "hqq".
-        cache: what keys and values are kept in: "fp32", "fp16" or "int8".
+        cache: what keys and values are kept in: "fp32", "fp16" or "int8"; None takes the target's.
         held_out: text files, a text a line, on which float32 and what is rounded are compared, by task; the one under
             None is for tasks without one of their own and for the bare model. Where there is none, the demo's.
         verify: compare the graph with the source framework before the bundle is moved into place.
@@ -55,10 +61,13 @@ class BuildRequest:
     prefixes: Mapping[str, Path]
     output: Path
     max_length: int | None = None
-    precision: str = "fp32"
+    mode: str = "feed"
+    target: str | None = None
+    opset: int | None = None
+    precision: str | None = None
     block_size: int | None = None
     quantizer: str = "rtn"
-    cache: str = "fp32"
+    cache: str | None = None
     held_out: Mapping[str | None, Path] = field(default_factory=dict)
     verify: bool = True
 
@@ -92,33 +101,34 @@ def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> B
     started = time.perf_counter()
     check_output(request.output)
     _check_names(request.prefixes)
-    settings = quantization(request.precision, request.block_size, request.quantizer)
-    _check_cache(request.cache)
+    plan = targets.plan(request.target, request.mode, request.precision, request.cache, request.opset)
+    request = replace(request, precision=plan.precision, cache=plan.cache)
+    if plan.mode == "bake" and not request.prefixes:
+        raise ExportError("mode bake: expected at least one prefix to put into the graph, found none")
+    settings = quantization(plan.precision, request.block_size, request.quantizer)
     _check_held_out(request)
     on_step(f"loading {request.model}")
     base = load_base_model(request.model)
-    check_fast_flavour(base.model, base.layers)
+    if plan.target.flavour == "fast":
+        check_fast_flavour(base.model, base.layers)
     max_length = _max_length(request, base)
     on_step("folding prefixes")
     prefixes = {task: fold(path, base, max_length) for task, path in request.prefixes.items()}
-    warnings = tuple(_warnings(request, base, prefixes, max_length))
+    warnings = tuple(_warnings(request, plan.target.flavour, base, prefixes, max_length))
     measured, compared = _split(request, _held_out(request, base, prefixes, max_length))
     in_float = answer_all(base, prefixes, request.prefixes, compared, on_step) if request.verify else {}
     quantized = _quantize(base, settings, on_step)
     scales = _scales(request, base, prefixes, measured, on_step)
-    expected = observe_all(base, prefixes, request.prefixes, max_length, on_step) if request.verify else {}
+    conditions = _conditions(plan.mode, prefixes) if request.verify else ()
+    expected = observe_all(base, prefixes, request.prefixes, conditions, max_length=max_length, on_step=on_step)
     with staged(request.output) as folder:
         on_step("exporting the graph")
-        with quantized.packed() if quantized else nullcontext():
-            positions = base.geometry.context_length
-            weight_bytes = export_graph(
-                base.model, base.layers, positions, folder, cache=CACHES[request.cache], scales=scales
-            )
+        weight_bytes = _export(base, plan, prefixes, folder, quantized=quantized, scales=scales)
         if scales is not None:
             save_scales(scales, folder)
         _save_configs(base, folder)
         on_step("hashing")
-        manifest = _manifest(request, settings, base, prefixes, weight_bytes, max_length=max_length, folder=folder)
+        manifest = _manifest(plan, settings, base, prefixes, weight_bytes, max_length=max_length, folder=folder)
         _write_manifest(folder, manifest)
         # The engine needs the room that the model takes, which torch's export keeps alive by cycles.
         del base, quantized
@@ -131,9 +141,40 @@ def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> B
     return BuildResult(Bundle.open(request.output), parity, quality, time.perf_counter() - started, warnings)
 
 
-def _check_cache(cache: str) -> None:
-    if cache not in CACHES:
-        raise ExportError(f"cache: expected one of {', '.join(CACHES)}, found {cache!r}")
+def _conditions(mode: str, tasks: Iterable[str]) -> tuple[str | None, ...]:
+    """What a graph answers under: each task, and where it holds none the bare model."""
+    return tuple(tasks) if mode == "bake" else (None, *tasks)
+
+
+def _export(
+    base: BaseModel,
+    plan: targets.Plan,
+    prefixes: Mapping[str, Prefix],
+    folder: Path,
+    *,
+    quantized: QuantizedModel | None,
+    scales: tuple[LayerPrefix, ...] | None,
+) -> int:
+    """Write the graph, and return the bytes of weights that a decode step reads."""
+    is_portable = plan.target.flavour == "portable"
+    if plan.precision == "fp16":
+        base.model.half()
+    decoder: Decoder
+    if is_portable:
+        bank = PrefixBank.of(prefixes) if plan.mode == "bake" else None
+        decoder = PortableDecoder(base.model, base.layers, CACHES[plan.cache], bank)
+    else:
+        decoder = FastDecoder(base.model, base.layers, CACHES[plan.cache], scales)
+    path = folder / plan.graph
+    path.parent.mkdir(exist_ok=True)
+    with quantized.packed(in_standard_operators=is_portable) if quantized else nullcontext():
+        return export_graph(
+            decoder,
+            base.geometry.context_length,
+            path,
+            opset=plan.opset,
+            has_weights_apart=plan.target.has_weights_apart,
+        )
 
 
 def _check_held_out(request: BuildRequest) -> None:
@@ -152,7 +193,8 @@ def _held_out(
     """The texts of each task and of the bare model, where something is about to be rounded."""
     if _is_exact(request) or not (request.verify or request.cache == "int8"):
         return {}
-    files = {task: request.held_out.get(task, request.held_out.get(None)) for task in (None, *prefixes)}
+    conditions = _conditions(request.mode, prefixes)
+    files = {task: request.held_out.get(task, request.held_out.get(None)) for task in conditions}
     return {
         task: read_held_out(path, base, prefixes[task] if task else None, max_length) for task, path in files.items()
     }
@@ -227,7 +269,9 @@ def verify_against(
         on_step("rounding the weights")
         QuantizedModel(base.model, settings)
     prefixes = {task: bundle.prefix(task) for task in bundle.tasks}
-    expected = observe_all(base, prefixes, dict.fromkeys(prefixes), manifest.max_length, on_step)
+    conditions = _conditions(manifest.mode, prefixes)
+    sources = dict.fromkeys(prefixes)
+    expected = observe_all(base, prefixes, sources, conditions, max_length=manifest.max_length, on_step=on_step)
     return compare_all(bundle.root, expected, on_step)
 
 
@@ -256,10 +300,21 @@ def _save_configs(base: BaseModel, folder: Path) -> None:
             base.tokenizer.save_pretrained(folder)
         except Exception as error:  # tokenizers raises Exception itself
             raise ExportError(f"{folder}: the tokenizer cannot be written: {error}") from error
+        _name_tokenizer_for_all(folder / "tokenizer_config.json")
+
+
+def _name_tokenizer_for_all(path: Path) -> None:
+    """Name the tokenizer's class as transformers 4 and transformers.js know it, and transformers 5 does still."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # Without these transformers 4 gives the model token types too.
+        config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _manifest(
-    request: BuildRequest,
+    plan: targets.Plan,
     settings: Quantization | None,
     base: BaseModel,
     prefixes: Mapping[str, Prefix],
@@ -268,21 +323,21 @@ def _manifest(
     max_length: int,
     folder: Path,
 ) -> Manifest:
-    files = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
+    files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     return Manifest(
         producer=f"prefix-export {__version__}",
         model=ModelEntry(base.name, type(base.model).__name__, base.fingerprint),
         geometry=base.geometry,
         max_length=max_length,
-        mode="feed",
-        flavour="fast",
-        precision=request.precision,
-        target="cpu",
-        graph=GRAPH_NAME,
+        mode=plan.mode,
+        flavour=plan.target.flavour,
+        precision=plan.precision,
+        target=plan.name,
+        graph=plan.graph,
         weight_bytes=weight_bytes,
         files={name: describe_file(folder, name) for name in files},
         tasks={task: write_prefix(folder, task, prefix) for task, prefix in prefixes.items()},
-        cache=request.cache,
+        cache=plan.cache,
         block_size=settings.block_size if settings else None,
         quantizer=settings.method if settings else None,
     )
@@ -292,7 +347,9 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
     write_file_atomically(folder / MANIFEST_NAME, manifest.to_json().encode())
 
 
-def _warnings(request: BuildRequest, base: BaseModel, prefixes: Mapping[str, Prefix], max_length: int) -> list[str]:
+def _warnings(
+    request: BuildRequest, flavour: str, base: BaseModel, prefixes: Mapping[str, Prefix], max_length: int
+) -> list[str]:
     found = []
     positions = base.model.config.get_text_config().max_position_embeddings
     if base.geometry.context_length < positions:
@@ -300,7 +357,7 @@ def _warnings(request: BuildRequest, base: BaseModel, prefixes: Mapping[str, Pre
             f"{request.model}: the context is {base.geometry.context_length} of {positions} positions: beyond, the "
             "model's rotary scaling changes what is cached"
         )
-    if request.cache == "fp16":
+    if request.cache == "fp16" and flavour == "fast":
         found.append("cache fp16: on a CPU onnxruntime widens the whole buffer in every step: slower than fp32, int8")
     if base.tokenizer is None:
         found.append(f"{request.model} has no tokenizer: the bundle takes token ids, not text")

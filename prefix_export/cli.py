@@ -49,10 +49,18 @@ def main() -> None:
 )
 @click.option("--output", type=click.Path(path_type=Path), default="bundle", show_default=True, help="Must not exist.")
 @click.option("--max-length", type=int, help="Positions that prefix and text may take. Default: the model's context.")
-@click.option("--precision", default="fp32", show_default=True, help="Of the weights: fp32, int8 or int4.")
+@click.option(
+    "--mode",
+    default="feed",
+    show_default=True,
+    help="feed: prefixes are the graph's first past, tasks come and go. bake: the graph holds them, for other clients.",
+)
+@click.option("--target", help="cpu, portable or web. Default: cpu; with --mode bake portable.")
+@click.option("--opset", type=int, help="Of ONNX' own operators. Default: the target's, 21.")
+@click.option("--precision", help="Of the weights: fp32, fp16, int8 or int4. Default: fp32; for the web int8.")
 @click.option("--block-size", type=int, help="Weights that share a scale. Default: 128 for int8, 32 for int4.")
 @click.option("--quantizer", default="rtn", show_default=True, help="rtn rounds to nearest; hqq searches zero points.")
-@click.option("--cache", default="fp32", show_default=True, help="Keys and values are kept in: fp32, fp16 or int8.")
+@click.option("--cache", help="Keys and values are kept in: fp32, fp16 or int8. Default: fp32, or fp16 as the weights.")
 @click.option(
     "--held-out",
     metavar="[TASK=]TEXT_FILE",
@@ -171,7 +179,7 @@ def _print_summary(result: BuildResult) -> None:
         f"{manifest.precision}, {megabytes:.1f} MB in {result.seconds:.0f} s"
     )
     table = Table("task", "length", "size", "agrees with", "logits within", "tokens", box=SIMPLE_HEAD)
-    for task in (None, *result.bundle.tasks):
+    for task in (*([None] if manifest.mode == "feed" else []), *result.bundle.tasks):
         entry = manifest.tasks[task] if task else None
         parity = result.parity.get(task)
         table.add_row(

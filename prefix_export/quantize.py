@@ -27,7 +27,6 @@ from transformers.pytorch_utils import Conv1D
 from .errors import ExportError
 
 BITS = {"int8": 8, "int4": 4}
-PRECISIONS = ("fp32", *BITS)
 METHODS = ("rtn", "hqq")
 # At 8 bits a longer block costs no accuracy that can be measured and reads a tenth less memory a token.
 DEFAULT_BLOCK_SIZES = {"int8": 128, "int4": 32}
@@ -53,18 +52,16 @@ class Quantization:
 
 
 def quantization(precision: str, block_size: int | None, method: str) -> Quantization | None:
-    """The quantisation that a precision stands for; None for "fp32".
+    """The quantisation that a precision stands for; None for those of floating point.
 
     Raises:
-        ExportError: a precision, block size or method that there is not, or that do not go together.
+        ExportError: a block size or method that there is not, or that does not go with the precision.
     """
-    if precision not in PRECISIONS:
-        raise ExportError(f"precision: expected one of {', '.join(PRECISIONS)}, found {precision!r}")
     if method not in METHODS:
         raise ExportError(f"quantizer: expected one of {', '.join(METHODS)}, found {method!r}")
-    if precision == "fp32":
+    if precision not in BITS:
         if block_size is not None or method != "rtn":
-            raise ExportError("block size, quantizer: expected precision int8 or int4 with them, found fp32")
+            raise ExportError(f"block size, quantizer: expected precision int8 or int4 with them, found {precision}")
         return None
     size = DEFAULT_BLOCK_SIZES[precision] if block_size is None else block_size
     if size not in _BLOCK_SIZES:
@@ -167,13 +164,14 @@ class QuantizedModel:
                 self._packed[name] = done[id(weight)]
 
     @contextmanager
-    def packed(self) -> Iterator[None]:
-        """Put modules that emit onnxruntime's operators in the place of the linear layers, for the trace."""
+    def packed(self, *, in_standard_operators: bool = False) -> Iterator[None]:
+        """Put modules that emit onnxruntime's operators, or ONNX' own, in the place of linear layers, for the trace."""
         before = {name: self._model.get_submodule(name) for name in self._packed}
-        shared: dict[int, _Packed] = {}
+        emit = _emitting_standard if in_standard_operators else _emitting
+        shared: dict[int, Any] = {}
         try:
             for name, module in before.items():
-                self._model.set_submodule(name, _emitting(module, self._packed[name], shared))
+                self._model.set_submodule(name, emit(module, self._packed[name], shared))
             yield
         finally:
             for name, module in before.items():
@@ -289,6 +287,76 @@ def _bytes_of_zero_points(weight: PackedWeight) -> torch.Tensor | None:
         return None
     zeros = _unpacked(weight.zero_points, weight.settings.bits)
     return zeros[:, : weight.scales.shape[1], None].contiguous()
+
+
+class _Rounded(torch.nn.Module):
+    """A weight of 8 bits [inputs, outputs] with the scales of its blocks, for `DequantizeLinear`; shared."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    zero_points: torch.Tensor | None
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__()
+        self.block_size = weight.settings.block_size
+        values = weight.values.flatten(1)[:, : weight.inputs].T
+        if weight.zero_points is None:
+            self.register_buffer("values", (values.to(torch.int16) - 128).to(torch.int8).contiguous())
+            self.register_buffer("zero_points", None)
+        else:
+            self.register_buffer("values", values.contiguous())
+            self.register_buffer("zero_points", weight.zero_points.T.contiguous())
+        self.register_buffer("scales", weight.scales.T.contiguous())
+
+    def dequantized(self, columns: torch.Tensor | None = None) -> torch.Tensor:
+        """The weight [inputs, outputs], or some of its columns, float32."""
+        tensors = [self.values, self.scales, self.zero_points]
+        if columns is not None:
+            tensors = [None if tensor is None else tensor.index_select(1, columns) for tensor in tensors]
+        given = [tensor for tensor in tensors if tensor is not None]
+        weight: torch.Tensor = torch.onnx.ops.symbolic(
+            "DequantizeLinear",
+            given,
+            attrs={"axis": 0, "block_size": self.block_size},
+            dtype=torch.float32,
+            shape=given[0].shape,
+            version=21,
+        )
+        return weight
+
+
+def _emitting_standard(module: torch.nn.Module, weight: PackedWeight, shared: dict[int, _Rounded]) -> torch.nn.Module:
+    rounded = shared.setdefault(id(weight), _Rounded(weight))
+    if isinstance(module, torch.nn.Embedding):
+        return _RoundedEmbedding(rounded)
+    bias: torch.Tensor | None = module.bias  # type: ignore[assignment]  # as above
+    return _RoundedLinear(rounded, bias)
+
+
+class _RoundedLinear(torch.nn.Module):
+    """A blockwise `DequantizeLinear` and a `MatMul`, which onnxruntime makes one `MatMulNBits` of (1.32)."""
+
+    def __init__(self, rounded: _Rounded, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.rounded = rounded
+        self.bias = bias
+
+    def forward(self, activation: torch.Tensor) -> torch.Tensor:
+        """[..., inputs] to [..., outputs]."""
+        output = activation @ self.rounded.dequantized()
+        return output if self.bias is None else output + self.bias
+
+
+class _RoundedEmbedding(torch.nn.Module):
+    """Dequantises the columns that are looked up of the very table that a tied output projection multiplies with."""
+
+    def __init__(self, rounded: _Rounded) -> None:
+        super().__init__()
+        self.rounded = rounded
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[batch, sequence] int64 to [batch, sequence, inputs]."""
+        return self.rounded.dequantized(token_ids.flatten()).T.reshape(*token_ids.shape, -1)
 
 
 def as_exact(graph: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,11 +50,17 @@ def answer_all(
 
 
 def observe_all(
-    base: BaseModel, prefixes: Mapping[str, Prefix], sources: Sources, max_length: int, on_step: StepListener
+    base: BaseModel,
+    prefixes: Mapping[str, Prefix],
+    sources: Sources,
+    conditions: Iterable[str | None],
+    *,
+    max_length: int,
+    on_step: StepListener,
 ) -> dict[str | None, Expectation]:
-    """What the source framework answers under each task and without."""
+    """What the source framework answers under some tasks, and without one for None."""
     expected = {}
-    for task in (None, *prefixes):
+    for task in conditions:
         on_step(f"running the source framework: {shown_task(task)}")
         prefix, source = (prefixes[task], sources[task]) if task else (None, None)
         expected[task] = observe(base, prefix, source, max_length)
@@ -100,19 +106,20 @@ def certificate(
 
 def _by_task(results: Mapping[str | None, TaskParity] | Mapping[str | None, TaskQuality]) -> dict[str, object]:
     tasks = {task: asdict(result) for task, result in results.items() if task is not None}
-    return {"bare_model": asdict(results[None]), "tasks": tasks}
+    return {**({"bare_model": asdict(results[None])} if None in results else {}), "tasks": tasks}
 
 
 @contextmanager
 def _exact_engine(bundle: Bundle) -> Iterator[Engine]:
     # The bundle's own graph, not what may be kept of it.
-    if bundle.manifest.precision == "fp32":
-        yield Engine(bundle, Session(bundle.graph_path), bundle.manifest.max_length)
+    manifest = bundle.manifest
+    if manifest.flavour == "portable" or manifest.precision == "fp32":
+        yield Engine(bundle, Session(bundle.graph_path, is_exact=True), manifest.max_length)
         return
     with tempfile.TemporaryDirectory(dir=bundle.root.absolute().parent, prefix=".exact.") as folder:
         graph = Path(folder) / bundle.graph_path.name
         _write_exact_graph(bundle.graph_path, graph)
-        yield Engine(bundle, Session(graph), bundle.manifest.max_length)
+        yield Engine(bundle, Session(graph), manifest.max_length)
 
 
 def _write_exact_graph(source: Path, target: Path) -> None:

@@ -73,7 +73,7 @@ def bench_together(
 
 
 def _steps_of(plan: Plan) -> int:
-    return len(plan.rows) + len(plan.prefixes)
+    return len(plan.rows) + len(plan.selections)
 
 
 def _openings(plan: Plan, request: BenchRequest, progress: _Progress) -> tuple[Opening, ...]:
@@ -124,7 +124,7 @@ class _Contestant:
         for row in plan.prefixes:
             self._names[row] = row.task or self._add_random(row.prefix_length)
         self._generations = {row: self._generation(row) for row in plan.rows}
-        self._selections = {row: self._selection(row) for row in plan.prefixes}
+        self._selections = {row: self._selection(row) for row in plan.selections}
 
     @property
     def steps(self) -> list[_Step[Any]]:

@@ -27,12 +27,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """The rows of one bundle: those to measure, those whose selection is measured, and why others are not."""
+    """The rows of one bundle: those to measure, the prefixes that occur in them, and why others are not measured."""
 
     bundle: Bundle
     rows: tuple[Row, ...]
     prefixes: tuple[Row, ...]
     skipped: tuple[str, ...]
+
+    @property
+    def selections(self) -> tuple[Row, ...]:
+        """Prefixes whose selection is measured; one that the graph holds is never new to an engine."""
+        return self.prefixes if self.bundle.manifest.mode == "feed" else ()
 
 
 def plan_rows(bundle: Bundle, request: BenchRequest) -> Plan:
@@ -44,6 +49,9 @@ def plan_rows(bundle: Bundle, request: BenchRequest) -> Plan:
     """
     tasks, unmeasured = _tasks(bundle, request)
     wanted = [*(Row(None, length) for length in request.prefix_lengths), *tasks]
+    if bundle.manifest.mode == "bake":
+        wanted = tasks
+        unmeasured = [*unmeasured, "random prefixes: the graph holds its own"]
     room = {row: _room(bundle, row) for row in wanted}
     limit = bundle.manifest.max_length
     fitting = [row for row in wanted if room[row] >= LEAST_TEXT]

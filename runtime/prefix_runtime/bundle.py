@@ -128,6 +128,18 @@ class Bundle:
         manifest.geometry.check_prefix(prefix, where, manifest.model.fingerprint, manifest.max_length)
         CacheFormat.of_bundle(self.root, manifest.cache, manifest.geometry).check(prefix, where)
 
+    def check_tasks_may_change(self) -> None:
+        """Refuse to add or remove tasks where the graph holds their prefixes.
+
+        Raises:
+            BundleError
+        """
+        if self.manifest.mode == "bake":
+            raise BundleError(
+                f"{self.root}: expected a bundle that feeds prefixes to its graph, found one whose graph holds them; "
+                "build it anew with its tasks"
+            )
+
     def add_task(self, name: str, prefix: Prefix) -> None:
         """Add a task to the folder: its file first, then the manifest, replaced in one step.
 
@@ -135,8 +147,10 @@ class Bundle:
 
         Raises:
             TaskNameError, DuplicateTaskError, PrefixMismatchError: nothing was changed.
+            BundleError: the graph holds its prefixes.
             OSError: the disk is full or not writable; the bundle is as it was.
         """
+        self.check_tasks_may_change()
         self.check_prefix(prefix, f"task {name!r}")
         with locked(self.root):
             self.manifest = read_manifest(self.root)
@@ -155,8 +169,10 @@ class Bundle:
 
         Raises:
             UnknownTaskError: there is no such task.
+            BundleError: the graph holds its prefixes.
             OSError: the disk is not writable; the bundle is as it was.
         """
+        self.check_tasks_may_change()
         with locked(self.root):
             self.manifest = read_manifest(self.root)
             changed = self.manifest.without_task(name)

@@ -13,11 +13,12 @@ import numpy as np
 
 from .bundle import Bundle
 from .cache_format import CacheFormat
-from .cache_pool import CachePool
+from .cache_pool import CacheMaker, CachePool
 from .checks import is_whole
 from .decoding import decode
 from .errors import BundleError, ContextOverflowError, RequestError
 from .generation import GrowingAnswer, Request
+from .growing_cache import GrowingCache
 from .kv_cache import KeyValueCache
 from .prefix import Prefix
 from .prepared import prepared_graph
@@ -115,7 +116,10 @@ class Engine:
         self._max_length, self._max_batch = max_length, max_batch
         self._store = TaskStore(bundle)
         cache_format = CacheFormat.of_bundle(bundle.root, bundle.manifest.cache, self._geometry)
-        make = partial(KeyValueCache, session, self._geometry, cache_format=cache_format)
+        make: CacheMaker = partial(KeyValueCache, session, self._geometry, cache_format=cache_format)
+        if bundle.manifest.flavour == "portable":
+            task_id = self._store.place if bundle.manifest.mode == "bake" else None
+            make = partial(GrowingCache, session, self._geometry, cache_format=cache_format, task_id=task_id)
         position_bytes = cache_format.dtype.itemsize * self._geometry.values_per_position
         self._pool = CachePool(make, position_bytes, max_length, cache_bytes)
         self._codec = _read_codec(bundle)
@@ -136,6 +140,7 @@ class Engine:
         Raises:
             TaskNameError, DuplicateTaskError: the name.
             PrefixError, PrefixMismatchError: the prefix is malformed or does not fit the model.
+            BundleError: the bundle's graph holds its prefixes.
         """
         self._store.add(name, prefix if isinstance(prefix, Prefix) else Prefix.load(prefix))
 
@@ -143,7 +148,8 @@ class Engine:
         """Remove a task from this engine and free its buffers; requests that are under way go on.
 
         Raises:
-            UnknownTaskError
+            UnknownTaskError: there is no such task.
+            BundleError: the bundle's graph holds its prefixes.
         """
         prefix = self._store.remove(name)
         if prefix is not None:
@@ -288,6 +294,9 @@ class Engine:
             raise RequestError(f"ignore_end: expected True or False, found {options['ignore_end']!r}")
         if not (task is None or isinstance(task, str)):
             raise RequestError(f"task: expected the name of one, or None, found {task!r}")
+        if task is None and self.bundle.manifest.mode == "bake":
+            known = ", ".join(self.tasks)
+            raise RequestError(f"task: expected one of those that the graph holds, {known}, found None")
         selecting = time.perf_counter()
         prefix = None if task is None else self._store.get(task)
         selected = time.perf_counter() - selecting

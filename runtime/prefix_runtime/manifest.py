@@ -55,10 +55,12 @@ class Manifest:
         model: the frozen model.
         geometry: its shape.
         max_length: positions that prefix and text may take together.
-        mode: "feed": the prefix is the graph's initial past.
-        flavour: "fast": past and present share one buffer (com.microsoft GroupQueryAttention).
-        precision: of the weights: "fp32", "int8" or "int4".
-        target: what the graph was made for: "cpu".
+        mode: "feed": the prefix is the graph's initial past; "bake": the graph holds the prefixes, in the order of the
+            tasks' names, which are its `task_id`s.
+        flavour: "fast": past and present share one buffer (com.microsoft GroupQueryAttention); "portable": standard
+            operators, the present is the past and what is new.
+        precision: of the weights: "fp32", "fp16", "int8" or "int4".
+        target: what the graph was made for: "cpu", "portable" or "web".
         graph: the graph's path.
         weight_bytes: of the weights that one decode step reads.
         files: every file but the prefixes and the manifest itself, by path.
@@ -249,10 +251,10 @@ def _read_manifest(fields: _Fields) -> Manifest:
         model=_read_model(fields.child("model")),
         geometry=_read_geometry(fields.child("geometry")),
         max_length=fields.count("max_length", least=1),
-        mode=fields.choice("mode", "feed"),
-        flavour=fields.choice("flavour", "fast"),
-        precision=fields.choice("precision", "fp32", "int8", "int4"),
-        target=fields.choice("target", "cpu"),
+        mode=fields.choice("mode", "feed", "bake"),
+        flavour=fields.choice("flavour", "fast", "portable"),
+        precision=fields.choice("precision", "fp32", "fp16", "int8", "int4"),
+        target=fields.choice("target", "cpu", "portable", "web"),
         graph=graph,
         weight_bytes=fields.count("weight_bytes", least=1),
         files=files,

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from .bundle import Bundle
 from .errors import BenchError
 from .machine import peak_memory, resident_memory
 from .measurements import Opening
@@ -38,6 +39,13 @@ def open_in_fresh_process(path: Path, provider: str, threads: int | None) -> Ope
     return Opening(**json.loads(done.stdout))
 
 
+def least_task(bundle: Bundle) -> str | None:
+    """What to run a bundle under that needs least: nothing, or where its graph holds prefixes the shortest."""
+    if bundle.manifest.mode == "feed":
+        return None
+    return min(bundle.tasks, key=lambda task: bundle.manifest.tasks[task].prefix_length)
+
+
 def observe(import_seconds: float, path: str, provider: str, threads: str) -> str:
     """Open a bundle in this process, generate a token, and return an `Opening` as JSON."""
     from .engine import load
@@ -46,7 +54,7 @@ def observe(import_seconds: float, path: str, provider: str, threads: str) -> st
     engine = load(path, provider=provider, threads=int(threads) if threads else None)
     open_seconds = time.perf_counter() - started
     opened_bytes = peak_memory()
-    engine.generate(token_ids=[0], max_new_tokens=1, ignore_end=True)
+    engine.generate(token_ids=[0], task=least_task(engine.bundle), max_new_tokens=1, ignore_end=True)
     measured = {
         "import_seconds": import_seconds,
         "open_seconds": open_seconds,

@@ -23,6 +23,8 @@ from .errors import ProviderError
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider"}
 _ERROR_SEVERITY = 3
+# The accuracy levels of MatMulNBits, which onnxruntime makes of a blockwise DequantizeLinear and a MatMul.
+_FLOAT_ACTIVATIONS, _ROUNDED_ACTIVATIONS = "1", "4"
 _MOST_THREADS = 512  # onnxruntime makes as many as it is told, for minutes
 
 
@@ -33,17 +35,27 @@ class Session:
         path: the graph; its external weights lie beside it.
         provider: the execution provider: "cpu".
         threads: of one run; None leaves the choice to onnxruntime (one a physical core).
+        is_exact: compute with activations in float32 where weights in standard operators are rounded; slower.
+
+    Attributes:
+        inputs: the names of the graph's inputs, those that may be left out included.
 
     Raises:
         ProviderError: the provider is unknown or not installed, or onnxruntime refuses the graph.
     """
 
-    def __init__(self, path: Path, provider: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self, path: Path, provider: str = "cpu", threads: int | None = None, *, is_exact: bool = False
+    ) -> None:
         options = ort.SessionOptions()
+        level = _FLOAT_ACTIVATIONS if is_exact else _ROUNDED_ACTIVATIONS
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
         if threads is not None:
             check_threads(threads)
             options.intra_op_num_threads = int(threads)
         self._session = _open(path, provider, options)
+        given = (*self._session.get_inputs(), *self._session.get_overridable_initializers())
+        self.inputs = frozenset(each.name for each in given)
 
     def binding(self) -> Binding:
         """A new, empty binding."""

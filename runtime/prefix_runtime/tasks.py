@@ -51,6 +51,11 @@ class TaskStore:
         with self._lock:
             return self._prefixes.get(name) is prefix
 
+    def place(self, prefix: Prefix) -> int:
+        """A prefix's place among the bundle's tasks, in the order of their names."""
+        with self._lock:
+            return next(index for index, name in enumerate(sorted(self._prefixes)) if self._prefixes[name] is prefix)
+
     def _find(self, name: str) -> Prefix | None:
         try:
             return self._prefixes[name]
@@ -62,7 +67,9 @@ class TaskStore:
 
         Raises:
             TaskNameError, DuplicateTaskError, PrefixMismatchError
+            BundleError: the graph holds its prefixes.
         """
+        self._bundle.check_tasks_may_change()
         self._bundle.check_prefix(prefix, f"task {name!r}")
         with self._lock:
             check_new_task_name(name, self._prefixes)
@@ -72,8 +79,10 @@ class TaskStore:
         """Remove a task; returns its prefix if it had been read.
 
         Raises:
-            UnknownTaskError
+            UnknownTaskError: there is no such task.
+            BundleError: the graph holds its prefixes.
         """
+        self._bundle.check_tasks_may_change()
         with self._lock:
             prefix = self._find(name)
             del self._prefixes[name]

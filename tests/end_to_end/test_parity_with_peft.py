@@ -1,4 +1,4 @@
-"""Every architecture against PEFT's own model: logits, and the tokens of its `generate`."""
+"""Every architecture and kind of graph against PEFT's own model: logits, and the tokens of its `generate`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import prefix_runtime
+from prefix_runtime import RequestError
 
 ARCHITECTURES = (
     "gpt2",
@@ -25,6 +26,7 @@ ARCHITECTURES = (
     "stablelm",
     "granite",
 )
+KINDS = {"fast": {}, "portable": {"target": "portable"}, "baked": {"mode": "bake"}}
 LENGTHS = (1, 10, 50, 200)
 TOLERANCE = 1e-4
 PROMPT = np.random.default_rng(1).integers(1, 384, size=45).tolist()
@@ -35,9 +37,14 @@ def architecture(request):
     return request.param
 
 
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def engine(workshop, architecture):
-    return prefix_runtime.load(workshop.bundle(architecture, LENGTHS, tokenizer=False), threads=1)
+def engine(workshop, architecture, kind):
+    return prefix_runtime.load(workshop.bundle(architecture, LENGTHS, tokenizer=False, **KINDS[kind]), threads=1)
 
 
 @pytest.fixture(scope="module", params=LENGTHS)
@@ -79,7 +86,8 @@ def test_logits_equal_pefts(engine, peft_model, length, prompt):
 
 
 def test_the_prefix_changes_the_answer(engine, length):
-    assert np.abs(engine.logits(PROMPT, f"p{length}") - engine.logits(PROMPT)).max() > 100 * TOLERANCE
+    other = next(task for task in engine.tasks if task != f"p{length}")
+    assert np.abs(engine.logits(PROMPT, f"p{length}") - engine.logits(PROMPT, other)).max() > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("prompt", [PROMPT[:1], PROMPT], ids=["one token", "many tokens"])
@@ -104,6 +112,19 @@ def test_decode_steps_give_the_logits_of_one_prefill(engine, length):
     assert tuple(logits.argmax(-1).tolist()) == tokens
 
 
-def test_the_bare_model_equals_transformers(engine, workshop, architecture):
+def test_rows_of_all_tasks_decode_together(engine):
+    tasks = [f"p{length}" for length in LENGTHS]
+    prompts = [PROMPT[: 7 * row + 1] for row in range(len(tasks))]
+    found = engine.generate(token_ids=prompts, task=tasks, max_new_tokens=[9, 3, 12, 6])
+    for row, (prompt, task) in enumerate(zip(prompts, tasks, strict=True)):
+        alone = engine.generate(token_ids=prompt, task=task, max_new_tokens=len(found[row].token_ids))
+        assert found[row].token_ids == alone.token_ids
+
+
+def test_the_bare_model_equals_transformers(engine, workshop, architecture, kind):
+    if kind == "baked":
+        with pytest.raises(RequestError, match="task: expected one of those that the graph holds"):
+            engine.logits(PROMPT)
+        return
     model = AutoModelForCausalLM.from_pretrained(workshop.model(architecture)).eval()
     np.testing.assert_allclose(engine.logits(PROMPT), peft_logits(model, PROMPT), rtol=0, atol=TOLERANCE)

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GptOssConfig, GptOssForCausalLM
 
 from prefix_export.attention import AttentionLayer, GroupQueryAttention, attention, check_fast_flavour, probe
+from prefix_export.decoder import FastDecoder
 from prefix_export.errors import UnsupportedArchitectureError
 from prefix_export.graph import export_graph
 from tests.conftest import CONFIGS
@@ -113,5 +114,5 @@ def test_attention_sinks_are_refused_by_name(tmp_path):
     config = GptOssConfig(**sizes, **experts, max_position_embeddings=64, rope_parameters={"rope_type": "default"})
     model = GptOssForCausalLM(config).eval()
     with pytest.raises(UnsupportedArchitectureError, match=r"^GptOssForCausalLM: .*s_aux"):
-        export_graph(model, probe(model), 64, tmp_path)
+        export_graph(FastDecoder(model, probe(model), torch.float32), 64, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())

@@ -54,9 +54,9 @@ def built(workshop, model, tmp_path_factory):
 def quick(monkeypatch, built):
     """Builds take the graph that was built before in place of an export."""
 
-    def copy(_model, _layers, _positions, folder, **_):
+    def copy(_decoder, _positions, path, **_):
         for name in GRAPH:
-            shutil.copy(built.root / name, folder)
+            shutil.copy(built.root / name, path.parent)
         return 1
 
     monkeypatch.setattr(build_module, "export_graph", copy)
@@ -342,8 +342,8 @@ def test_a_failure_at_any_stage_leaves_nothing_behind(model, built, place, monke
 
 
 def test_a_failure_in_the_middle_of_the_export_leaves_nothing_behind(model, place, monkeypatch):
-    def half(_model, _layers, _positions, folder, **_):
-        (folder / "model.onnx.data").write_bytes(b"half of it")
+    def half(_decoder, _positions, path, **_):
+        path.with_name("model.onnx.data").write_bytes(b"half of it")
         assert [path.suffix for path in place.iterdir()] == [".partial"]
         raise ExportError("graph: cannot be made")
 
@@ -354,9 +354,9 @@ def test_a_failure_in_the_middle_of_the_export_leaves_nothing_behind(model, plac
 
 
 def test_an_output_that_appears_during_the_build_is_not_overwritten(model, built, place, monkeypatch):
-    def late(_model, _layers, _positions, folder, **_):
+    def late(_decoder, _positions, path, **_):
         for name in GRAPH:
-            shutil.copy(built.root / name, folder)
+            shutil.copy(built.root / name, path.parent)
         (place / "out").mkdir()
         return 1
 

@@ -252,7 +252,7 @@ def test_several_prefixes_make_one_bundle(monkeypatch):
         (["build", "--model", "m", "--prefix", "e2e=a", "--prefix", "e2e=b"], "two prefixes for the task 'e2e'"),
         (["build", "--model", "m", "--prefix", "a/e2e", "--prefix", "b/e2e"], "name them with TASK=PATH"),
         (["build", "--model", "m", "--max-length", "long"], "'long' is not a valid integer"),
-        (["build", "--model", "m", "--mode", "bake"], "No such option"),
+        (["build", "--model", "m", "--flavour", "fast"], "No such option"),
         (["nonsense"], "No such command 'nonsense'"),
         (["tasks", "add"], "Missing argument 'BUNDLE'"),
         (["generate", "bundle", "hello", "--token-ids", "1"], "give either PROMPT or --token-ids"),

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import prefix_export
 from prefix_export import graph as graph_module
 from prefix_export.attention import probe
+from prefix_export.decoder import FastDecoder
 from prefix_export.errors import ExportError
 from prefix_export.graph import export_graph
 
@@ -39,7 +40,7 @@ def model(workshop, architecture):
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("graph")
-    export_graph(model, probe(model), 320, folder)
+    export_graph(FastDecoder(model, probe(model), torch.float32), 320, folder / "model.onnx")
     return folder
 
 
@@ -93,7 +94,7 @@ def test_the_graph_passes_onnx_full_check(folder, tmp_path):
 def test_attention_is_one_operator_a_layer_and_nothing_else_is_foreign(proto):
     foreign = [(node.domain, node.op_type) for node in proto.graph.node if node.domain]
     assert foreign == [("com.microsoft", "GroupQueryAttention")] * 3
-    assert {(entry.domain, entry.version) for entry in proto.opset_import} == {("", 20), ("com.microsoft", 1)}
+    assert {(entry.domain, entry.version) for entry in proto.opset_import} == {("", 21), ("com.microsoft", 1)}
     assert not proto.functions
 
 
@@ -192,7 +193,7 @@ def test_the_filled_part_of_the_past_is_not_written_again(session, architecture)
 def test_a_graph_with_another_number_of_attention_operators_is_refused(folder):
     loaded = ir.load(folder / "model.onnx")
     with pytest.raises(ExportError, match="expected 4 GroupQueryAttention nodes, found 3"):
-        graph_module._check_contract(loaded, 4)
+        graph_module._check_attention(loaded, 4)
 
 
 @pytest.mark.parametrize("name", ["input_ids", "attention_mask", "position_ids"])
@@ -201,7 +202,7 @@ def test_a_graph_with_other_axes_is_refused_by_input(folder, name):
     value = next(value for value in loaded.graph.inputs if value.name == name)
     value.shape = ir.Shape(["batch", value.shape[1]])
     with pytest.raises(ExportError, match=rf"input {name}: expected axes \[batch_size, .*found \[batch, "):
-        graph_module._check_contract(loaded, 3)
+        graph_module._check_axes(loaded)
 
 
 def test_a_model_that_torch_cannot_trace_is_refused_by_name(model, tmp_path, monkeypatch):
@@ -210,7 +211,7 @@ def test_a_model_that_torch_cannot_trace_is_refused_by_name(model, tmp_path, mon
 
     monkeypatch.setattr(torch.onnx, "export", fail)
     with pytest.raises(ExportError) as caught:
-        export_graph(model, probe(model), 64, tmp_path)
+        export_graph(FastDecoder(model, probe(model), torch.float32), 64, tmp_path / "model.onnx")
     assert str(caught.value) == f"{type(model).__name__}: torch.onnx cannot trace the model: data-dependent"
     assert not list(tmp_path.iterdir())
 

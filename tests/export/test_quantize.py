@@ -76,7 +76,7 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            (("int3", None, "rtn"), "precision: expected one of fp32, int8, int4, found 'int3'"),
+            (("fp16", 32, "rtn"), "expected precision int8 or int4 with them, found fp16"),
             (("int8", 48, "rtn"), "block size: expected one of 16, 32, 64, 128, 256, found 48"),
             (("int8", 0, "rtn"), "block size: expected one of"),
             (("int4", None, "gptq"), "quantizer: expected one of rtn, hqq, found 'gptq'"),
@@ -172,8 +172,8 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"precision": "int2"}, "precision: expected one of"),
-            ({"cache": "int4"}, "cache: expected one of fp32, fp16, int8, found 'int4'"),
+            ({"precision": "int2"}, "target cpu: precision: expected one of fp32, int8, int4, found 'int2'"),
+            ({"cache": "int4"}, "precision fp32: cache: expected one of fp32, fp16, int8, found 'int4'"),
             ({"precision": "int8", "block_size": 5}, "block size: expected one of"),
         ],
     )

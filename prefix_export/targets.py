@@ -1,0 +1,130 @@
+"""What each target needs: the flavour of the graph, its opset, what it may hold, and where it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from .errors import ExportError
+
+MODES = ("feed", "bake")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a graph is made for.
+
+    Attributes:
+        flavour: "fast" or "portable".
+        opset: of ONNX' own operators, by default.
+        precisions: of the weights, the default first.
+        caches: what keys and values may be kept in, by precision, the default first.
+        modes: whether prefixes are fed, baked, or either.
+        graphs: the graph's path in the bundle, by precision.
+        has_weights_apart: whether the weights lie in a file of their own, beside the graph.
+    """
+
+    flavour: str
+    opset: int
+    precisions: tuple[str, ...]
+    caches: Mapping[str, tuple[str, ...]]
+    modes: tuple[str, ...]
+    graphs: Mapping[str, str]
+    has_weights_apart: bool
+
+
+_FAST_CACHES = ("fp32", "fp16", "int8")
+_PORTABLE_CACHES = MappingProxyType({"fp32": ("fp32",), "fp16": ("fp16",), "int8": ("fp32",)})
+
+# Opset 21 has the blockwise DequantizeLinear that 8-bit weights need. Those after it bring these graphs nothing but
+# operators that browsers and TensorRT do not have.
+TARGETS: Mapping[str, Target] = MappingProxyType(
+    {
+        "cpu": Target(
+            flavour="fast",
+            opset=21,
+            precisions=("fp32", "int8", "int4"),
+            caches=MappingProxyType(dict.fromkeys(("fp32", "int8", "int4"), _FAST_CACHES)),
+            modes=("feed",),
+            graphs=MappingProxyType(dict.fromkeys(("fp32", "int8", "int4"), "model.onnx")),
+            has_weights_apart=True,
+        ),
+        "portable": Target(
+            flavour="portable",
+            opset=21,
+            precisions=("fp32", "fp16", "int8"),
+            caches=_PORTABLE_CACHES,
+            modes=MODES,
+            graphs=MappingProxyType(dict.fromkeys(("fp32", "fp16", "int8"), "model.onnx")),
+            has_weights_apart=True,
+        ),
+        # Folder and names as transformers.js expects them: `dtype` fp32, fp16, and q8, its default on a CPU.
+        "web": Target(
+            flavour="portable",
+            opset=21,
+            precisions=("int8", "fp32", "fp16"),
+            caches=_PORTABLE_CACHES,
+            modes=MODES,
+            graphs=MappingProxyType(
+                {"fp32": "onnx/model.onnx", "fp16": "onnx/model_fp16.onnx", "int8": "onnx/model_quantized.onnx"}
+            ),
+            has_weights_apart=False,
+        ),
+    }
+)
+
+_OPSETS = range(18, 24)
+"""That torch.onnx 2.13 writes and onnxruntime 1.32 runs."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A target with what was chosen of what it offers."""
+
+    name: str
+    target: Target
+    mode: str
+    precision: str
+    cache: str
+    opset: int
+
+    @property
+    def graph(self) -> str:
+        """The graph's path in the bundle."""
+        return self.target.graphs[self.precision]
+
+
+def plan(target: str | None, mode: str, precision: str | None, cache: str | None, opset: int | None) -> Plan:
+    """What is to be made, defaults filled in.
+
+    Args:
+        target: one of `TARGETS`; None stands for "cpu", or for "portable" where prefixes are baked.
+        mode: "feed" or "bake".
+        precision: of the weights; None takes the target's first.
+        cache: what keys and values are kept in; None takes the target's first.
+        opset: of ONNX' own operators; None takes the target's.
+
+    Raises:
+        ExportError: there is no such target, or it does not offer what was chosen.
+    """
+    _expect("mode", mode, MODES)
+    name = target if target is not None else ("portable" if mode == "bake" else "cpu")
+    _expect("target", name, TARGETS)
+    found = TARGETS[name]
+    _expect(f"target {name}: mode", mode, found.modes)
+    precision = precision if precision is not None else found.precisions[0]
+    _expect(f"target {name}: precision", precision, found.precisions)
+    caches = found.caches[precision]
+    cache = cache if cache is not None else caches[0]
+    _expect(f"target {name}, precision {precision}: cache", cache, caches)
+    chosen = found.opset if opset is None else opset
+    least = 21 if precision == "int8" and found.flavour == "portable" else _OPSETS[0]
+    if not least <= chosen <= _OPSETS[-1]:
+        raise ExportError(f"opset: expected {least} to {_OPSETS[-1]}, found {chosen}")
+    return Plan(name, found, mode, precision, cache, chosen)
+
+
+def _expect(what: str, found: str, choices: Collection[str]) -> None:
+    if found not in choices:
+        raise ExportError(f"{what}: expected one of {', '.join(choices)}, found {found!r}")
