@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-clients lint bench clean
 
 # Both distributions, installed as a user would, with the versions that were tested.
 $(VENV)/.installed: pyproject.toml runtime/pyproject.toml constraints.txt
@@ -23,6 +23,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/pytest
+
+# Other people's programs on real bundles; their environments and packages are kept under build/clients.
+test-clients: $(VENV)/.installed
+	$(BIN)/pytest -m clients
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -63,7 +63,9 @@ def _check_usage(bundle: Path | None, model: str | None, random: bool, flags: di
 @contextmanager
 def _random_bundle(model: str, options: dict[str, Any], on_step: StepListener) -> Iterator[Path]:
     """A bundle of a model with random weights, for as long as the block lasts."""
-    from .cli import cleaning_up_when_terminated, libraries_quiet
+    from prefix_runtime.cli import cleaning_up_when_terminated
+
+    from .cli import libraries_quiet
 
     with cleaning_up_when_terminated(), tempfile.TemporaryDirectory(prefix="prefix-export-bench-") as name:
         folder = Path(name)

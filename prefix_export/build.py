@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from prefix_runtime import Bundle, LayerPrefix, Manifest, Prefix
@@ -22,6 +24,7 @@ from . import __version__, formats, targets
 from .attention import check_fast_flavour
 from .bake import PrefixBank
 from .calibrate import cache_scales, save_scales
+from .clients import GENAI_CONFIG_NAME, genai_config
 from .decoder import Decoder, FastDecoder, PortableDecoder
 from .errors import ExportError, ModelError
 from .graph import export_graph
@@ -114,6 +117,8 @@ def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> B
     max_length = _max_length(request, base)
     on_step("folding prefixes")
     prefixes = {task: fold(path, base, max_length) for task, path in request.prefixes.items()}
+    if plan.cache == "fp16":
+        prefixes = {task: _in_float16(prefix) for task, prefix in prefixes.items()}
     warnings = tuple(_warnings(request, plan.target.flavour, base, prefixes, max_length))
     measured, compared = _split(request, _held_out(request, base, prefixes, max_length))
     in_float = answer_all(base, prefixes, request.prefixes, compared, on_step) if request.verify else {}
@@ -127,6 +132,9 @@ def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> B
         if scales is not None:
             save_scales(scales, folder)
         _save_configs(base, folder)
+        if plan.name == "portable" and plan.mode == "bake" and len(prefixes) == 1:
+            room = min(base.geometry.room(prefix, max_length) for prefix in prefixes.values())
+            _write_json(folder / GENAI_CONFIG_NAME, genai_config(base, plan.graph, room))
         on_step("hashing")
         manifest = _manifest(plan, settings, base, prefixes, weight_bytes, max_length=max_length, folder=folder)
         _write_manifest(folder, manifest)
@@ -136,7 +144,8 @@ def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> B
         parity = compare_all(folder, expected, on_step) if request.verify else {}
         quality = assess_all(folder, in_float, on_step) if in_float else {}
         if parity:
-            _write_manifest(folder, replace(manifest, parity=certificate(parity, quality)))
+            graph_bytes = sum(entry.size for name, entry in manifest.files.items() if name.startswith(plan.graph))
+            _write_manifest(folder, replace(manifest, parity=certificate(parity, quality, graph_bytes)))
         on_step("writing the bundle")
     return BuildResult(Bundle.open(request.output), parity, quality, time.perf_counter() - started, warnings)
 
@@ -248,6 +257,15 @@ def fold(path: Path, base: BaseModel, max_length: int) -> Prefix:
     return replace(prefix, base_fingerprint=base.fingerprint)
 
 
+def _in_float16(prefix: Prefix) -> Prefix:
+    """A prefix as keys and values of float16 take it, in half the bytes."""
+    sites = {
+        site: tuple(LayerPrefix(layer.key.astype(np.float16), layer.value.astype(np.float16)) for layer in layers)
+        for site, layers in prefix.sites.items()
+    }
+    return replace(prefix, sites=sites)
+
+
 def verify_against(
     bundle: Bundle, model: str, on_step: StepListener = lambda step: None
 ) -> dict[str | None, TaskParity]:
@@ -310,7 +328,11 @@ def _name_tokenizer_for_all(path: Path) -> None:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         # Without these transformers 4 gives the model token types too.
         config.setdefault("model_input_names", ["input_ids", "attention_mask"])
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _write_json(path, config)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _manifest(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,7 +72,7 @@ def main() -> None:
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with the source framework.")
 def build(model: str, prefixes: tuple[str, ...], held_out: tuple[str, ...], **options: Any) -> None:
     """Export the model and fold the prefixes into a bundle."""
-    with cleaning_up_when_terminated(), libraries_quiet(), _progress() as on_step:
+    with runtime.cleaning_up_when_terminated(), libraries_quiet(), _progress() as on_step:
         from .build import BuildRequest, build
 
         result = build(BuildRequest(model, _by_task(prefixes), held_out=_held_out(held_out), **options), on_step)
@@ -157,11 +157,16 @@ def _by_task(prefixes: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _held_out(files: tuple[str, ...]) -> dict[str | None, Path]:
-    named = [(task or None, Path(path)) for task, _, path in (file.rpartition("=") for file in files)]
+    named = [_of_task(file) for file in files]
     found = dict(named)
     if len(found) < len(named):
         raise click.UsageError("--held-out: two files for one task, or for all; give one")
     return found
+
+
+def _of_task(file: str) -> tuple[str | None, Path]:
+    task, _, path = file.partition("=") if "=" in file and not os.path.exists(file) else ("", "", file)  # noqa: PTH110  # as split_task
+    return task or None, Path(path)
 
 
 def _print_summary(result: BuildResult) -> None:
@@ -205,13 +210,13 @@ def _quality_table(result: BuildResult) -> Table:
     title = f"{manifest.precision} weights, {manifest.cache} keys and values, against float32"
     table = Table("task", "held-out text", "tokens", "greedy agreement", "perplexity", box=SIMPLE_HEAD, title=title)
     for task, quality in result.quality.items():
-        before, after = quality.reference_perplexity, quality.perplexity
+        before, after, change = quality.reference_perplexity, quality.perplexity, quality.perplexity_change
         table.add_row(
             task or "(no prefix)",
             quality.held_out,
             str(quality.positions),
             f"{quality.greedy_agreement:.1%}",
-            f"{before:.4g} → {after:.4g} ({after / before - 1:+.1%})" if before and after else "",
+            f"{before:.4g} → {after:.4g} ({change:+.1%})" if change is not None else "",
         )
     return table
 
@@ -253,13 +258,3 @@ def libraries_quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-@contextmanager
-def cleaning_up_when_terminated() -> Iterator[None]:
-    """Turn a polite kill into an exit, so that what is half-written is removed."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

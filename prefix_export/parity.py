@@ -21,10 +21,10 @@ from .errors import CheckpointError, ParityError, PrefixExportError
 from .formats import peft as peft_format
 from .models import BaseModel
 
-ABSOLUTE_TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.5}
-"""Largest difference of a logit that is accepted, by what keys and values are kept in."""
+ABSOLUTE_TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.5, "fp16 weights": 5e-2}
+"""Largest difference of a logit that is accepted, by what keys and values are kept in; or where all is float16."""
 
-RELATIVE_TOLERANCES = {"fp32": 1e-5, "fp16": 2e-3, "int8": 0.1}
+RELATIVE_TOLERANCES = {"fp32": 1e-5, "fp16": 2e-3, "int8": 0.1, "fp16 weights": 5e-3}
 """The same as a part of the largest logit, for models whose logits go beyond 10, where float32 itself is coarser."""
 
 _PROMPT_LENGTHS = (1, 7, 33)
@@ -233,7 +233,8 @@ def compare(expectation: Expectation, engine: Engine, task: str | None) -> TaskP
     difference = float(np.max([np.abs(logits - engine.logits(prompt, task)).max() for prompt, logits, _ in expected]))
     largest = max(float(np.abs(logits).max()) for logits in expectation.logits)
     cache = engine.bundle.manifest.cache
-    tolerance = max(ABSOLUTE_TOLERANCES[cache], RELATIVE_TOLERANCES[cache] * largest)
+    kind = "fp16 weights" if engine.bundle.manifest.precision == "fp16" else cache
+    tolerance = max(ABSOLUTE_TOLERANCES[kind], RELATIVE_TOLERANCES[kind] * largest)
     partings = [_parting(tokens, engine, task, prompt) for prompt, _, tokens in expected]
     ties = sum(0 < gap <= 2 * tolerance for gap in partings)
     equal = all(gap <= 2 * tolerance for gap in partings)

@@ -76,6 +76,12 @@ class TaskQuality:
     perplexity: float | None
     reference_perplexity: float | None
 
+    @property
+    def perplexity_change(self) -> float | None:
+        """The perplexity's change as a part of the float32 model's; None without a tokenizer."""
+        before, after = self.reference_perplexity, self.perplexity
+        return after / before - 1 if before and after else None
+
 
 def read_held_out(path: Path | None, base: BaseModel, prefix: Prefix | None, max_length: int) -> HeldOut:
     """The held-out texts in a file, a line each; where none is given, the demo's lighthouses.

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from .errors import ModelError
@@ -140,7 +141,10 @@ def save_random_model(name: str, folder: Path) -> None:
         _make_vectors_random(model)
     # So that a generation is as long as it is asked to be, whoever runs it.
     model.generation_config.eos_token_id = model.config.eos_token_id = None
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # so it tells of a full disk
+        raise OSError(f"{folder}: the weights cannot be written: {error}") from error
 
 
 @torch.no_grad()

@@ -98,15 +98,21 @@ def assess_all(
 
 
 def certificate(
-    parity: Mapping[str | None, TaskParity], quality: Mapping[str | None, TaskQuality]
+    parity: Mapping[str | None, TaskParity], quality: Mapping[str | None, TaskQuality], graph_bytes: int
 ) -> dict[str, object]:
-    """The comparisons as the manifest keeps them."""
-    return {**_by_task(parity), **({"quality": _by_task(quality)} if quality else {})}
+    """The comparisons as the manifest keeps them; quality with the size of graph and weights that it is had for."""
+    found = _by_task({task: asdict(result) for task, result in parity.items()})
+    if quality:
+        rounded = {
+            task: {**asdict(result), "perplexity_change": result.perplexity_change} for task, result in quality.items()
+        }
+        found["quality"] = {"graph_bytes": graph_bytes, **_by_task(rounded)}
+    return found
 
 
-def _by_task(results: Mapping[str | None, TaskParity] | Mapping[str | None, TaskQuality]) -> dict[str, object]:
-    tasks = {task: asdict(result) for task, result in results.items() if task is not None}
-    return {**({"bare_model": asdict(results[None])} if None in results else {}), "tasks": tasks}
+def _by_task(results: Mapping[str | None, dict[str, object]]) -> dict[str, object]:
+    bare = {"bare_model": results[None]} if None in results else {}
+    return {**bare, "tasks": {task: result for task, result in results.items() if task is not None}}
 
 
 @contextmanager

@@ -103,8 +103,8 @@ def test_graphs_know_no_formats(name):
 @pytest.mark.parametrize("name", ["cli.py", "bench_cli.py", "__init__.py", "__main__.py", "errors.py"])
 def test_nothing_heavy_is_imported_at_the_top_of_what_help_needs(name):
     path = ROOT / "prefix_export" / name
-    allowed = {"__future__", "click", "collections", "contextlib", "pathlib", "prefix_export", "prefix_runtime",
-               "signal", "sys", "tempfile", "typing"}  # fmt: skip
+    allowed = {"__future__", "click", "collections", "contextlib", "os", "pathlib", "prefix_export", "prefix_runtime",
+               "sys", "tempfile", "typing"}  # fmt: skip
     top = set(imported(path, tree(path).body))
     assert {name.split(".")[0] for name in top} <= allowed
     own = {name for name in top if name.startswith("prefix_export.")}

@@ -5,8 +5,9 @@
 >>> engine.generate("name[Aromi], food[Chinese]", task="e2e", max_new_tokens=64).text  # doctest: +SKIP
 """
 
+from .arguments import GenerationOptions
 from .bundle import Bundle
-from .engine import Engine, GenerationOptions, load
+from .engine import Engine, load
 from .errors import (
     BenchError,
     BundleError,

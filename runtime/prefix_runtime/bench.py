@@ -25,7 +25,7 @@ from .prefix import LayerPrefix, Prefix
 StepListener = Callable[[int, int, str], None]
 """Told what begins, before it begins: steps done, steps in all, and what it is."""
 
-OPENINGS = 2
+OPENINGS = 3
 T = TypeVar("T")
 
 
@@ -63,7 +63,7 @@ def bench_together(
     plans = [plan_rows(Bundle.open(path), request) for path in paths]
     progress = _Progress(on_step, sum(OPENINGS + 1 + _steps_of(plan) * (request.rounds + 1) for plan in plans))
     progress.total += request.rounds + 1  # of the bandwidth
-    openings = [_openings(plan, request, progress) for plan in plans]
+    openings = _openings(plans, request, progress)
     contestants = [_Contestant(plan, request, progress) for plan in plans]
     probe = BandwidthProbe(request.threads)
     bandwidth = _Step("read bandwidth", probe.measure)
@@ -76,13 +76,15 @@ def _steps_of(plan: Plan) -> int:
     return len(plan.rows) + len(plan.selections)
 
 
-def _openings(plan: Plan, request: BenchRequest, progress: _Progress) -> tuple[Opening, ...]:
-    found = []
-    # Before this process opens the bundle itself, so that there is memory for both.
+def _openings(plans: Sequence[Plan], request: BenchRequest, progress: _Progress) -> list[tuple[Opening, ...]]:
+    """Each bundle's openings, in turn."""
+    found: list[list[Opening]] = [[] for _ in plans]
+    # Before this process opens the bundles itself, so that there is memory for both.
     for number in range(1, OPENINGS + 1):
-        progress.begin(f"opening {plan.bundle.root.name} in a fresh process, {number} of {OPENINGS}")
-        found.append(open_in_fresh_process(plan.bundle.root, request.provider, request.threads))
-    return tuple(found)
+        for opened, plan in zip(found, plans, strict=True):
+            progress.begin(f"opening {plan.bundle.root.name} in a fresh process, {number} of {OPENINGS}")
+            opened.append(open_in_fresh_process(plan.bundle.root, request.provider, request.threads))
+    return [tuple(opened) for opened in found]
 
 
 def _run_rounds(steps: Sequence[_Step[Any]], rounds: int, progress: _Progress) -> None:

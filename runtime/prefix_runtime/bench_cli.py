@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -100,10 +101,11 @@ def run(bundle: Path, flags: dict[str, Any], on_step: StepListener) -> None:
 
     report, comparison = _measure(bundle, flags, on_step)
     on_step(0, 0, "")
+    # First, so that it is not lost where a file cannot be written.
+    click.echo(as_text(report, comparison), nl=False)
     for name in _OUTPUTS:
         if flags[name]:
-            _write(flags[name], _content(name, report, comparison))
-    click.echo(as_text(report, comparison), nl=False)
+            _write(flags[name].resolve(), _content(name, report, comparison))
 
 
 def check_flags(flags: dict[str, Any]) -> None:
@@ -127,8 +129,7 @@ def check_flags(flags: dict[str, Any]) -> None:
         path: Path | None = flags[name]
         if path is None:
             continue
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            found = "a folder of that name" if path.is_dir() else f"no folder {path.absolute().parent}"
+        if found := _obstacle(path.resolve()):
             raise BenchError(f"--{name} {path}: expected a file in a folder that exists, found {found}")
         if (other := written.setdefault(path.resolve(), name)) != name:
             raise BenchError(f"--{name} {path}: expected a file of its own, found that of --{other}")
@@ -136,6 +137,17 @@ def check_flags(flags: dict[str, Any]) -> None:
         from .picture import check_library
 
         check_library()
+
+
+def _obstacle(path: Path) -> str | None:
+    """What keeps a file from being written."""
+    if path.is_dir():
+        return "a folder of that name"
+    if not path.parent.is_dir():
+        return f"no folder {path.parent}"
+    if path.exists() and not path.is_file():
+        return "something of that name that is no file"
+    return None if os.access(path.parent, os.W_OK) else f"that {path.parent} is not writable"
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import types
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -24,6 +25,7 @@ FIGURES = ("time_to_first_token", "task_selection", "prefill", "first_step", "in
 
 # Of seconds and of bytes a second: ratios of what lies between stay numbers.
 _LEAST, _MOST = 1e-12, 1e15
+_LONGEST_TEXT = 10_000
 
 T = TypeVar("T")
 
@@ -150,7 +152,14 @@ def _expect(kind: type[T], value: Any, where: str) -> T:
     # JSON's true is Python's 1: a number must not be a truth value.
     if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and not 0 <= value <= _MOST):  # type: ignore[operator]
         raise BenchError(f"{where}: expected {kind.__name__}, found {type(value).__name__} {str(value)[:60]!r}")
+    if isinstance(value, str) and (len(value) > _LONGEST_TEXT or any(map(_is_control, value))):
+        raise BenchError(f"{where}: expected at most {_LONGEST_TEXT} characters, no control ones, found {value[:60]!r}")
     return value
+
+
+def _is_control(character: str) -> bool:
+    """Whether it would steer a terminal, or is half of a character, which no file takes."""
+    return unicodedata.category(character) in ("Cc", "Cs")
 
 
 def _read_float(value: Any, where: str) -> float:

@@ -146,10 +146,12 @@ class Bundle:
         An engine that has the bundle open does not see it; see `Engine.add_task`.
 
         Raises:
-            TaskNameError, DuplicateTaskError, PrefixMismatchError: nothing was changed.
+            TaskNameError, DuplicateTaskError, PrefixError, PrefixMismatchError: nothing was changed.
             BundleError: the graph holds its prefixes.
             OSError: the disk is full or not writable; the bundle is as it was.
         """
+        if not isinstance(prefix, Prefix):
+            raise PrefixError(f"task {name!r}: expected a Prefix, found {prefix!r}; read a file with Prefix.load")
         self.check_tasks_may_change()
         self.check_prefix(prefix, f"task {name!r}")
         with locked(self.root):

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +22,10 @@ from .bench_cli import bench
 from .errors import PrefixRuntimeError, RequestError
 
 if TYPE_CHECKING:
+    from .arguments import GenerationOptions
     from .bundle import Bundle
-    from .engine import Engine, GenerationOptions
+    from .engine import Engine
+    from .manifest import Manifest
     from .prefix import Prefix
     from .results import GenerationResult
 
@@ -88,7 +92,8 @@ def prepare(bundle: Path, provider: str, remove: bool) -> None:
     if remove:
         click.echo(f"removed what was kept of {bundle}" if prepared.forget(opened, provider) else "nothing was kept")
         return
-    graph = prepared.prepare(opened, provider)
+    with cleaning_up_when_terminated():
+        graph = prepared.prepare(opened, provider)
     size = sum(path.stat().st_size for path in graph.parent.iterdir())
     click.echo(f"{graph.parent}: {size / 1e6:.1f} MB")
 
@@ -173,6 +178,16 @@ def generate(bundle: Path, prompt: str | None, token_ids: str | None, names: tup
 main.add_command(bench)
 
 
+@contextmanager
+def cleaning_up_when_terminated() -> Iterator[None]:
+    """Turn a polite kill into an exit, so that what is half-written is removed."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def add_to_bundle(bundle: Path, prefix: str, read: Callable[[Path, Bundle], Prefix]) -> None:
     """Add what `read` makes of `[TASK=]PATH` to a bundle and print that."""
     from .bundle import Bundle
@@ -221,7 +236,9 @@ def print_bundle(bundle: Bundle, as_json: bool) -> None:
             "key/value heads": str(first.key_value_heads),
             "head size": str(first.head_dim),
             "context": f"{manifest.geometry.context_length} positions, {manifest.max_length} used",
-            "graph": f"{manifest.mode}, {manifest.flavour} flavour, {manifest.precision}, for {manifest.target}",
+            "graph": f"{manifest.mode}, {manifest.flavour} flavour, for {manifest.target}",
+            "weights": f"{manifest.precision}{_rounding_note(manifest)}",
+            "keys and values": manifest.cache,
             "size": f"{size / 1e6:.1f} MB without prefixes",
             "tasks": ", ".join(
                 f"{name} (prefix length {manifest.tasks[name].prefix_length}, {_parity_note(manifest.parity, name)})"
@@ -243,11 +260,18 @@ def print_fields(fields: dict[str, str], as_json: bool) -> None:
         click.echo(f"{name:<{width}}  {value}")
 
 
+def _rounding_note(manifest: Manifest) -> str:
+    return f", by {manifest.quantizer} in blocks of {manifest.block_size}" if manifest.quantizer else ""
+
+
 def _parity_note(parity: Any, task: str) -> str:
     result = (parity or {}).get("tasks", {}).get(task)
     if not isinstance(result, dict):
         return "not compared"
-    return f"agrees with {result.get('reference')} within {result.get('largest_logit_difference', float('nan')):.1e}"
+    agreed = f"agrees with {result.get('reference')} within {result.get('largest_logit_difference', float('nan')):.1e}"
+    quality = ((parity or {}).get("quality") or {}).get("tasks", {}).get(task)
+    rounded = quality.get("greedy_agreement") if isinstance(quality, dict) else None
+    return f"{agreed}, {rounded:.1%} of tokens as in float32" if isinstance(rounded, float) else agreed
 
 
 def _prompt(prompt: str | None, token_ids: str | None) -> dict[str, Any]:

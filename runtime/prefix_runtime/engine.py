@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, cast, overload
+from typing import Any, Unpack, cast, overload
 
 import numpy as np
 
+from .arguments import (
+    GenerationOptions,
+    as_list,
+    as_sampling,
+    as_stop,
+    check_ids,
+    check_names,
+    one_each,
+    options_of_each,
+)
 from .bundle import Bundle
 from .cache_format import CacheFormat
 from .cache_pool import CacheMaker, CachePool
 from .checks import is_whole
 from .decoding import decode
-from .errors import BundleError, ContextOverflowError, RequestError
+from .errors import BundleError, ContextOverflowError, PrefixError, ProviderError, RequestError
 from .generation import GrowingAnswer, Request
 from .growing_cache import GrowingCache
 from .kv_cache import KeyValueCache
 from .prefix import Prefix
 from .prepared import prepared_graph
 from .results import Chunk, GenerationResult
-from .sampling import Sampling
 from .session import Session
 from .tasks import TaskStore
 from .text import TextCodec
@@ -31,24 +40,6 @@ from .text import TextCodec
 DEFAULT_MAX_NEW_TOKENS = 256
 DEFAULT_CACHE_BYTES = 2 << 30
 DEFAULT_MAX_BATCH = 8
-_GREEDY = Sampling()
-_LISTED = ("max_new_tokens", "sampling")
-"""Options that may differ between the prompts of a list."""
-
-
-class GenerationOptions(TypedDict, total=False):
-    """What `generate` and `stream` take by name. For a list of prompts, some may be a list with one for each.
-
-    max_new_tokens: at the most, or a list; where it is not given 256, or fewer if the context has no room for them.
-    sampling: how tokens are chosen, or a list; greedy where it is not given.
-    stop: strings that end the text and are left out of it.
-    ignore_end: go on behind end tokens, up to `max_new_tokens`; for measurements.
-    """
-
-    max_new_tokens: int | Sequence[int | None] | None
-    sampling: Sampling | Sequence[Sampling | None] | None
-    stop: str | Sequence[str] | None
-    ignore_end: bool
 
 
 def load(
@@ -92,8 +83,16 @@ def load(
         raise RequestError(f"max_batch: expected a whole number, 1 or more, found {max_batch!r}")
     # A kept graph has no hashes: who asks for verification gets what was verified.
     kept = None if verify else prepared_graph(bundle, provider)
-    session = Session(kept or bundle.graph_path, provider, threads)
-    return Engine(bundle, session, max_length or limit, cache_bytes, max_batch)
+    return Engine(bundle, _open(bundle, kept, provider, threads), max_length or limit, cache_bytes, max_batch)
+
+
+def _open(bundle: Bundle, kept: Path | None, provider: str, threads: int | None) -> Session:
+    if kept is not None:
+        try:
+            return Session(kept, provider, threads)
+        except ProviderError:
+            pass  # it is damaged: the bundle's own is whole, or says what is wrong
+    return Session(bundle.graph_path, provider, threads)
 
 
 class Engine:
@@ -142,6 +141,8 @@ class Engine:
             PrefixError, PrefixMismatchError: the prefix is malformed or does not fit the model.
             BundleError: the bundle's graph holds its prefixes.
         """
+        if not isinstance(prefix, Prefix | str | Path):
+            raise PrefixError(f"task {name!r}: expected a prefix or a file of one, found {prefix!r}")
         self._store.add(name, prefix if isinstance(prefix, Prefix) else Prefix.load(prefix))
 
     def remove_task(self, name: str) -> None:
@@ -196,9 +197,10 @@ class Engine:
             RequestError: the prompt is empty, an id is not in the vocabulary, a setting is out of range.
             ContextOverflowError: prefix, prompt and new tokens do not fit.
         """
-        prompts, single = _as_list(prompt, token_ids)
-        tasks = [cast(str | None, task)] if single else _one_each(task, len(prompts))
-        each = [options] if single else _options_of_each(options, len(prompts))
+        check_names(options)
+        prompts, single = as_list(prompt, token_ids)
+        tasks = [cast(str | None, task)] if single else one_each(task, len(prompts))
+        each = [options] if single else options_of_each(options, len(prompts))
         # All are checked before the first is run: a list is answered whole or not at all.
         requests = [self._request(*row) for row in zip(prompts, tasks, each, strict=True)]
         size = self._max_batch
@@ -226,7 +228,8 @@ class Engine:
 
         What is wrong with the request is raised by the call, not by the first step.
         """
-        prompts, single = _as_list(prompt, token_ids)
+        check_names(options)
+        prompts, single = as_list(prompt, token_ids)
         if not single:
             raise RequestError("stream: expected one prompt, found a list; use generate for lists")
         return self._steps(self._request(prompts[0], task, options))
@@ -245,7 +248,7 @@ class Engine:
         Raises:
             UnknownTaskError, RequestError, ContextOverflowError: as in `generate`.
         """
-        _check_ids(token_ids)
+        check_ids(token_ids)
         request = self._request(token_ids, task, {"max_new_tokens": 0}, least_new_tokens=0)
         with self._pool.lease([request.prefix], request.length) as (cache, _):
             return cache.prefill(0, request.prompt, keep_all_logits=True)
@@ -283,11 +286,7 @@ class Engine:
         self, prompt: str | Sequence[int], task: str | None, options: GenerationOptions, least_new_tokens: int = 1
     ) -> Request:
         started = time.perf_counter()
-        unknown = sorted(set(options) - set(GenerationOptions.__annotations__))
-        if unknown:
-            # As Python itself does: a misspelt option must not be left out silently.
-            raise TypeError(f"expected the options {', '.join(GenerationOptions.__annotations__)}, found {unknown}")
-        stop = _as_stop(options.get("stop"))
+        stop = as_stop(options.get("stop"))
         if stop and self._codec is None:
             raise RequestError(f"stop: {self.bundle.root} has no tokenizer, so text cannot be looked at; leave it out")
         if not isinstance(options.get("ignore_end", False), bool):
@@ -306,7 +305,7 @@ class Engine:
             task=task,
             prefix=prefix,
             max_new_tokens=self._check_length(prefix, len(ids), options.get("max_new_tokens"), least_new_tokens),
-            sampling=_as_sampling(options.get("sampling")),
+            sampling=as_sampling(options.get("sampling")),
             stop=stop,
             end_tokens=() if options.get("ignore_end") else self._end_tokens,
             task_selection=selected,
@@ -342,72 +341,6 @@ class Engine:
                 f"found a prompt of {prompt} and {wanted - prompt} new; shorten the prompt or lower max_new_tokens"
             )
         return min(DEFAULT_MAX_NEW_TOKENS, room - prompt) if new is None else int(new)
-
-
-def _as_list(
-    prompt: str | list[str] | None, token_ids: Sequence[int] | Sequence[Sequence[int]] | None
-) -> tuple[list[Any], bool]:
-    """The prompts, and whether a single one was given."""
-    if (prompt is None) == (token_ids is None):
-        raise RequestError("expected either a prompt or token_ids, found " + ("neither" if prompt is None else "both"))
-    if prompt is not None:
-        if isinstance(prompt, str):
-            return [prompt], True
-        listed = list(prompt) if isinstance(prompt, Iterable) else [prompt]
-        if all(isinstance(item, str) for item in listed):
-            return listed, False
-        raise RequestError("prompt: expected text or a list of texts; give token ids as token_ids=")
-    if isinstance(token_ids, str | bytes) or not isinstance(token_ids, Iterable):
-        raise RequestError(f"token_ids: expected whole numbers, found {token_ids!r}; give text as the prompt")
-    rows: list[Any] = list(token_ids)
-    if rows and all(isinstance(row, Sequence | np.ndarray) for row in rows):
-        for row in rows:
-            _check_ids(row)
-        return rows, False
-    _check_ids(rows)
-    return [rows], True
-
-
-def _check_ids(row: Sequence[object]) -> None:
-    for index, token_id in enumerate(row):
-        if not isinstance(token_id, int | np.integer) or isinstance(token_id, bool):
-            raise RequestError(f"token_ids[{index}]: expected a whole number, found {token_id!r}")
-
-
-def _one_each(task: str | Sequence[str | None] | None, count: int) -> list[str | None]:
-    if task is None or isinstance(task, str):
-        return [task] * count
-    if not isinstance(task, Sequence) or len(task) != count:
-        found = len(task) if isinstance(task, Sequence) else repr(task)
-        raise RequestError(f"task: expected one, or one for each of the {count} prompts, found {found}")
-    return list(task)
-
-
-def _options_of_each(options: GenerationOptions, count: int) -> list[GenerationOptions]:
-    """The options of each of some prompts."""
-    listed = {name: value for name, value in options.items() if name in _LISTED and isinstance(value, list | tuple)}
-    for name, values in listed.items():
-        if len(values) != count:
-            raise RequestError(f"{name}: expected one, or one for each of the {count} prompts, found {len(values)}")
-    rows = [{**options, **{name: values[row] for name, values in listed.items()}} for row in range(count)]
-    return cast(list[GenerationOptions], rows)
-
-
-def _as_sampling(sampling: object) -> Sampling:
-    if sampling is None:
-        return _GREEDY
-    if not isinstance(sampling, Sampling):
-        raise RequestError(f"sampling: expected a Sampling, found {sampling!r}")
-    return sampling
-
-
-def _as_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    if stop is None:
-        return ()
-    strings = [stop] if isinstance(stop, str) else stop
-    if not isinstance(strings, Sequence) or not all(isinstance(string, str) and string for string in strings):
-        raise RequestError(f"stop: expected strings of at least one character, found {strings!r}")
-    return tuple(strings)
 
 
 def _read_codec(bundle: Bundle) -> TextCodec | None:

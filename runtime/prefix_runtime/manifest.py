@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
+import numpy as np
+
+from .cache_format import CACHE_TYPES, SCALES_NAME
 from .errors import BundleError, DuplicateTaskError, TaskNameError, UnknownTaskError
 from .geometry import Geometry, LayerGeometry
 
@@ -16,6 +19,8 @@ FORMAT = "prefix-export.bundle"
 FORMAT_VERSION = 1
 _TASK_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# What no model comes near: buffers are made by these numbers, and a manifest may come from anywhere.
+_MOST_HEADS, _MOST_HEAD_DIM, _MOST_POSITIONS, _MOST_TOKENS = 1 << 12, 1 << 13, 1 << 26, 1 << 24
 T = TypeVar("T")
 
 
@@ -203,10 +208,11 @@ class _Fields:
     def optional(self, key: str, kind: type[T]) -> T | None:
         return None if self._content.get(key) is None else self.get(key, kind)
 
-    def count(self, key: str, least: int = 0) -> int:
+    def count(self, key: str, least: int = 0, most: int = 2**63 - 1) -> int:
         value = self.get(key, int)
-        if not least <= value < 2**63:
-            raise BundleError(f"{self.where}: {key}: expected a number of {least} or more, found {value}")
+        if not least <= value <= most:
+            limit = f"{least} or more" if value < least else f"at most {most}"
+            raise BundleError(f"{self.where}: {key}: expected a number of {limit}, found {value}")
         return value
 
     def child(self, key: str) -> _Fields:
@@ -246,6 +252,9 @@ def _read_manifest(fields: _Fields) -> Manifest:
     graph = fields.get("graph", str)
     if graph not in files:
         raise BundleError(f"{fields.where}: graph: expected one of the listed files, found {graph!r}")
+    cache = fields.choice("cache", *CACHE_TYPES)
+    if CACHE_TYPES[cache] == np.int8 and SCALES_NAME not in files:
+        raise BundleError(f"{fields.where}: files: expected {SCALES_NAME} among them for cache {cache!r}, found none")
     return Manifest(
         producer=fields.get("producer", str),
         model=_read_model(fields.child("model")),
@@ -259,9 +268,9 @@ def _read_manifest(fields: _Fields) -> Manifest:
         weight_bytes=fields.count("weight_bytes", least=1),
         files=files,
         tasks=tasks,
-        cache=fields.choice("cache", "fp32", "fp16", "int8"),
-        block_size=fields.optional("block_size", int),
-        quantizer=fields.optional("quantizer", str),
+        cache=cache,
+        block_size=fields.count("block_size", 1, 1 << 16) if fields.optional("block_size", int) else None,
+        quantizer=fields.choice("quantizer", "rtn", "hqq") if fields.optional("quantizer", str) else None,
         parity=_read_parity(fields),
     )
 
@@ -311,9 +320,11 @@ def _read_model(fields: _Fields) -> ModelEntry:
 
 def _read_geometry(fields: _Fields) -> Geometry:
     layers = tuple(
-        LayerGeometry(layer.count("key_value_heads", least=1), layer.count("head_dim", least=1))
+        LayerGeometry(layer.count("key_value_heads", 1, _MOST_HEADS), layer.count("head_dim", 1, _MOST_HEAD_DIM))
         for layer in fields.children("layers")
     )
     if not layers:
         raise BundleError(f"{fields.where}: layers: expected at least one, found none")
-    return Geometry(layers, fields.count("context_length", least=1), fields.count("vocab_size", least=1))
+    return Geometry(
+        layers, fields.count("context_length", 1, _MOST_POSITIONS), fields.count("vocab_size", 1, _MOST_TOKENS)
+    )

@@ -22,7 +22,7 @@ from .machine import processor_features
 from .session import onnxruntime_version, save_opened
 
 _SIZES = "sizes.json"
-"""Of the kept files: an interrupted copy or a full disk is noticed, and the bundle's own graph opened."""
+"""Sizes and times of the kept files: one that was changed is noticed, and the bundle's own graph opened."""
 
 
 def prepare(bundle: Bundle, provider: str = "cpu") -> Path:
@@ -90,14 +90,16 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefix-runtime"
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != _SIZES}
+def _sizes(folder: Path) -> dict[str, list[int]]:
+    found = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.name != _SIZES}
+    return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}
 
 
 def _folder(bundle: Bundle, provider: str) -> Path:
     manifest = bundle.manifest
     identity = {
-        "files": {name: manifest.files[name].sha256 for name in sorted(manifest.files) if ".onnx" in name},
+        "graph": manifest.graph,
+        "files": {name: manifest.files[name].sha256 for name in sorted(manifest.files)},
         "onnxruntime": onnxruntime_version(),
         "provider": provider,
         "machine": [platform.system(), platform.machine(), processor_features()],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from .measurements import BenchReport, Cell, Comparison, Opening, Quartiles, Ratio, Switch, quartiles
 
@@ -11,6 +12,8 @@ WIDTH = 100
 """Characters that a table takes on a terminal, at the most, where its first column can be cut to that."""
 
 _LEAST_FIRST_COLUMN = 8
+_OPENING_SECONDS = ("import_seconds", "open_seconds")
+_OPENING_BYTES = ("opened_bytes", "generated_bytes", "resident_bytes")
 _LATENCIES = (("time_to_first_token", "to first token"), ("inter_token_latency", "a token"))
 
 
@@ -76,7 +79,9 @@ def general_tables(report: BenchReport) -> list[Table]:
         found.append(Table("selecting a task", selecting, tuple(map(_switch_row, report.switches))))
     if report.openings:
         opening = ("process", "s to import", "s to open", "peak MB, opened", "peak MB, generated", "resident MB")
-        rows = tuple(_opening_row(number, each) for number, each in enumerate(report.openings, 1))
+        rows = tuple(_opening_row(str(number), [each]) for number, each in enumerate(report.openings, 1))
+        if len(report.openings) > 1:
+            rows += (_opening_row("median", report.openings),)
         found.append(Table("opening the bundle in a fresh process", opening, rows))
     return found
 
@@ -169,10 +174,14 @@ def _switch_row(switch: Switch) -> tuple[str, ...]:
     return (row_name(switch), _spread_ms(quartiles(switch.cold)), _spread_ms(quartiles(switch.warm)))
 
 
-def _opening_row(number: int, opening: Opening) -> tuple[str, ...]:
-    memory = (opening.opened_bytes, opening.generated_bytes, opening.resident_bytes)
-    shown = ("unknown" if found is None else f"{found / 1e6:.0f}" for found in memory)
-    return (str(number), f"{opening.import_seconds:.2f}", f"{opening.open_seconds:.2f}", *shown)
+def _opening_row(name: str, openings: Sequence[Opening]) -> tuple[str, ...]:
+    seconds = (f"{median(getattr(each, field) for each in openings):.2f}" for field in _OPENING_SECONDS)
+    return (name, *seconds, *(_megabytes([getattr(each, field) for each in openings]) for field in _OPENING_BYTES))
+
+
+def _megabytes(found: Sequence[int | None]) -> str:
+    known = [each for each in found if each is not None]
+    return f"{median(known) / 1e6:.0f}" if known else "unknown"
 
 
 def _comparison_row(comparison: Comparison, cell: Cell, other: Cell, figure: str) -> tuple[str, ...]:

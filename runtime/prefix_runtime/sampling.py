@@ -22,7 +22,7 @@ class Sampling:
 
     Attributes:
         repetition_penalty: divides the positive and multiplies the negative logits of tokens of the prompt and of
-            the text so far; 1 leaves them alone. Keskar et al., "CTRL", 2019.
+            the text so far, 0.001 to 1000; 1 leaves them alone. Keskar et al., "CTRL", 2019.
         temperature: divides the logits; 0 takes the most likely token and ignores what follows.
         top_k: keeps the k most likely tokens; 0 keeps all. Fan et al., 2018.
         top_p: keeps the most likely tokens whose probabilities reach p together; 1 keeps all. Holtzman et al., 2020.
@@ -46,7 +46,8 @@ class Sampling:
         _check("top_p", self.top_p, "above 0 and at most 1", is_finite(self.top_p) and 0 < self.top_p <= 1)
         _check("min_p", self.min_p, "0 to 1", is_finite(self.min_p) and 0 <= self.min_p <= 1)
         penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, "above 0", is_finite(penalty) and penalty > 0)
+        # Beyond, logits leave what float32 holds.
+        _check("repetition_penalty", penalty, "0.001 to 1000", is_finite(penalty) and 1e-3 <= penalty <= 1e3)
         _check("seed", self.seed, "None or a whole number, 0 or more", self.seed is None or is_whole(self.seed))
 
 

@@ -72,13 +72,23 @@ class Binding:
         self._arrays: dict[str, np.ndarray] = {}
 
     def input(self, name: str, array: np.ndarray) -> None:
-        """Bind a C-contiguous array to an input, in place of what was bound there."""
-        self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        """Bind a C-contiguous array to an input, in place of what was bound there.
+
+        Raises:
+            ProviderError: the graph has no such input.
+        """
+        try:
+            self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        except Exception as error:  # as above
+            raise ProviderError(f"the graph has no input {name!r} as the manifest describes it: {error}") from error
         self._arrays[name] = array
 
     def output(self, name: str, array: np.ndarray) -> None:
-        """Bind a C-contiguous array to an output, in place of what was bound there."""
-        self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        """Bind a C-contiguous array to an output, in place of what was bound there; errors as for `input`."""
+        try:
+            self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        except Exception as error:  # as above
+            raise ProviderError(f"the graph has no output {name!r} as the manifest describes it: {error}") from error
         self._arrays[name] = array
 
     def run(self) -> None:

@@ -133,7 +133,8 @@ def test_inspect_shows_a_bundle(made):
     for part in (
         "gpt2-0-text (GPT2LMHeadModel)",
         "sha256:",
-        "feed, fast flavour, fp32, for cpu",
+        "feed, fast flavour, for cpu",
+        "keys and values  fp32",
         "e2e (prefix length 20",
     ):
         assert part in shown
@@ -238,6 +239,18 @@ def test_a_prefix_is_named_by_its_task_or_else_by_its_file_or_folder(monkeypatch
         (Path("e2e") / file).touch()
     request = captured_request(monkeypatch, "--model", "m", "--prefix", argument)
     assert request.prefixes == {task: Path(path)}
+
+
+def test_held_out_text_is_of_a_task_or_of_all(monkeypatch, tmp_path):
+    odd = tmp_path / "a=b.txt"
+    odd.write_text("text")
+    files = ["--held-out", "e2e=x.txt", "--held-out", odd]
+    assert captured_request(monkeypatch, "--model", "m", *files).held_out == {"e2e": Path("x.txt"), None: odd}
+
+
+def test_mode_target_and_opset_are_passed_on(monkeypatch):
+    request = captured_request(monkeypatch, "--model", "m", "--mode", "bake", "--target", "web", "--opset", 22)
+    assert (request.mode, request.target, request.opset, request.precision) == ("bake", "web", 22, None)
 
 
 def test_several_prefixes_make_one_bundle(monkeypatch):

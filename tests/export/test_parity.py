@@ -180,7 +180,7 @@ class Scripted:
 
     row: list[float]
     tokens: list[int]
-    bundle = SimpleNamespace(manifest=SimpleNamespace(cache="fp32"))
+    bundle = SimpleNamespace(manifest=SimpleNamespace(cache="fp32", precision="fp32"))
 
     def logits(self, token_ids, task):
         assert task == "t"

@@ -13,6 +13,7 @@ import prefix_runtime
 from prefix_export.build import BuildRequest, build, verify_against
 from prefix_export.errors import ExportError
 from prefix_export.quantize import DEFAULT_BLOCK_SIZES, Quantization, QuantizedModel, pack, quantization
+from prefix_runtime import Bundle
 
 EACH = [
     Quantization(8, 32),
@@ -163,6 +164,23 @@ class TestBundle:
 def test_other_settings_agree_with_the_source_framework_too(workshop, architecture, settings):
     bundle = prefix_runtime.Bundle.open(workshop.bundle(architecture, precision="int4", **settings))
     assert bundle.manifest.parity["bare_model"]["greedy_tokens_equal"]
+
+
+def test_a_prefix_of_a_float16_cache_takes_half_the_bytes(workshop):
+    bundle = Bundle.open(workshop.bundle(cache="fp16"))
+    assert bundle.prefix("p20").dtype == np.float16
+    whole = Bundle.open(workshop.bundle()).prefix("p20")
+    np.testing.assert_allclose(
+        bundle.prefix("p20").sites["decoder"][0].key, whole.sites["decoder"][0].key, rtol=1e-3, atol=1e-3
+    )
+
+
+def test_the_certificate_has_size_and_perplexity_change(workshop):
+    bundle = Bundle.open(workshop.bundle(precision="int8"))
+    quality = bundle.manifest.parity["quality"]
+    assert quality["graph_bytes"] == sum(path.stat().st_size for path in bundle.root.glob("model.onnx*"))
+    told = quality["tasks"]["p20"]
+    assert told["perplexity_change"] == pytest.approx(told["perplexity"] / told["reference_perplexity"] - 1)
 
 
 class TestRefused:

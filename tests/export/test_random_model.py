@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prefix_export.errors import ModelError, UnsupportedArchitectureError
 from prefix_export.models import fingerprint
@@ -123,3 +124,12 @@ def test_what_is_no_language_model_is_refused(tmp_path):
     (tmp_path / "vit" / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ModelError, match="expected the configuration of a causal language model, found 'vit'"):
         save_random_model(str(tmp_path / "vit"), tmp_path / "model")
+
+
+def test_a_full_disk_is_told_as_one(tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(OSError, match=r"weights cannot be written: .*No space left on device"):
+        save_random_model("distilgpt2", tmp_path / "model")

@@ -267,7 +267,7 @@ class TestMachine:
 
 class TestFigures:
     def test_the_overhead_does_not_see_a_machine_that_drifts(self):
-        drift = [1.0, 3.0, 0.5, 10.0, 2.0]
+        drift = [1.0, 3.0, 0.5, 10.0, 2.0, 4.0]
         report = report_of(cell(0, *drift), cell(5, *(1.1 * value for value in drift)))
         ratio = report.overhead(report.cells[1], "inter_token_latency")
         assert ratio.median == pytest.approx(1.1)
@@ -283,15 +283,22 @@ class TestFigures:
         report = report_of(cell(0, 1.0), cell(0, 2.0, prompt=20), cell(5, 4.0), cell(5, 4.0, prompt=20))
         assert [report.overhead(each, "inter_token_latency").median for each in report.cells[2:]] == [4.0, 2.0]
 
-    def test_the_interval_is_that_of_all_resamples(self):
-        ratios = [1.0, 1.2, 1.5, 2.0, 4.0]
-        medians = sorted(np.median(chosen) for chosen in itertools.product(ratios, repeat=5))
-        low, high = paired_ratio(ratios, [1.0] * 5).interval
-        assert (low, high) == (medians[int(0.025 * len(medians))], medians[int(0.975 * len(medians))])
+    @pytest.mark.parametrize(("rounds", "place"), [(6, 0), (8, 0), (9, 1), (12, 2), (15, 3), (30, 9)])
+    def test_the_interval_lies_between_the_ratios_that_the_sign_test_gives(self, rounds, place):
+        # Places from tables of that test, e.g. Conover, "Practical Nonparametric Statistics", table A3.
+        ratios = [float(number) for number in np.random.default_rng(0).permutation(rounds)]
+        assert paired_ratio(ratios, [1.0] * rounds).interval == (place, rounds - 1 - place)
 
-    def test_two_rounds_make_no_interval(self):
-        assert paired_ratio([2.0, 4.0], [1.0, 1.0]).median == 3.0
-        assert paired_ratio([2.0, 4.0], [1.0, 1.0]).interval is None
+    @pytest.mark.parametrize("rounds", [6, 7, 20])
+    def test_the_interval_holds_the_median_nineteen_times_of_twenty(self, rounds):
+        random = np.random.default_rng(1)
+        found = [paired_ratio(random.lognormal(size=rounds), np.ones(rounds)).interval for _ in range(2000)]
+        assert np.mean([low <= 1 <= high for low, high in found]) >= 0.94
+
+    @pytest.mark.parametrize("rounds", [1, 2, 5])
+    def test_few_rounds_make_no_interval(self, rounds):
+        ratio = paired_ratio([2.0] * rounds, [1.0] * rounds)
+        assert (ratio.median, ratio.interval) == (2.0, None)
 
     def test_the_floor_reads_the_weights_once_and_each_rows_keys_and_values(self):
         report = report_of(cell(20, 1.0, prompt=10, batch=3))
@@ -321,18 +328,17 @@ class TestFigures:
 
 
 TIMES = st.floats(1e-9, 1e6)
+PRINTED = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=20)
 
 
 @st.composite
 def reports(draw):
     rounds = draw(st.integers(1, 3))
     many = st.lists(TIMES, min_size=rounds, max_size=rounds)
-    rows = draw(st.lists(st.tuples(st.none() | st.text(max_size=5), st.integers(0, 9)), min_size=1, unique=True))
+    rows = draw(st.lists(st.tuples(st.none() | PRINTED, st.integers(0, 9)), min_size=1, unique=True))
     cells = [replace(cell(length, *draw(many)), task=task) for task, length in rows]
     report = report_of(*cells)
-    return replace(
-        report, bandwidth=tuple(draw(many)), skipped=tuple(draw(st.lists(st.text()))), command=draw(st.text())
-    )
+    return replace(report, bandwidth=tuple(draw(many)), skipped=tuple(draw(st.lists(PRINTED))), command=draw(PRINTED))
 
 
 class TestFiles:
@@ -356,7 +362,7 @@ class TestFiles:
         assert (row["task"], row["prefix_length"], row["inter_token_latency_ratio"]) == ("", "0", "")
 
     def test_the_summary_has_the_overhead(self):
-        row = summary(report_of(cell(0, 1.0, 1.0, 1.0), cell(5, 2.0, 2.0, 2.0)))[1]
+        row = summary(report_of(cell(0, *[1.0] * 6), cell(5, *[2.0] * 6)))[1]
         names = ("inter_token_latency_ratio", "inter_token_latency_ratio_low", "inter_token_latency_ratio_high")
         assert [row[name] for name in names] == [2.0, 2.0, 2.0]
 
@@ -393,6 +399,9 @@ class TestFiles:
             ("machine", {"processor": 1}, "machine.processor: expected str"),
             ("openings.0.open_seconds", None, "open_seconds: expected 0 or a number"),
             ("command", None, "command: expected str"),
+            ("command", "\x1b[31m", "command: expected at most 10000 characters, no control ones"),
+            ("subject.model", "\ud800", "model: expected at most 10000 characters, no control ones"),
+            ("subject.model", "x" * 10_001, "model: expected at most 10000 characters, no control ones"),
         ],
     )
     def test_what_is_wrong_with_a_report_is_named(self, path, value, message):

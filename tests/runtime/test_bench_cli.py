@@ -114,6 +114,7 @@ def test_a_report_is_shown_beside_a_new_one(cli, shared_bundle, tmp_path):
         (["--threads", "100000"], "Error: threads: expected 1 to 512, found 100000"),
         (["--json", "{tmp}/./r.csv"], "r.csv: expected a file of its own, found that of --json"),
         (["--json", "{tmp}/no/r.json"], "expected a file in a folder that exists, found no folder {tmp}/no"),
+        (["--html", "/dev/null"], "expected a file in a folder that exists, found something of that name that is no"),
         (["--html", "{tmp}"], "expected a file in a folder that exists, found a folder of that name"),
         (["--against", "{tmp}/nowhere"], "expected a bundle folder or a report that `bench --json` wrote, found none"),
         (["--against", "{tmp}"], "expected a bundle (a folder with manifest.json), found none"),
@@ -146,14 +147,16 @@ def test_without_matplotlib_the_picture_is_refused_before_anything_is_measured(
     assert "pip install 'prefix-runtime[report]'" in line
 
 
-def test_a_disk_that_is_full_leaves_the_old_file(refused, shared_bundle, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_leaves_the_old_file(cli, shared_bundle, tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
     (tmp_path / "r.json").write_text("old")
     monkeypatch.setattr(storage.os, "fsync", full)
-    line = refused(shared_bundle, *SMALL, "--prefix-length", 0, "--json", tmp_path / "r.json")
-    assert "No space left on device" in line
+    result = cli(shared_bundle, *SMALL, "--prefix-length", 0, "--json", tmp_path / "r.json")
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+    assert "prompt 4, batch 1: latency" in result.stdout, "what was measured is shown all the same"
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("r.json", "old")]
 
 

@@ -697,6 +697,34 @@ class TestBatches:
         with pytest.raises(RequestError, match=f"task: {found}"):
             engine.generate(["a", "b"], task=task)
 
+    @pytest.mark.parametrize("ids", [np.array(5), [np.array(5), np.array(6)], None, 5])
+    def test_what_is_no_list_of_ids_is_refused(self, engine, ids):
+        for ask in (engine.generate, engine.logits):
+            with pytest.raises(RequestError):
+                ask(token_ids=ids)
+
+    @pytest.mark.parametrize("prefix", [5, None, b"p"])
+    def test_what_is_no_prefix_makes_no_task(self, shared_bundle, prefix):
+        engine = prefix_runtime.load(shared_bundle)
+        with pytest.raises(PrefixError, match="task 'x': expected a prefix or a file of one, found"):
+            engine.add_task("x", prefix)
+        with pytest.raises(PrefixError, match="task 'x': expected a Prefix, found"):
+            engine.bundle.add_task("x", prefix)
+        assert engine.bundle.tasks == ("p20", "p3")
+
+    def test_a_misspelt_option_of_no_prompts_is_refused_too(self, engine):
+        assert engine.generate([]) == []
+        with pytest.raises(TypeError, match="max_tokens"):
+            engine.generate([], max_tokens=3)
+
+    def test_a_manifest_of_another_model_than_the_graphs_is_told_by_the_input(self, shared_bundle, tmp_path):
+        folder = shutil.copytree(shared_bundle, tmp_path / "bundle")
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["geometry"]["layers"] *= 2
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "tasks": {}, "parity": None}))
+        with pytest.raises(ProviderError, match=r"the graph has no input 'past_key_values\.3\.key'"):
+            prefix_runtime.load(folder).generate("a")
+
     def test_what_is_neither_text_nor_a_list_is_no_prompt(self, engine):
         with pytest.raises(RequestError, match="prompt: expected text or a list of texts"):
             engine.generate(3)

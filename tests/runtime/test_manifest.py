@@ -119,6 +119,27 @@ class TestReading:
     def test_a_file_that_is_listed_twice_is_refused(self):
         assert "each path once" in message_for("files.1.path", MANIFEST.graph)
 
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("geometry.vocab_size", 10**15),
+            ("geometry.context_length", 2**40),
+            ("geometry.layers.0.key_value_heads", 10**9),
+            ("geometry.layers.1.head_dim", 10**9),
+            ("block_size", -5),
+            ("block_size", 10**9),
+        ],
+    )
+    def test_numbers_that_no_model_has_are_refused(self, field, value):
+        assert f"{field.rpartition('.')[2]}: expected a number of" in message_for(field, value)
+
+    def test_an_unknown_quantizer_is_refused(self):
+        assert "quantizer: expected 'rtn' or 'hqq', found 'zzz'" in message_for("quantizer", "zzz")
+
+    def test_scales_of_eight_bits_are_among_the_files(self):
+        # Else no hash would tell that they were changed.
+        assert "files: expected cache_scales.safetensors among them" in message_for("cache", "int8")
+
     def test_tasks_that_differ_in_case_alone_are_refused(self):
         entry = json.loads(MANIFEST.to_json())["tasks"]["e2e"]
         entry["file"]["path"] = "prefixes/E2E.safetensors"

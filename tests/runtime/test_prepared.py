@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from click.testing import CliRunner
 import prefix_runtime
 from prefix_runtime import Bundle, BundleIntegrityError, machine, prepared, session
 from prefix_runtime.cli import main
+from prefix_runtime.manifest import FileEntry
 from prefix_runtime.prepared import cache_folder, forget, prepare, prepared_graph
 
 IDS = [5, 6, 7, 260, 12]
@@ -71,6 +75,14 @@ def test_another_bundle_does_not_find_it(workshop):
     assert prepared_graph(Bundle.open(workshop.bundle(precision="int4"))) is None
 
 
+def test_files_count_whatever_their_names(opened):
+    def with_weights(sha256):
+        files = {name: FileEntry(name, 1, sha256) for name in ("graph.bin", "weights.bin")}
+        return Bundle(opened.root, replace(opened.manifest, graph="graph.bin", files=files))
+
+    assert prepared._folder(with_weights("0" * 64), "cpu") != prepared._folder(with_weights("1" * 64), "cpu")
+
+
 def test_a_bundle_that_is_not_what_it_says_is_not_kept(bundle, cache):
     data = bundle / "model.onnx.data"
     content = bytearray(data.read_bytes())
@@ -105,8 +117,12 @@ def test_a_process_that_comes_second_takes_what_the_first_kept(opened, monkeypat
     assert prepare(opened) == prepared_graph(opened)
 
 
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "sizes.json"])
-@pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_bytes(b"half")])
+@pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_bytes(b"half"), zero])
 def test_a_damaged_graph_is_not_opened_and_made_anew(opened, name, spoil):
     graph = prepare(opened)
     spoil(graph.with_name(name))
@@ -127,6 +143,25 @@ def test_who_asks_for_verification_gets_the_bundles_own_graph(opened, monkeypatc
     monkeypatch.setattr(session.Session, "__init__", note)
     prefix_runtime.load(opened.root, verify=True)
     assert paths == [opened.graph_path]
+
+
+def test_a_kept_graph_that_does_not_open_is_passed_over(opened):
+    graph = prepare(opened)
+    before = graph.stat()
+    graph.write_bytes(bytes(before.st_size))
+    os.utime(graph, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert prepared_graph(opened) == graph, "size and time tell nothing"
+    assert logits(opened).shape == (len(IDS), 384)
+
+
+def test_a_process_that_is_terminated_leaves_nothing_behind(opened, cache, monkeypatch):
+    def terminated(_path, target, _provider):
+        target.write_bytes(b"half of it")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(prepared, "save_opened", terminated)
+    assert CliRunner().invoke(main, ["prepare", str(opened.root)]).exit_code == 128 + signal.SIGTERM
+    assert not list((cache / "prepared").iterdir())
 
 
 def test_it_may_be_removed(opened):

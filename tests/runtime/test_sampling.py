@@ -186,7 +186,7 @@ def test_other_seeds_draw_other_tokens(seeds):
         ("top_k", "a whole number, 0 or more", [-1, 1.5, 2.0, float("nan"), float("inf"), True, "3", None]),
         ("top_p", "above 0 and at most 1", [0, -0.1, 1.1, float("nan"), float("inf"), "1"]),
         ("min_p", "0 to 1", [-0.1, 1.1, float("nan")]),
-        ("repetition_penalty", "above 0", [0, -1, float("nan"), float("inf")]),
+        ("repetition_penalty", "0.001 to 1000", [0, -1, float("nan"), float("inf"), 1e-300, 1e4]),
         ("seed", "None or a whole number, 0 or more", [-1, 1.5, True, "a", float("nan")]),
     ],
 )

@@ -1,0 +1,64 @@
+"""What other programs want beside a graph to run it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .models import BaseModel
+
+GENAI_CONFIG_NAME = "genai_config.json"
+
+
+def genai_config(base: BaseModel, graph: str, room: int) -> dict[str, Any]:
+    """The configuration with which onnxruntime-genai (0.18) runs a graph that holds one prefix.
+
+    Its type "llama" stands for any decoder with the contract's names; "gpt2" would mean another layout of the past.
+
+    Args:
+        base: the model.
+        graph: the graph's path, relative to the configuration.
+        room: tokens of prompt and new text that fit.
+    """
+    first = base.layers[0]
+    generation = base.generation_config
+    end = generation.eos_token_id
+    ends = end if isinstance(end, list) else [] if end is None else [end]
+    padding = generation.pad_token_id if generation.pad_token_id is not None else (ends or [0])[0]
+    return {
+        "model": {
+            # It asks for tokens of its own even where the model has none.
+            "bos_token_id": generation.bos_token_id if generation.bos_token_id is not None else padding,
+            "eos_token_id": ends or [base.geometry.vocab_size],
+            "pad_token_id": padding,
+            "context_length": room,
+            "vocab_size": base.geometry.vocab_size,
+            "type": "llama",
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": graph,
+                "head_size": first.head_dim,
+                "hidden_size": first.heads * first.head_dim,
+                "num_attention_heads": first.heads,
+                "num_key_value_heads": first.key_value_heads,
+                "num_hidden_layers": len(base.layers),
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "position_ids": "position_ids",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "max_length": room,
+            "do_sample": False,
+            "num_beams": 1,
+            "past_present_share_buffer": False,  # past and present are not one buffer in this flavour
+        },
+    }

@@ -1,0 +1,138 @@
+"""What callers give to `generate` and `stream`, checked before anything is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypedDict, cast
+
+import numpy as np
+
+from .errors import RequestError
+from .sampling import Sampling
+
+_GREEDY = Sampling()
+_LISTED = ("max_new_tokens", "sampling")
+"""Options that may differ between the prompts of a list."""
+
+
+class GenerationOptions(TypedDict, total=False):
+    """What `generate` and `stream` take by name. For a list of prompts, some may be a list with one for each.
+
+    max_new_tokens: at the most, or a list; where it is not given 256, or fewer if the context has no room for them.
+    sampling: how tokens are chosen, or a list; greedy where it is not given.
+    stop: strings that end the text and are left out of it.
+    ignore_end: go on behind end tokens, up to `max_new_tokens`; for measurements.
+    """
+
+    max_new_tokens: int | Sequence[int | None] | None
+    sampling: Sampling | Sequence[Sampling | None] | None
+    stop: str | Sequence[str] | None
+    ignore_end: bool
+
+
+def as_list(
+    prompt: str | list[str] | None, token_ids: Sequence[int] | Sequence[Sequence[int]] | None
+) -> tuple[list[Any], bool]:
+    """The prompts, and whether a single one was given.
+
+    Raises:
+        RequestError: neither or both were given, or something else.
+    """
+    if (prompt is None) == (token_ids is None):
+        raise RequestError("expected either a prompt or token_ids, found " + ("neither" if prompt is None else "both"))
+    if prompt is not None:
+        if isinstance(prompt, str):
+            return [prompt], True
+        listed = list(prompt) if isinstance(prompt, Iterable) else [prompt]
+        if all(isinstance(item, str) for item in listed):
+            return listed, False
+        raise RequestError("prompt: expected text or a list of texts; give token ids as token_ids=")
+    is_scalar = isinstance(token_ids, np.ndarray) and token_ids.ndim == 0
+    if isinstance(token_ids, str | bytes) or not isinstance(token_ids, Iterable) or is_scalar:
+        raise RequestError(f"token_ids: expected whole numbers, found {token_ids!r}; give text as the prompt")
+    rows: list[Any] = list(token_ids)
+    if rows and all(isinstance(row, Sequence | np.ndarray) for row in rows):
+        for row in rows:
+            check_ids(row)
+        return rows, False
+    check_ids(rows)
+    return [rows], True
+
+
+def check_names(options: GenerationOptions) -> None:
+    """Refuse options that there are not.
+
+    Raises:
+        TypeError: as Python itself does; a misspelt option must not be left out silently.
+    """
+    unknown = sorted(set(options) - set(GenerationOptions.__annotations__))
+    if unknown:
+        raise TypeError(f"expected the options {', '.join(GenerationOptions.__annotations__)}, found {unknown}")
+
+
+def check_ids(row: Any) -> None:
+    """Refuse what is no list of whole numbers.
+
+    Raises:
+        RequestError
+    """
+    if not isinstance(row, Sequence | np.ndarray) or (isinstance(row, np.ndarray) and row.ndim == 0):
+        raise RequestError(f"token_ids: expected a list of whole numbers, found {row!r}")
+    for index, token_id in enumerate(row):
+        if not isinstance(token_id, int | np.integer) or isinstance(token_id, bool):
+            raise RequestError(f"token_ids[{index}]: expected a whole number, found {token_id!r}")
+
+
+def one_each(task: str | Sequence[str | None] | None, count: int) -> list[str | None]:
+    """The task of each of some prompts.
+
+    Raises:
+        RequestError: there are more or fewer of them.
+    """
+    if task is None or isinstance(task, str):
+        return [task] * count
+    if not isinstance(task, Sequence) or len(task) != count:
+        found = len(task) if isinstance(task, Sequence) else repr(task)
+        raise RequestError(f"task: expected one, or one for each of the {count} prompts, found {found}")
+    return list(task)
+
+
+def options_of_each(options: GenerationOptions, count: int) -> list[GenerationOptions]:
+    """The options of each of some prompts.
+
+    Raises:
+        RequestError: a list of them has more or fewer.
+    """
+    listed = {name: value for name, value in options.items() if name in _LISTED and isinstance(value, list | tuple)}
+    for name, values in listed.items():
+        if len(values) != count:
+            raise RequestError(f"{name}: expected one, or one for each of the {count} prompts, found {len(values)}")
+    rows = [{**options, **{name: values[row] for name, values in listed.items()}} for row in range(count)]
+    return cast(list[GenerationOptions], rows)
+
+
+def as_sampling(sampling: object) -> Sampling:
+    """What was given, greedy where nothing was.
+
+    Raises:
+        RequestError: it is something else.
+    """
+    if sampling is None:
+        return _GREEDY
+    if not isinstance(sampling, Sampling):
+        raise RequestError(f"sampling: expected a Sampling, found {sampling!r}")
+    return sampling
+
+
+def as_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The strings that were given.
+
+    Raises:
+        RequestError: one is empty, or is something else.
+    """
+    if stop is None:
+        return ()
+    strings = [stop] if isinstance(stop, str) else stop
+    if not isinstance(strings, Sequence) or not all(isinstance(string, str) and string for string in strings):
+        raise RequestError(f"stop: expected strings of at least one character, found {strings!r}")
+    return tuple(strings)

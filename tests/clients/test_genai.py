@@ -1,0 +1,22 @@
+"""A baked bundle in onnxruntime-genai, by the configuration that `build` writes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.clients.conftest import PROMPTS, TASKS, ask, python_of
+
+pytestmark = pytest.mark.clients
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tokens_are_pefts(bundle_of, peft_answers, task):
+    found = ask(python_of("genai"), "genai_client.py", bundle_of(task, mode="bake"), json.dumps(PROMPTS))
+    assert found == [peft_answers(task, [prompt])[0] for prompt in PROMPTS]
+
+
+def test_a_graph_of_several_tasks_has_no_configuration(bundle_of):
+    # It knows no input by which a task could be chosen.
+    assert not (bundle_of(*TASKS, mode="bake") / "genai_config.json").exists()

@@ -1,0 +1,24 @@
+"""A baked bundle in optimum, which knows nothing of prefixes: PEFT's tokens, greedily, by a beam, and in a batch."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.clients.conftest import NEW_TOKENS, PROMPTS, TASKS, ask, python_of
+
+pytestmark = pytest.mark.clients
+
+
+@pytest.fixture(scope="module")
+def python():
+    return python_of("optimum")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tokens_are_pefts(bundle_of, peft_answers, python, task):
+    found = ask(python, "optimum_client.py", bundle_of(task, mode="bake"), json.dumps(PROMPTS), NEW_TOKENS)
+    assert found["greedy"] == [peft_answers(task, [prompt])[0] for prompt in PROMPTS]
+    assert found["beam"] == [peft_answers(task, [prompt], num_beams=3)[0] for prompt in PROMPTS]
+    assert found["batch"] == peft_answers(task)
