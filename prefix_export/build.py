@@ -21,10 +21,11 @@ from prefix_runtime.manifest import ModelEntry, check_new_task_name
 from prefix_runtime.storage import write_file_atomically
 
 from . import __version__, formats, targets
+from .adopt import adopt_graph
 from .attention import check_fast_flavour
 from .bake import PrefixBank
 from .calibrate import cache_scales, save_scales
-from .clients import GENAI_CONFIG_NAME, genai_config
+from .clients import GENAI_CONFIG_NAME, genai_config, save_adapters
 from .decoder import Decoder, FastDecoder, PortableDecoder
 from .errors import ExportError, ModelError
 from .graph import export_graph
@@ -51,6 +52,8 @@ class BuildRequest:
         mode: "feed", or "bake": the graph holds the prefixes, and its tasks cannot change.
         target: what the graph is made for, of `targets.TARGETS`; None takes "cpu", or "portable" for "bake".
         opset: of ONNX' own operators; None takes the target's.
+        graph: of the model, a decoder-with-past in float32 that was exported before, to be used as it is.
+        adapters: "onnx" writes an adapter file of onnxruntime's for each task, and a graph that takes them.
         precision: of the weights: "fp32", "fp16", "int8" or "int4"; None takes the target's first.
         block_size: weights that share a scale; None takes `quantize.DEFAULT_BLOCK_SIZES`.
         quantizer: how weights are rounded: "rtn" or "hqq".
@@ -67,6 +70,8 @@ class BuildRequest:
     mode: str = "feed"
     target: str | None = None
     opset: int | None = None
+    graph: Path | None = None
+    adapters: str | None = None
     precision: str | None = None
     block_size: int | None = None
     quantizer: str = "rtn"
@@ -104,10 +109,8 @@ def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> B
     started = time.perf_counter()
     check_output(request.output)
     _check_names(request.prefixes)
-    plan = targets.plan(request.target, request.mode, request.precision, request.cache, request.opset)
+    plan = _plan(request)
     request = replace(request, precision=plan.precision, cache=plan.cache)
-    if plan.mode == "bake" and not request.prefixes:
-        raise ExportError("mode bake: expected at least one prefix to put into the graph, found none")
     settings = quantization(plan.precision, request.block_size, request.quantizer)
     _check_held_out(request)
     on_step(f"loading {request.model}")
@@ -128,10 +131,15 @@ def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> B
     expected = observe_all(base, prefixes, request.prefixes, conditions, max_length=max_length, on_step=on_step)
     with staged(request.output) as folder:
         on_step("exporting the graph")
-        weight_bytes = _export(base, plan, prefixes, folder, quantized=quantized, scales=scales)
+        if request.graph is not None:
+            weight_bytes = adopt_graph(request.graph, base.layers, base.geometry.vocab_size, folder / plan.graph)
+        else:
+            weight_bytes = _export(base, plan, prefixes, folder, quantized=quantized, scales=scales)
         if scales is not None:
             save_scales(scales, folder)
         _save_configs(base, folder)
+        if plan.has_adapters:
+            save_adapters(prefixes, folder, np.dtype(np.float16 if plan.cache == "fp16" else np.float32))
         if plan.name == "portable" and plan.mode == "bake" and len(prefixes) == 1:
             room = min(base.geometry.room(prefix, max_length) for prefix in prefixes.values())
             _write_json(folder / GENAI_CONFIG_NAME, genai_config(base, plan.graph, room))
@@ -148,6 +156,30 @@ def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> B
             _write_manifest(folder, replace(manifest, parity=certificate(parity, quality, graph_bytes)))
         on_step("writing the bundle")
     return BuildResult(Bundle.open(request.output), parity, quality, time.perf_counter() - started, warnings)
+
+
+def _plan(request: BuildRequest) -> targets.Plan:
+    """What is to be made."""
+    target = "portable" if request.graph is not None and request.target is None else request.target
+    plan = targets.plan(
+        target, request.mode, request.precision, request.cache, request.opset, adapters=request.adapters
+    )
+    if plan.mode == "bake" and not request.prefixes:
+        raise ExportError("mode bake: expected at least one prefix to put into the graph, found none")
+    _check_graph(request, plan)
+    return plan
+
+
+def _check_graph(request: BuildRequest, plan: targets.Plan) -> None:
+    """Refuse what would have to change a graph that is to be used as it is."""
+    if request.graph is None:
+        return
+    expected = ("portable", "feed", "fp32", False)
+    if (plan.name, plan.mode, plan.precision, plan.has_adapters) != expected or request.opset is not None:
+        raise ExportError(
+            f"graph {request.graph}: expected target portable, mode feed and precision fp32, no opset and no adapters, "
+            "as for a graph that is used as it is"
+        )
 
 
 def _conditions(mode: str, tasks: Iterable[str]) -> tuple[str | None, ...]:
@@ -171,7 +203,7 @@ def _export(
     decoder: Decoder
     if is_portable:
         bank = PrefixBank.of(prefixes) if plan.mode == "bake" else None
-        decoder = PortableDecoder(base.model, base.layers, CACHES[plan.cache], bank)
+        decoder = PortableDecoder(base.model, base.layers, CACHES[plan.cache], bank, takes_prefix=plan.has_adapters)
     else:
         decoder = FastDecoder(base.model, base.layers, CACHES[plan.cache], scales)
     path = folder / plan.graph

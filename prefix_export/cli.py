@@ -57,6 +57,14 @@ def main() -> None:
 )
 @click.option("--target", help="cpu, portable or web. Default: cpu; with --mode bake portable.")
 @click.option("--opset", type=int, help="Of ONNX' own operators. Default: the target's, 21.")
+@click.option(
+    "--graph",
+    type=click.Path(path_type=Path),
+    help="An ONNX decoder-with-past of the model, as optimum exports it, to use as it is.",
+)
+@click.option(
+    "--adapters", metavar="onnx", help="Also write onnxruntime's adapter file for each task; portable graphs."
+)
 @click.option("--precision", help="Of the weights: fp32, fp16, int8 or int4. Default: fp32; for the web int8.")
 @click.option("--block-size", type=int, help="Weights that share a scale. Default: 128 for int8, 32 for int4.")
 @click.option("--quantizer", default="rtn", show_default=True, help="rtn rounds to nearest; hqq searches zero points.")

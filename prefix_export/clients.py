@@ -1,12 +1,37 @@
-"""What other programs want beside a graph to run it."""
+"""What other programs want beside a graph, or instead of it, to run it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from prefix_runtime import Prefix
+from prefix_runtime.bundle import ADAPTER_SUFFIX
+from prefix_runtime.session import save_adapter
 
 from .models import BaseModel
 
 GENAI_CONFIG_NAME = "genai_config.json"
+
+
+def save_adapters(prefixes: Mapping[str, Prefix], folder: Path, dtype: np.dtype) -> None:
+    """Write `adapters/TASK.onnx_adapter` for each task: the prefix inputs of a graph that takes them, by their names.
+
+    A program in any language that onnxruntime has swaps tasks with `RunOptions.add_active_adapter` alone.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    (folder / "adapters").mkdir()
+    for task, prefix in prefixes.items():
+        tensors: dict[str, np.ndarray] = {"position_base": np.array([prefix.position_base], np.int64)}
+        for index, layer in enumerate(prefix.sites["decoder"]):
+            for part, array in (("key", layer.key), ("value", layer.value)):
+                tensors[f"prefix.{index}.{part}"] = np.ascontiguousarray(array[None], dtype)
+        save_adapter(folder / "adapters" / f"{task}{ADAPTER_SUFFIX}", tensors)
 
 
 def genai_config(base: BaseModel, graph: str, room: int) -> dict[str, Any]:

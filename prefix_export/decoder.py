@@ -56,7 +56,7 @@ class Decoder(torch.nn.Module):
             "input_ids": torch.zeros(batch, sequence, dtype=torch.int64),
             "attention_mask": torch.ones(batch, past + sequence, dtype=torch.int64),
             "position_ids": torch.arange(past, past + sequence).repeat(batch, 1),
-            "past": self._zeros(batch, buffer),
+            "past": self.zeros(batch, buffer),
             "num_logits_to_keep": torch.tensor(1),
         }
 
@@ -82,7 +82,9 @@ class Decoder(torch.nn.Module):
     def _past_length(self) -> int:
         raise NotImplementedError
 
-    def _zeros(self, batch: int, length: int) -> Pairs:
+    def zeros(self, batch: int, length: int) -> Pairs:
+        """Keys and values of each layer, [batch, num_key_value_heads, length, head_dim]."""
+
         def cached(layer: AttentionLayer) -> torch.Tensor:
             return torch.zeros(batch, layer.key_value_heads, length, layer.head_dim, dtype=self._dtype)
 
@@ -160,6 +162,9 @@ class PortableDecoder(Decoder):
     Args:
         model, layers, dtype: see `Decoder`.
         bank: prefixes that the graph holds; with more than one a `task_id` for each row chooses. None for no such.
+        takes_prefix: whether keys and values of a prefix and the position of the first token of text behind it are
+            inputs, `prefix.{i}.key`, `.value` [1, num_key_value_heads, prefix_length, head_dim] and `position_base`
+            [1] int64.
     """
 
     def __init__(
@@ -168,9 +173,13 @@ class PortableDecoder(Decoder):
         layers: Sequence[AttentionLayer],
         dtype: torch.dtype,
         bank: PrefixBank | None = None,
+        *,
+        takes_prefix: bool = False,
     ) -> None:
         super().__init__(model, layers, dtype)
-        self._bank = bank
+        self._bank, self.takes_prefix = bank, takes_prefix
+        if takes_prefix:
+            self.names += [*self.pairs("prefix"), "position_base"]
         if bank is None:
             return
         for index, pair in enumerate(bank.layers):
@@ -190,26 +199,38 @@ class PortableDecoder(Decoder):
         *,
         num_logits_to_keep: torch.Tensor,
         task_id: torch.Tensor | None = None,
+        prefixes: Pairs | None = None,
+        position_base: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """The graph's outputs."""
         total = past[0][0].shape[2] + input_ids.shape[1]
         seen = _as_bool(attention_mask, (input_ids.shape[0], total))
-        prefixes, prefix_seen = None, None
+        prefix_seen = None
         if self._bank is not None:
             prefixes, prefix_seen, position_base = self._chosen(task_id)
-            position_ids = position_ids + position_base
+        if position_base is not None:
+            position_ids = position_ids + position_base[:, None]
         function = PortableAttention(past, seen, prefixes, prefix_seen)
         return self._run(function, input_ids, position_ids, num_logits_to_keep)
 
     def example(self) -> dict[str, Any]:
         """See `Decoder`."""
         found = super().example()
-        return {**found, "task_id": torch.tensor([0, 1])} if self._is_choosing else found
+        if self._is_choosing:
+            found["task_id"] = torch.tensor([0, 1])
+        if self.takes_prefix:
+            found |= {"prefixes": self.zeros(1, 7), "position_base": torch.tensor([7])}
+        return found
 
     def dynamic_shapes(self) -> dict[str, Any]:
         """See `Decoder`."""
         found = super().dynamic_shapes()
-        return {**found, "task_id": {0: found["input_ids"][0]}} if self._is_choosing else found
+        if self._is_choosing:
+            found["task_id"] = {0: found["input_ids"][0]}
+        if self.takes_prefix:
+            length = {2: torch.export.Dim("prefix_length")}
+            found |= {"prefixes": [(length, length)] * len(self.layers), "position_base": {}}
+        return found
 
     @property
     def _past_length(self) -> int:
@@ -232,12 +253,12 @@ class PortableDecoder(Decoder):
         named = dict(self.named_buffers(recurse=False))
         held = [(named[f"prefix_{i}_key"], named[f"prefix_{i}_value"]) for i in range(len(self.layers))]
         if task_id is None:
-            return held, None, named["position_bases"][:, None]
+            return held, None, named["position_bases"]
         # onnxruntime refuses a place behind the last one, but counts a negative one from there.
         place = torch.where(task_id < 0, len(self._bank.tasks), task_id)
         chosen = [(key.index_select(0, place), value.index_select(0, place)) for key, value in held]
         seen, bases = named["prefix_seen"].index_select(0, place), named["position_bases"].index_select(0, place)
-        return chosen, seen, bases[:, None]
+        return chosen, seen, bases
 
 
 class _Projection(torch.nn.Module):

@@ -12,6 +12,8 @@ Outputs: `logits` `[batch_size, logits_length, vocab]` float32; `present.{i}.key
 are shaped like the past, whose buffers they share: the operator appends in place. In the portable flavour, of standard
 operators, they are past and new tokens, and `num_logits_to_keep` may be left out. A graph that holds prefixes speaks of
 the client's own tokens alone, in past, mask and positions; with several it has an input `task_id` `[batch_size]` int64.
+So does a graph that takes a prefix as inputs of its own, which may be left out, as its past may be: onnxruntime's
+adapter files give them.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
@@ -72,15 +74,20 @@ def export_graph(
     _drop_traces_of_the_machine(graph)
     if isinstance(decoder, PortableDecoder):
         _check_operators(graph)
-        _make_optional(graph, "num_logits_to_keep", np.array(0, np.int64))
+        _make_optional(graph, {"num_logits_to_keep": np.array(0, np.int64)})
+        if decoder.takes_prefix:
+            nothing = [tensor.numpy() for pair in decoder.zeros(1, 0) for tensor in pair]
+            names = [*decoder.pairs("prefix"), *decoder.pairs("past_key_values")]
+            _make_optional(graph, dict(zip(names, [*nothing, *nothing], strict=True)))
+            _make_optional(graph, {"position_base": np.zeros(1, np.int64)})
     else:
         _check_attention(graph, len(decoder.layers))
     _check_axes(graph)
-    weight_bytes = _weight_bytes(graph.graph) - decoder.held_bytes
-    if not has_weights_apart and weight_bytes > _MOST_IN_ONE_FILE:
+    read_bytes = weight_bytes(graph.graph) - decoder.held_bytes
+    if not has_weights_apart and read_bytes > _MOST_IN_ONE_FILE:
         raise ExportError(
             f"graph: expected at most {_MOST_IN_ONE_FILE / 1e9:.1f} GB of weights for a graph in one file, found "
-            f"{weight_bytes / 1e9:.1f}; take a lower precision"
+            f"{read_bytes / 1e9:.1f}; take a lower precision"
         )
     try:
         ir.save(graph, path, external_data=f"{path.name}.data" if has_weights_apart else None)
@@ -90,7 +97,7 @@ def export_graph(
         onnx.checker.check_model(path)
     except onnx.checker.ValidationError as error:
         raise ExportError(f"graph: expected a model that onnx's checker accepts, found {error}") from error
-    return weight_bytes
+    return read_bytes
 
 
 def _trace(decoder: Decoder, opset: int) -> torch.onnx.ONNXProgram:
@@ -130,7 +137,9 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _weight_bytes(graph: ir.Graph) -> int:
+def weight_bytes(graph: ir.Graph) -> int:
+    """The bytes of a graph's weights, but for tables that a run looks a row of up."""
+
     def is_read(value: ir.Value) -> bool:
         return any((use.node.op_type, use.idx) not in _LOOKUPS for use in value.uses())
 
@@ -150,11 +159,12 @@ def _drop_traces_of_the_machine(graph: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def _make_optional(graph: ir.Model, name: str, default: np.ndarray) -> None:
-    """Let clients that do not know an input leave it out."""
-    value = next(value for value in graph.graph.inputs if value.name == name)
-    value.const_value = ir.tensor(default, name=name)
-    graph.graph.register_initializer(value)
+def _make_optional(graph: ir.Model, defaults: Mapping[str, np.ndarray]) -> None:
+    """Let clients that do not know some inputs leave them out."""
+    inputs = {value.name: value for value in graph.graph.inputs}
+    for name, default in defaults.items():
+        inputs[name].const_value = ir.tensor(default, name=name)
+        graph.graph.register_initializer(inputs[name])
 
 
 def _check_attention(graph: ir.Model, layers: int) -> None:

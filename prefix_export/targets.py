@@ -9,6 +9,7 @@ from types import MappingProxyType
 from .errors import ExportError
 
 MODES = ("feed", "bake")
+ADAPTERS = ("onnx",)
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ _OPSETS = range(18, 24)
 
 @dataclass(frozen=True)
 class Plan:
-    """A target with what was chosen of what it offers."""
+    """A target with what was chosen of what it offers; see `build.BuildRequest`."""
 
     name: str
     target: Target
@@ -88,6 +89,7 @@ class Plan:
     precision: str
     cache: str
     opset: int
+    has_adapters: bool = False
 
     @property
     def graph(self) -> str:
@@ -95,21 +97,33 @@ class Plan:
         return self.target.graphs[self.precision]
 
 
-def plan(target: str | None, mode: str, precision: str | None, cache: str | None, opset: int | None) -> Plan:
+def plan(
+    target: str | None,
+    mode: str,
+    precision: str | None,
+    cache: str | None,
+    opset: int | None,
+    *,
+    adapters: str | None = None,
+) -> Plan:
     """What is to be made, defaults filled in.
 
     Args:
-        target: one of `TARGETS`; None stands for "cpu", or for "portable" where prefixes are baked.
+        target: one of `TARGETS`; None stands for "cpu", or for "portable" where prefixes are baked or come as adapters.
         mode: "feed" or "bake".
         precision: of the weights; None takes the target's first.
         cache: what keys and values are kept in; None takes the target's first.
         opset: of ONNX' own operators; None takes the target's.
+        adapters: "onnx", or None.
 
     Raises:
         ExportError: there is no such target, or it does not offer what was chosen.
     """
     _expect("mode", mode, MODES)
-    name = target if target is not None else ("portable" if mode == "bake" else "cpu")
+    if adapters is not None:
+        _expect("adapters", adapters, ADAPTERS)
+        _expect("adapters: mode", mode, ("feed",))
+    name = target if target is not None else ("portable" if mode == "bake" or adapters else "cpu")
     _expect("target", name, TARGETS)
     found = TARGETS[name]
     _expect(f"target {name}: mode", mode, found.modes)
@@ -122,7 +136,9 @@ def plan(target: str | None, mode: str, precision: str | None, cache: str | None
     least = 21 if precision == "int8" and found.flavour == "portable" else _OPSETS[0]
     if not least <= chosen <= _OPSETS[-1]:
         raise ExportError(f"opset: expected {least} to {_OPSETS[-1]}, found {chosen}")
-    return Plan(name, found, mode, precision, cache, chosen)
+    if adapters is not None and found.flavour != "portable":
+        raise ExportError(f"adapters: expected target portable or web, found {name!r}")
+    return Plan(name, found, mode, precision, cache, chosen, adapters is not None)
 
 
 def _expect(what: str, found: str, choices: Collection[str]) -> None:

@@ -97,6 +97,8 @@ def test_a_build_request_has_these_fields():
         "mode",
         "target",
         "opset",
+        "graph",
+        "adapters",
         "precision",
         "block_size",
         "quantizer",

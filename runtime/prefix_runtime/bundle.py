@@ -21,6 +21,7 @@ from .storage import (
 )
 
 MANIFEST_NAME = "manifest.json"
+ADAPTER_SUFFIX = ".onnx_adapter"
 # A manifest lists tasks by the thousand, not by the million; a larger file is not one.
 _MAX_MANIFEST_BYTES = 64 << 20
 
@@ -134,6 +135,11 @@ class Bundle:
         Raises:
             BundleError
         """
+        if any(name.endswith(ADAPTER_SUFFIX) for name in self.manifest.files):
+            raise BundleError(
+                f"{self.root}: expected a bundle without adapter files, which belong to its tasks, found some; "
+                "build it anew with its tasks"
+            )
         if self.manifest.mode == "bake":
             raise BundleError(
                 f"{self.root}: expected a bundle that feeds prefixes to its graph, found one whose graph holds them; "

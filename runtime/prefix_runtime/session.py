@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,22 @@ def save_opened(path: Path, target: Path, provider: str = "cpu") -> None:
     }.items():
         options.add_session_config_entry(f"session.{key}", value)
     _open(path, provider, options)
+
+
+def save_adapter(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write inputs of a graph as one of onnxruntime's adapter files (`AdapterFormat`, onnxruntime 1.32).
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    adapter = ort.AdapterFormat()
+    adapter.set_adapter_version(1)
+    adapter.set_model_version(1)
+    adapter.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in tensors.items()})
+    try:
+        adapter.export_adapter(str(path.absolute()))
+    except Exception as error:  # as above
+        raise OSError(f"{path}: cannot be written: {error}") from error
 
 
 def check_threads(threads: int) -> None:

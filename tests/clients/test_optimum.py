@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from tests.clients.conftest import NEW_TOKENS, PROMPTS, TASKS, ask, python_of
+import prefix_runtime
+from tests.clients.conftest import DEMO, NEW_TOKENS, PROMPTS, TASKS, ask, python_of
 
 pytestmark = pytest.mark.clients
 
@@ -22,3 +23,13 @@ def test_tokens_are_pefts(bundle_of, peft_answers, python, task):
     assert found["greedy"] == [peft_answers(task, [prompt])[0] for prompt in PROMPTS]
     assert found["beam"] == [peft_answers(task, [prompt], num_beams=3)[0] for prompt in PROMPTS]
     assert found["batch"] == peft_answers(task)
+
+
+def test_a_graph_that_optimum_exported_becomes_a_bundle(bundle_of, peft_answers, python, tmp_path):
+    folder = ask(python, "optimum_export.py", DEMO / "model", tmp_path / "exported")
+    bundle = bundle_of(*TASKS, graph=tmp_path / "exported" / "model.onnx")
+    assert folder == str(tmp_path / "exported")
+    engine = prefix_runtime.load(bundle)
+    for task in TASKS:
+        found = [engine.generate(prompt, task=task, max_new_tokens=NEW_TOKENS).token_ids for prompt in PROMPTS]
+        assert found == [tuple(peft_answers(task, [prompt])[0]) for prompt in PROMPTS]

@@ -1,0 +1,105 @@
+"""A graph that somebody else exported, taken into a bundle as it is where it keeps the contract of `graph.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from .attention import AttentionLayer
+from .errors import ExportError
+from .graph import weight_bytes
+
+_PARTS = ("key", "value")
+_KNOWN = ("input_ids", "attention_mask", "position_ids", "num_logits_to_keep")
+
+
+def adopt_graph(source: Path, layers: Sequence[AttentionLayer], vocab_size: int, path: Path) -> int:
+    """Check a decoder-with-past and write it, with the weights beside it, as `path` and `path.data`.
+
+    Args:
+        source: a graph with the portable flavour's inputs and outputs, in float32, as optimum exports them.
+        layers: of the model that it is of.
+        vocab_size: the model's.
+        path: of the bundle's graph.
+
+    Returns:
+        The bytes of weights that a decode step reads.
+
+    Raises:
+        ExportError: the file is no graph, or breaks the contract; naming what does not fit.
+        OSError: the disk is full or not writable.
+    """
+    model = _read(source)
+    _check_inputs(model.graph, layers, source)
+    _check_outputs(model.graph, layers, vocab_size, source)
+    onnx.save_model(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=f"{path.name}.data")
+    return weight_bytes(ir.load(path).graph)
+
+
+def _read(source: Path) -> onnx.ModelProto:
+    if not source.is_file():
+        raise ExportError(f"graph {source}: expected an ONNX file, found none")
+    try:
+        model = onnx.load(source)
+        onnx.checker.check_model(model)
+    except Exception as error:  # protobuf's errors and onnx' own share no base
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExportError(f"graph {source}: expected an ONNX model, whole with its weights, found {reason}") from error
+    return model
+
+
+def _check_inputs(graph: onnx.GraphProto, layers: Sequence[AttentionLayer], source: Path) -> None:
+    optional = {tensor.name for tensor in graph.initializer}
+    given = {value.name: value for value in graph.input}
+    past = _shapes("past_key_values", layers)
+    for name in ("input_ids", "attention_mask", *past):
+        if name not in given:
+            others = ", ".join(sorted(given.keys() - optional)[:6])
+            raise ExportError(f"graph {source}: expected an input {name}, found {others}, …")
+    for name, value in given.items():
+        if name in past:
+            _check_value(value, past[name], onnx.TensorProto.FLOAT, source)
+        elif name in _KNOWN:
+            _check_type(value, onnx.TensorProto.INT64, source)
+        elif name not in optional:
+            raise ExportError(
+                f"graph {source}: input {name}: expected {', '.join(_KNOWN)} and past_key_values.{{i}}.key and .value "
+                "for each layer, found an input that the runtime does not know"
+            )
+
+
+def _check_outputs(graph: onnx.GraphProto, layers: Sequence[AttentionLayer], vocab_size: int, source: Path) -> None:
+    made = {value.name: value for value in graph.output}
+    wanted = {"logits": (None, None, vocab_size), **_shapes("present", layers)}
+    for name, shape in wanted.items():
+        if name not in made:
+            raise ExportError(f"graph {source}: expected an output {name}, found {', '.join(made)}")
+        _check_value(made[name], shape, onnx.TensorProto.FLOAT, source)
+
+
+def _shapes(name: str, layers: Sequence[AttentionLayer]) -> dict[str, tuple[int | None, ...]]:
+    return {
+        f"{name}.{index}.{part}": (None, layer.key_value_heads, None, layer.head_dim)
+        for index, layer in enumerate(layers)
+        for part in _PARTS
+    }
+
+
+def _check_value(value: onnx.ValueInfoProto, shape: tuple[int | None, ...], kind: int, source: Path) -> None:
+    _check_type(value, kind, source)
+    found = [dim.dim_value or None for dim in value.type.tensor_type.shape.dim]
+    pairs = zip(found, shape, strict=False)
+    fits = len(found) == len(shape) and all(left is None or right in (None, left) for left, right in pairs)
+    if not fits:
+        expected, shown = (", ".join("?" if size is None else str(size) for size in each) for each in (shape, found))
+        raise ExportError(f"graph {source}: {value.name}: expected shape [{expected}], found [{shown}]")
+
+
+def _check_type(value: onnx.ValueInfoProto, kind: int, source: Path) -> None:
+    found = value.type.tensor_type.elem_type
+    if found != kind:
+        names = (onnx.TensorProto.DataType.Name(each).lower() for each in (kind, found))
+        raise ExportError(f"graph {source}: {value.name}: expected {next(names)}, found {next(names)}")
