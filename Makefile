@@ -47,4 +47,4 @@ $(BENCHES): bench-%: $(VENV)/.installed
 		$(foreach kind,json csv html png,--$(kind) build/bench/$(notdir $(BENCH_MODEL))-$*.$(kind))
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist examples/web/node_modules examples/web/bundle

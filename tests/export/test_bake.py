@@ -206,6 +206,27 @@ def test_a_graph_for_the_web_is_one_file_where_transformers_js_looks(workshop):
     assert prefix_runtime.load(bundle.root).generate("the quick", task="p20", max_new_tokens=3).token_ids
 
 
+@pytest.mark.parametrize("options", [{"target": "portable"}, {"mode": "bake"}], ids=["portable", "baked"])
+def test_buffers_are_used_again(workshop, options):
+    engine = prefix_runtime.load(workshop.bundle("llama", LENGTHS, **options), threads=1)
+    rows, tasks = rows_of(3), ["p20", "p3", "p20"]
+
+    def answers():
+        results = engine.generate(token_ids=rows, task=tasks, max_new_tokens=[3, 9, 6])
+        return [result.token_ids for result in results]
+
+    before = answers()
+    abandoned = engine.stream(token_ids=rows[0], task="p3", max_new_tokens=9)
+    next(abandoned)
+    abandoned.close()
+    assert answers() == before
+    alone = [
+        engine.generate(token_ids=row, task=task, max_new_tokens=count).token_ids
+        for row, task, count in zip(rows, tasks, [3, 9, 6], strict=True)
+    ]
+    assert alone == before
+
+
 class TestBank:
     def prefix(self, length, seed=0):
         arrays = np.random.default_rng(seed).normal(size=(2, 2, 4, length, 8)).astype(np.float32)
