@@ -8,6 +8,9 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from prefix_runtime import ProviderError
+from prefix_runtime.session import Session
+
 from .attention import AttentionLayer
 from .errors import ExportError
 from .graph import weight_bytes
@@ -35,6 +38,10 @@ def adopt_graph(source: Path, layers: Sequence[AttentionLayer], vocab_size: int,
     model = _read(source)
     _check_inputs(model.graph, layers, source)
     _check_outputs(model.graph, layers, vocab_size, source)
+    try:
+        Session(source)
+    except ProviderError as error:
+        raise ExportError(f"graph {source}: expected one that onnxruntime runs, found {error}") from error
     onnx.save_model(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=f"{path.name}.data")
     return weight_bytes(ir.load(path).graph)
 
@@ -43,8 +50,8 @@ def _read(source: Path) -> onnx.ModelProto:
     if not source.is_file():
         raise ExportError(f"graph {source}: expected an ONNX file, found none")
     try:
+        onnx.checker.check_model(source)  # by its path: a model in memory may not be larger than 2 GiB
         model = onnx.load(source)
-        onnx.checker.check_model(model)
     except Exception as error:  # protobuf's errors and onnx' own share no base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportError(f"graph {source}: expected an ONNX model, whole with its weights, found {reason}") from error
@@ -63,7 +70,7 @@ def _check_inputs(graph: onnx.GraphProto, layers: Sequence[AttentionLayer], sour
         if name in past:
             _check_value(value, past[name], onnx.TensorProto.FLOAT, source)
         elif name in _KNOWN:
-            _check_type(value, onnx.TensorProto.INT64, source)
+            _check_value(value, () if name == "num_logits_to_keep" else (None, None), onnx.TensorProto.INT64, source)
         elif name not in optional:
             raise ExportError(
                 f"graph {source}: input {name}: expected {', '.join(_KNOWN)} and past_key_values.{{i}}.key and .value "
@@ -92,7 +99,8 @@ def _check_value(value: onnx.ValueInfoProto, shape: tuple[int | None, ...], kind
     _check_type(value, kind, source)
     found = [dim.dim_value or None for dim in value.type.tensor_type.shape.dim]
     pairs = zip(found, shape, strict=False)
-    fits = len(found) == len(shape) and all(left is None or right in (None, left) for left, right in pairs)
+    # A size that the model has may be left open; an axis that varies may not be fixed.
+    fits = len(found) == len(shape) and all(left is None or left == right for left, right in pairs)
     if not fits:
         expected, shown = (", ".join("?" if size is None else str(size) for size in each) for each in (shape, found))
         raise ExportError(f"graph {source}: {value.name}: expected shape [{expected}], found [{shown}]")

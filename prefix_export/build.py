@@ -119,9 +119,7 @@ def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> B
         check_fast_flavour(base.model, base.layers)
     max_length = _max_length(request, base)
     on_step("folding prefixes")
-    prefixes = {task: fold(path, base, max_length) for task, path in request.prefixes.items()}
-    if plan.cache == "fp16":
-        prefixes = {task: _in_float16(prefix) for task, prefix in prefixes.items()}
+    prefixes = _fold_all(request, plan, base, max_length)
     warnings = tuple(_warnings(request, plan.target.flavour, base, prefixes, max_length))
     measured, compared = _split(request, _held_out(request, base, prefixes, max_length))
     in_float = answer_all(base, prefixes, request.prefixes, compared, on_step) if request.verify else {}
@@ -170,10 +168,30 @@ def _plan(request: BuildRequest) -> targets.Plan:
     return plan
 
 
+def _fold_all(request: BuildRequest, plan: targets.Plan, base: BaseModel, max_length: int) -> dict[str, Prefix]:
+    """The prefix of each task, as the bundle keeps it."""
+    prefixes = {task: fold(path, base, max_length) for task, path in request.prefixes.items()}
+    if plan.mode == "bake":
+        _check_one_base(prefixes)
+    if plan.cache == "fp16":
+        return {task: _in_float16(prefix) for task, prefix in prefixes.items()}
+    return prefixes
+
+
+def _check_one_base(prefixes: Mapping[str, Prefix]) -> None:
+    """Refuse to bake prefixes that say that they were trained on different models: no run could tell."""
+    said = {Path(name).name: task for task, prefix in prefixes.items() if (name := prefix.metadata.get("base_model"))}
+    if len(said) > 1:
+        found = ", ".join(f"{name!r} (task {task!r})" for name, task in said.items())
+        raise ExportError(f"mode bake: expected prefixes of one base model, found {found}")
+
+
 def _check_graph(request: BuildRequest, plan: targets.Plan) -> None:
     """Refuse what would have to change a graph that is to be used as it is."""
     if request.graph is None:
         return
+    if not request.graph.is_file():
+        raise ExportError(f"graph {request.graph}: expected an ONNX file, found none")
     expected = ("portable", "feed", "fp32", False)
     if (plan.name, plan.mode, plan.precision, plan.has_adapters) != expected or request.opset is not None:
         raise ExportError(

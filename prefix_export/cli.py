@@ -56,7 +56,7 @@ def main() -> None:
     help="feed: prefixes are the graph's first past, tasks come and go. bake: the graph holds them, for other clients.",
 )
 @click.option("--target", help="cpu, portable or web. Default: cpu; with --mode bake portable.")
-@click.option("--opset", type=int, help="Of ONNX' own operators. Default: the target's, 21.")
+@click.option("--opset", type=int, help="Of ONNX' own operators, 18 to 23. Default: 21.")
 @click.option(
     "--graph",
     type=click.Path(path_type=Path),

@@ -233,6 +233,11 @@ class PortableDecoder(Decoder):
         return found
 
     @property
+    def tasks(self) -> tuple[str, ...]:
+        """Whose prefixes the graph holds; a task's place is its `task_id`."""
+        return self._bank.tasks if self._bank is not None else ()
+
+    @property
     def _past_length(self) -> int:
         return 5
 

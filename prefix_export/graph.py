@@ -83,6 +83,9 @@ def export_graph(
     else:
         _check_attention(graph, len(decoder.layers))
     _check_axes(graph)
+    if isinstance(decoder, PortableDecoder) and "task_id" in decoder.names:
+        task_id = next(value for value in graph.graph.inputs if value.name == "task_id")
+        task_id.doc_string = ", ".join(f"{place}: {task}" for place, task in enumerate(decoder.tasks))
     read_bytes = weight_bytes(graph.graph) - decoder.held_bytes
     if not has_weights_apart and read_bytes > _MOST_IN_ONE_FILE:
         raise ExportError(
@@ -94,7 +97,7 @@ def export_graph(
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     try:
-        onnx.checker.check_model(path)
+        onnx.checker.check_model(path, full_check=True)
     except onnx.checker.ValidationError as error:
         raise ExportError(f"graph: expected a model that onnx's checker accepts, found {error}") from error
     return read_bytes

@@ -135,7 +135,8 @@ def plan(
     chosen = found.opset if opset is None else opset
     least = 21 if precision == "int8" and found.flavour == "portable" else _OPSETS[0]
     if not least <= chosen <= _OPSETS[-1]:
-        raise ExportError(f"opset: expected {least} to {_OPSETS[-1]}, found {chosen}")
+        why = " for int8 in standard operators" if least > _OPSETS[0] else ""
+        raise ExportError(f"opset: expected {least} to {_OPSETS[-1]}{why}, found {chosen}")
     if adapters is not None and found.flavour != "portable":
         raise ExportError(f"adapters: expected target portable or web, found {name!r}")
     return Plan(name, found, mode, precision, cache, chosen, adapters is not None)

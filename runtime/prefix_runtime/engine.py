@@ -295,7 +295,7 @@ class Engine:
             raise RequestError(f"task: expected the name of one, or None, found {task!r}")
         if task is None and self.bundle.manifest.mode == "bake":
             known = ", ".join(self.tasks)
-            raise RequestError(f"task: expected one of those that the graph holds, {known}, found None")
+            raise RequestError(f"task: expected one of those that the graph holds, {known}, found none")
         selecting = time.perf_counter()
         prefix = None if task is None else self._store.get(task)
         selected = time.perf_counter() - selecting

@@ -98,6 +98,11 @@ def renamed_output(graph):
         (resized("past_key_values.1.key", 1, 3), r"past_key_values.1.key: expected shape \[\?, 4, \?, 16\], found"),
         (resized("present.0.value", 3, 32), r"present.0.value: expected shape \[\?, 4, \?, 16\], found"),
         (resized("logits", 2, 50257), r"logits: expected shape \[\?, \?, 384\], found \[\?, \?, 50257\]"),
+        (resized("input_ids", 1, 1), r"input_ids: expected shape \[\?, \?\], found \[\?, 1\]"),
+        (
+            resized("past_key_values.0.key", 0, 1),
+            r"past_key_values.0.key: expected shape \[\?, 4, \?, 16\], found \[1,",
+        ),
         (retyped("past_key_values.0.key", HALF), "past_key_values.0.key: expected float, found float16"),
         (retyped("attention_mask", FLOAT), "attention_mask: expected int64, found float"),
         (renamed_output, "expected an output present.2.value, found logits, present.0.key"),
@@ -121,6 +126,21 @@ def test_a_graph_of_other_weights_does_not_agree(workshop):
     with pytest.raises(ParityError):
         build(BuildRequest(str(model), {}, other.root.parent / "never", graph=other.graph_path))
     assert not (other.root.parent / "never").exists()
+
+
+def foreign(graph):
+    graph.node[0].domain = "com.microsoft"
+    graph.node[0].op_type = "NoSuchOperator"
+
+
+def test_a_graph_that_onnxruntime_does_not_run_is_named_itself(changed, request_of, tmp_path):
+    path = changed(foreign)
+    model = onnx.load(path, load_external_data=False)
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    onnx.save(model, path)
+    with pytest.raises(ExportError, match=r"changed/model.onnx: expected one that onnxruntime runs, .*NoSuchOperator"):
+        build(request_of(path, verify=False))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"no graph", None])

@@ -173,6 +173,8 @@ def test_inputs_and_outputs_are_those_of_the_plain_model(bank, single):
 
     assert named(single) == ["input_ids", "attention_mask", "position_ids"]
     assert named(bank) == [*named(single), "task_id"]
+    task_id = onnx.load(bank.graph_path, load_external_data=False).graph.input[-1]
+    assert (task_id.name, task_id.doc_string) == ("task_id", "0: p20, 1: p3")
 
 
 def test_only_the_logits_that_are_asked_for_come_back(single):
@@ -258,9 +260,16 @@ class TestRefused:
             build(BuildRequest(str(workshop.model()), {}, tmp_path / "out", mode="bake"))
         assert not list(tmp_path.iterdir())
 
+    def test_prefixes_of_different_base_models(self, workshop, tmp_path):
+        adapters = {f"t{seed}": workshop.adapter(workshop.model(seed=seed), 3) for seed in (0, 1)}
+        request = BuildRequest(str(workshop.model()), adapters, tmp_path / "out", mode="bake")
+        with pytest.raises(ExportError, match=r"of one base model, found 'gpt2-0' .*, 'gpt2-1' \(task"):
+            build(request)
+        assert not list(tmp_path.iterdir())
+
     def test_no_task_for_the_runtime(self, bank):
         engine = prefix_runtime.load(bank.root)
-        with pytest.raises(RequestError, match="task: expected one of those that the graph holds, p20, p3, found None"):
+        with pytest.raises(RequestError, match="task: expected one of those that the graph holds, p20, p3, found none"):
             engine.generate(token_ids=[1, 2])
 
     def test_tasks_that_come_or_go(self, bank):

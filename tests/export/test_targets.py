@@ -35,7 +35,7 @@ def test_what_is_not_given_is_the_targets(given, expected):
         (("web", "bake", "fp32", "int8", None), "precision fp32: cache: expected one of fp32, found 'int8'"),
         (("portable", "feed", None, None, 17), "opset: expected 18 to 23, found 17"),
         (("portable", "feed", None, None, 24), "opset: expected 18 to 23, found 24"),
-        (("portable", "feed", "int8", None, 20), "opset: expected 21 to 23, found 20"),
+        (("portable", "feed", "int8", None, 20), "opset: expected 21 to 23 for int8 in standard operators, found 20"),
     ],
 )
 def test_what_a_target_does_not_offer_is_refused_by_name(given, message):
