@@ -35,27 +35,25 @@ def adopt_graph(source: Path, layers: Sequence[AttentionLayer], vocab_size: int,
         ExportError: the file is no graph, or breaks the contract; naming what does not fit.
         OSError: the disk is full or not writable.
     """
-    model = _read(source)
-    _check_inputs(model.graph, layers, source)
-    _check_outputs(model.graph, layers, vocab_size, source)
+    _check_contract(source, layers, vocab_size)
     try:
         Session(source)
     except ProviderError as error:
         raise ExportError(f"graph {source}: expected one that onnxruntime runs, found {error}") from error
+    model = onnx.load(source)
     onnx.save_model(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=f"{path.name}.data")
     return weight_bytes(ir.load(path).graph)
 
 
-def _read(source: Path) -> onnx.ModelProto:
-    if not source.is_file():
-        raise ExportError(f"graph {source}: expected an ONNX file, found none")
+def _check_contract(source: Path, layers: Sequence[AttentionLayer], vocab_size: int) -> None:
     try:
         onnx.checker.check_model(source)  # by its path: a model in memory may not be larger than 2 GiB
-        model = onnx.load(source)
+        model = onnx.load(source, load_external_data=False)
     except Exception as error:  # protobuf's errors and onnx' own share no base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportError(f"graph {source}: expected an ONNX model, whole with its weights, found {reason}") from error
-    return model
+    _check_inputs(model.graph, layers, source)
+    _check_outputs(model.graph, layers, vocab_size, source)
 
 
 def _check_inputs(graph: onnx.GraphProto, layers: Sequence[AttentionLayer], source: Path) -> None:

@@ -7,6 +7,7 @@ traced with the operator that the target runs (`GroupQueryAttention`).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -121,29 +122,18 @@ def probe(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
     return tuple(found[index] for index in range(layers))
 
 
-class GroupQueryAttention:
-    """Attention over a past that lies in one buffer with the present: the operator that onnxruntime runs in place.
-
-    Emits `com.microsoft::GroupQueryAttention` (onnxruntime 1.32, docs/ContribOperators.md), for every layer once.
+class PastAttention(ABC):
+    """An attention function over a past, which makes a present; every layer is run once.
 
     Args:
-        past: for each layer key and value, [batch, num_key_value_heads, past, head_dim] float32, float16 or int8.
-        lengths: filled positions of each row less one, with the new tokens, [batch] int32.
-        total: the longest row's, a scalar, int32.
-        scales: for an int8 past, for each layer key's and value's, [1, num_key_value_heads, 1, head_dim] float32.
+        past: for each layer key and value, [batch, num_key_value_heads, past, head_dim].
 
     Attributes:
-        present: for each layer that was traced key and value, shaped like the past.
+        present: for each layer that was run key and value; of what shape, a flavour says.
     """
 
-    def __init__(
-        self,
-        past: list[tuple[torch.Tensor, torch.Tensor]],
-        lengths: torch.Tensor,
-        total: torch.Tensor,
-        scales: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
-    ) -> None:
-        self._past, self._lengths, self._total, self._scales = past, lengths, total, scales
+    def __init__(self, past: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self._past = past
         self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(
@@ -161,15 +151,63 @@ class GroupQueryAttention:
         """See `AttentionFunction`; [batch, sequence, heads, head_dim]."""
         _refuse_unknown(type(module).__name__, kwargs)
         index = int(module.layer_idx)  # type: ignore[arg-type]  # torch types every attribute of a module as a tensor
+        scale = scaling or query.shape[3] ** -0.5
+        return self._attend(index, query, key, value, scale=scale, window=sliding_window, softcap=softcap)
+
+    @abstractmethod
+    def _attend(
+        self,
+        index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """A layer's attention, [batch, sequence, heads, head_dim], and its present."""
+
+
+class GroupQueryAttention(PastAttention):
+    """Attention over a past that lies in one buffer with the present: the operator that onnxruntime runs in place.
+
+    Emits `com.microsoft::GroupQueryAttention` (onnxruntime 1.32, docs/ContribOperators.md). The present is shaped like
+    the past.
+
+    Args:
+        past: see `PastAttention`; float32, float16 or int8.
+        lengths: filled positions of each row less one, with the new tokens, [batch] int32.
+        total: the longest row's, a scalar, int32.
+        scales: for an int8 past, for each layer key's and value's, [1, num_key_value_heads, 1, head_dim] float32.
+    """
+
+    def __init__(
+        self,
+        past: list[tuple[torch.Tensor, torch.Tensor]],
+        lengths: torch.Tensor,
+        total: torch.Tensor,
+        scales: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> None:
+        super().__init__(past)
+        self._lengths, self._total, self._scales = lengths, total, scales
+
+    def _attend(
+        self,
+        index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
         past_key, past_value = self._past[index]
         batch, heads, sequence, head_dim = query.shape
-        attributes: dict[str, Any] = {
-            "num_heads": heads,
-            "kv_num_heads": key.shape[1],
-            "scale": scaling or head_dim**-0.5,
-        }
-        if sliding_window:
-            attributes["local_window_size"] = sliding_window
+        attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": key.shape[1], "scale": scale}
+        if window:
+            attributes["local_window_size"] = window
         if softcap:
             attributes["softcap"] = softcap
         inputs: list[torch.Tensor | None] = [
@@ -196,22 +234,19 @@ class GroupQueryAttention:
         return output.view(batch, sequence, heads, head_dim)
 
 
-class PortableAttention:
+class PortableAttention(PastAttention):
     """Attention in standard operators, over a past that is returned longer, and over prefixes beside it.
 
     The scores over a prefix and over past and new tokens are computed apart and joined for one softmax; its parts weigh
     the values of each, and their sum is attention over all of them. Of the prefix nothing is copied, and the rows of a
-    batch may share it.
+    batch may share it. The present is [batch, num_key_value_heads, total, head_dim].
 
     Args:
-        past: for each layer key and value, [batch, num_key_value_heads, past, head_dim].
+        past: see `PastAttention`.
         seen: which of past and new tokens there are, [batch, total] bool; the others are padding.
         prefixes: for each layer key and value, [batch or 1, num_key_value_heads, prefix, head_dim], ending where the
             past begins; None where there are none.
         prefix_seen: which slots of the prefixes there are, [batch or 1, prefix] bool.
-
-    Attributes:
-        present: for each layer that was traced key and value, [batch, num_key_value_heads, total, head_dim].
     """
 
     def __init__(
@@ -221,38 +256,34 @@ class PortableAttention:
         prefixes: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
         prefix_seen: torch.Tensor | None = None,
     ) -> None:
-        self._past, self._seen, self._prefixes, self._prefix_seen = past, seen, prefixes, prefix_seen
+        super().__init__(past)
+        self._seen, self._prefixes, self._prefix_seen = seen, prefixes, prefix_seen
         self._masks: dict[int | None, torch.Tensor] = {}  # by sliding window
-        self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def __call__(
+    def _attend(
         self,
-        module: torch.nn.Module,
+        index: int,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         *,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        **kwargs: Any,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
     ) -> torch.Tensor:
-        """See `AttentionFunction`; [batch, sequence, heads, head_dim]."""
-        _refuse_unknown(type(module).__name__, kwargs)
-        index = int(module.layer_idx)  # type: ignore[arg-type]  # as above
         past_key, past_value = self._past[index]
         self.present[index] = torch.cat((past_key, key), 2), torch.cat((past_value, value), 2)
         sources = [self.present[index]] if self._prefixes is None else [self._prefixes[index], self.present[index]]
         batch, heads, sequence, head_dim = query.shape
         groups = heads // key.shape[1]
         # Heads that share a key are rows of one product: no key is repeated.
-        rows = (query * (scaling or head_dim**-0.5)).reshape(batch, key.shape[1], groups * sequence, head_dim)
+        rows = (query * scale).reshape(batch, key.shape[1], groups * sequence, head_dim)
         scores = torch.cat([rows @ keys.transpose(2, 3) for keys, _ in sources], 3).float()
         if softcap:
             scores = torch.tanh(scores / softcap) * softcap
         scores = scores.reshape(batch, key.shape[1] * groups, sequence, -1)
         # A finite number: a row of padding, which sees nothing, shall be garbage and not NaN.
-        scores = scores.masked_fill(~self._mask(sequence, sliding_window), torch.finfo(torch.float32).min)
+        scores = scores.masked_fill(~self._mask(sequence, window), torch.finfo(torch.float32).min)
         weights = scores.softmax(3).to(query.dtype).reshape(batch, key.shape[1], groups * sequence, -1)
         output = _weighted(weights, [values for _, values in sources])
         return output.reshape(batch, heads, sequence, head_dim).transpose(1, 2)

@@ -16,6 +16,7 @@ import torch
 
 from prefix_runtime import Bundle, LayerPrefix, Manifest, Prefix
 from prefix_runtime.bundle import MANIFEST_NAME, check_output, describe_file, staged, write_prefix
+from prefix_runtime.cache_format import CACHE_TYPES
 from prefix_runtime.geometry import LEAST_TEXT
 from prefix_runtime.manifest import ModelEntry, check_new_task_name
 from prefix_runtime.storage import write_file_atomically
@@ -137,9 +138,10 @@ def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> B
             save_scales(scales, folder)
         _save_configs(base, folder)
         if plan.has_adapters:
-            save_adapters(prefixes, folder, np.dtype(np.float16 if plan.cache == "fp16" else np.float32))
+            save_adapters(prefixes, folder, CACHE_TYPES[plan.cache])
         if plan.name == "portable" and plan.mode == "bake" and len(prefixes) == 1:
-            room = min(base.geometry.room(prefix, max_length) for prefix in prefixes.values())
+            (prefix,) = prefixes.values()
+            room = base.geometry.room(prefix, max_length)
             _write_json(folder / GENAI_CONFIG_NAME, genai_config(base, plan.graph, room))
         on_step("hashing")
         manifest = _manifest(plan, settings, base, prefixes, weight_bytes, max_length=max_length, folder=folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -165,16 +164,11 @@ def _by_task(prefixes: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _held_out(files: tuple[str, ...]) -> dict[str | None, Path]:
-    named = [_of_task(file) for file in files]
+    named = [runtime.split_named(file) for file in files]
     found = dict(named)
     if len(found) < len(named):
         raise click.UsageError("--held-out: two files for one task, or for all; give one")
     return found
-
-
-def _of_task(file: str) -> tuple[str | None, Path]:
-    task, _, path = file.partition("=") if "=" in file and not os.path.exists(file) else ("", "", file)  # noqa: PTH110  # as split_task
-    return task or None, Path(path)
 
 
 def _print_summary(result: BuildResult) -> None:

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prefix_runtime import LayerPrefix
 
-from .attention import AttentionLayer, GroupQueryAttention, PortableAttention, attention
+from .attention import AttentionLayer, GroupQueryAttention, PastAttention, PortableAttention, attention
 from .bake import PrefixBank
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
@@ -33,6 +33,9 @@ class Decoder(torch.nn.Module):
         model, layers: as given.
         names: of the inputs, in order.
     """
+
+    _past_length: int
+    """Of the example."""
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[AttentionLayer], dtype: torch.dtype) -> None:
         super().__init__()
@@ -78,10 +81,6 @@ class Decoder(torch.nn.Module):
         """Of prefixes that the graph holds and reads in every step."""
         return 0
 
-    @property
-    def _past_length(self) -> int:
-        raise NotImplementedError
-
     def zeros(self, batch: int, length: int) -> Pairs:
         """Keys and values of each layer, [batch, num_key_value_heads, length, head_dim]."""
 
@@ -90,9 +89,22 @@ class Decoder(torch.nn.Module):
 
         return [(cached(layer), cached(layer)) for layer in self.layers]
 
+    def _hold(self, name: str, pairs: Pairs) -> None:
+        """Keep each layer's pair as constants of the graph."""
+        for index, pair in enumerate(pairs):
+            for part, tensor in zip(_PARTS, pair, strict=True):
+                self.register_buffer(f"{name}_{index}_{part}", tensor)
+
+    def _held(self, name: str) -> Pairs:
+        """What `_hold` keeps."""
+        key, value = (
+            [self.get_buffer(f"{name}_{index}_{part}") for index in range(len(self.layers))] for part in _PARTS
+        )
+        return list(zip(key, value, strict=True))
+
     def _run(
         self,
-        function: GroupQueryAttention | PortableAttention,
+        function: PastAttention,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         num_logits_to_keep: torch.Tensor,
@@ -117,6 +129,8 @@ class FastDecoder(Decoder):
         scales: for an int8 past each layer's, [num_key_value_heads, 1, head_dim] float32.
     """
 
+    _past_length = 11  # of a buffer, longer than what is filled
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -126,9 +140,8 @@ class FastDecoder(Decoder):
     ) -> None:
         super().__init__(model, layers, dtype)
         self._has_scales = scales is not None
-        for index, layer in enumerate(scales or ()):
-            self.register_buffer(f"key_scale_{index}", torch.tensor(layer.key)[None])
-            self.register_buffer(f"value_scale_{index}", torch.tensor(layer.value)[None])
+        if scales is not None:
+            self._hold("scale", [(torch.tensor(layer.key)[None], torch.tensor(layer.value)[None]) for layer in scales])
 
     def forward(
         self,
@@ -142,18 +155,8 @@ class FastDecoder(Decoder):
         """The graph's outputs."""
         lengths = (attention_mask.sum(1) - 1).to(torch.int32)
         total = _size(attention_mask, 1).to(torch.int32)
-        function = GroupQueryAttention(past, lengths, total, self._scales())
+        function = GroupQueryAttention(past, lengths, total, self._held("scale") if self._has_scales else None)
         return self._run(function, input_ids, position_ids, num_logits_to_keep)
-
-    @property
-    def _past_length(self) -> int:
-        return 11  # of a buffer, longer than what is filled
-
-    def _scales(self) -> Pairs | None:
-        if not self._has_scales:
-            return None
-        named = dict(self.named_buffers(recurse=False))
-        return [(named[f"key_scale_{index}"], named[f"value_scale_{index}"]) for index in range(len(self.layers))]
 
 
 class PortableDecoder(Decoder):
@@ -166,6 +169,8 @@ class PortableDecoder(Decoder):
             inputs, `prefix.{i}.key`, `.value` [1, num_key_value_heads, prefix_length, head_dim] and `position_base`
             [1] int64.
     """
+
+    _past_length = 5
 
     def __init__(
         self,
@@ -182,9 +187,8 @@ class PortableDecoder(Decoder):
             self.names += [*self.pairs("prefix"), "position_base"]
         if bank is None:
             return
-        for index, pair in enumerate(bank.layers):
-            for part, array in zip(_PARTS, pair, strict=True):
-                self.register_buffer(f"prefix_{index}_{part}", torch.from_numpy(array).to(dtype))
+        tensors = [(torch.from_numpy(key).to(dtype), torch.from_numpy(value).to(dtype)) for key, value in bank.layers]
+        self._hold("prefix", tensors)
         self.register_buffer("position_bases", torch.from_numpy(bank.position_bases))
         self.register_buffer("prefix_seen", torch.from_numpy(bank.seen))
         if self._is_choosing:
@@ -238,10 +242,6 @@ class PortableDecoder(Decoder):
         return self._bank.tasks if self._bank is not None else ()
 
     @property
-    def _past_length(self) -> int:
-        return 5
-
-    @property
     def held_bytes(self) -> int:
         """See `Decoder`; one of several prefixes is looked up, as a row of a table is."""
         if self._bank is None or self._is_choosing:
@@ -255,15 +255,13 @@ class PortableDecoder(Decoder):
     def _chosen(self, task_id: torch.Tensor | None) -> tuple[Pairs, torch.Tensor | None, torch.Tensor]:
         """The prefixes of the rows, which of their slots there are, and the positions of their first tokens."""
         assert self._bank is not None
-        named = dict(self.named_buffers(recurse=False))
-        held = [(named[f"prefix_{i}_key"], named[f"prefix_{i}_value"]) for i in range(len(self.layers))]
+        held, seen, bases = self._held("prefix"), self.get_buffer("prefix_seen"), self.get_buffer("position_bases")
         if task_id is None:
-            return held, None, named["position_bases"]
+            return held, None, bases
         # onnxruntime refuses a place behind the last one, but counts a negative one from there.
         place = torch.where(task_id < 0, len(self._bank.tasks), task_id)
         chosen = [(key.index_select(0, place), value.index_select(0, place)) for key, value in held]
-        seen, bases = named["prefix_seen"].index_select(0, place), named["position_bases"].index_select(0, place)
-        return chosen, seen, bases
+        return chosen, seen.index_select(0, place), bases.index_select(0, place)
 
 
 class _Projection(torch.nn.Module):

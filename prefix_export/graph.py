@@ -34,7 +34,6 @@ from .decoder import Decoder, PortableDecoder, plain_projections
 from .errors import ExportError
 from .simplify import simplify
 
-OPSET = 21
 # Protobuf's own limit is 2 GiB; tables that are not read in each step come on top of what is counted.
 _MOST_IN_ONE_FILE = 1_600_000_000
 _LOGITS_LENGTH = "logits_length"
@@ -46,9 +45,7 @@ _LOOKUPS = {
 }
 
 
-def export_graph(
-    decoder: Decoder, positions: int, path: Path, *, opset: int = OPSET, has_weights_apart: bool = True
-) -> int:
+def export_graph(decoder: Decoder, positions: int, path: Path, *, opset: int, has_weights_apart: bool = True) -> int:
     """Write a graph and its weights, each stored once.
 
     Args:

@@ -167,11 +167,11 @@ class QuantizedModel:
     def packed(self, *, in_standard_operators: bool = False) -> Iterator[None]:
         """Put modules that emit onnxruntime's operators, or ONNX' own, in the place of linear layers, for the trace."""
         before = {name: self._model.get_submodule(name) for name in self._packed}
-        emit = _emitting_standard if in_standard_operators else _emitting
-        shared: dict[int, Any] = {}
+        emitted = _STANDARD if in_standard_operators else _ONNXRUNTIMES
+        shared: dict[int, torch.nn.Module] = {}
         try:
             for name, module in before.items():
-                self._model.set_submodule(name, emit(module, self._packed[name], shared))
+                self._model.set_submodule(name, _emitting(module, self._packed[name], shared, emitted))
             yield
         finally:
             for name, module in before.items():
@@ -207,12 +207,19 @@ class _Packed(torch.nn.Module):
         self.register_buffer("zero_points", weight.zero_points)
 
 
-def _emitting(module: torch.nn.Module, weight: PackedWeight, shared: dict[int, _Packed]) -> torch.nn.Module:
-    packed = shared.setdefault(id(weight), _Packed(weight))
+def _emitting(
+    module: torch.nn.Module, weight: PackedWeight, shared: dict[int, torch.nn.Module], emitted: tuple[Any, Any, Any]
+) -> torch.nn.Module:
+    """A module that emits operators in the place of another; `emitted`: classes of weights, linears, embeddings."""
+    weights, linear, embedding = emitted
+    if id(weight) not in shared:
+        shared[id(weight)] = weights(weight)
+    found: torch.nn.Module
     if isinstance(module, torch.nn.Embedding):
-        return _QuantizedEmbedding(packed)
-    bias: torch.Tensor | None = module.bias  # type: ignore[assignment]  # as above
-    return _QuantizedLinear(packed, bias)
+        found = embedding(shared[id(weight)])
+    else:
+        found = linear(shared[id(weight)], module.bias)
+    return found
 
 
 class _QuantizedLinear(torch.nn.Module):
@@ -325,14 +332,6 @@ class _Rounded(torch.nn.Module):
         return weight
 
 
-def _emitting_standard(module: torch.nn.Module, weight: PackedWeight, shared: dict[int, _Rounded]) -> torch.nn.Module:
-    rounded = shared.setdefault(id(weight), _Rounded(weight))
-    if isinstance(module, torch.nn.Embedding):
-        return _RoundedEmbedding(rounded)
-    bias: torch.Tensor | None = module.bias  # type: ignore[assignment]  # as above
-    return _RoundedLinear(rounded, bias)
-
-
 class _RoundedLinear(torch.nn.Module):
     """A blockwise `DequantizeLinear` and a `MatMul`, which onnxruntime makes one `MatMulNBits` of (1.32)."""
 
@@ -357,6 +356,10 @@ class _RoundedEmbedding(torch.nn.Module):
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[batch, sequence] int64 to [batch, sequence, inputs]."""
         return self.rounded.dequantized(token_ids.flatten()).T.reshape(*token_ids.shape, -1)
+
+
+_ONNXRUNTIMES = (_Packed, _QuantizedLinear, _QuantizedEmbedding)
+_STANDARD = (_Rounded, _RoundedLinear, _RoundedEmbedding)
 
 
 def as_exact(graph: Any) -> None:

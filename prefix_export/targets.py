@@ -19,20 +19,23 @@ class Target:
     Attributes:
         flavour: "fast" or "portable".
         opset: of ONNX' own operators, by default.
-        precisions: of the weights, the default first.
         caches: what keys and values may be kept in, by precision, the default first.
         modes: whether prefixes are fed, baked, or either.
-        graphs: the graph's path in the bundle, by precision.
+        graphs: the graph's path in the bundle, by precision of the weights, the default first.
         has_weights_apart: whether the weights lie in a file of their own, beside the graph.
     """
 
     flavour: str
     opset: int
-    precisions: tuple[str, ...]
     caches: Mapping[str, tuple[str, ...]]
     modes: tuple[str, ...]
     graphs: Mapping[str, str]
     has_weights_apart: bool
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Of the weights, the default first."""
+        return tuple(self.graphs)
 
 
 _FAST_CACHES = ("fp32", "fp16", "int8")
@@ -45,7 +48,6 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         "cpu": Target(
             flavour="fast",
             opset=21,
-            precisions=("fp32", "int8", "int4"),
             caches=MappingProxyType(dict.fromkeys(("fp32", "int8", "int4"), _FAST_CACHES)),
             modes=("feed",),
             graphs=MappingProxyType(dict.fromkeys(("fp32", "int8", "int4"), "model.onnx")),
@@ -54,7 +56,6 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         "portable": Target(
             flavour="portable",
             opset=21,
-            precisions=("fp32", "fp16", "int8"),
             caches=_PORTABLE_CACHES,
             modes=MODES,
             graphs=MappingProxyType(dict.fromkeys(("fp32", "fp16", "int8"), "model.onnx")),
@@ -64,11 +65,10 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         "web": Target(
             flavour="portable",
             opset=21,
-            precisions=("int8", "fp32", "fp16"),
             caches=_PORTABLE_CACHES,
             modes=MODES,
             graphs=MappingProxyType(
-                {"fp32": "onnx/model.onnx", "fp16": "onnx/model_fp16.onnx", "int8": "onnx/model_quantized.onnx"}
+                {"int8": "onnx/model_quantized.onnx", "fp32": "onnx/model.onnx", "fp16": "onnx/model_fp16.onnx"}
             ),
             has_weights_apart=False,
         ),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, TypedDict, cast
 
 import numpy as np
 
+from .checks import is_whole
 from .errors import RequestError
 from .sampling import Sampling
 
@@ -79,7 +81,7 @@ def check_ids(row: Any) -> None:
     if not isinstance(row, Sequence | np.ndarray) or (isinstance(row, np.ndarray) and row.ndim == 0):
         raise RequestError(f"token_ids: expected a list of whole numbers, found {row!r}")
     for index, token_id in enumerate(row):
-        if not isinstance(token_id, int | np.integer) or isinstance(token_id, bool):
+        if not is_whole(token_id, -math.inf):
             raise RequestError(f"token_ids[{index}]: expected a whole number, found {token_id!r}")
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 
-def is_whole(value: object, least: int = 0, most: float = math.inf) -> bool:
+def is_whole(value: object, least: float = 0, most: float = math.inf) -> bool:
     """Whether it is a whole number in a range; True and False are none."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(least <= value <= most)
 

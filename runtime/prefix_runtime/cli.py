@@ -200,15 +200,22 @@ def add_to_bundle(bundle: Path, prefix: str, read: Callable[[Path, Bundle], Pref
 
 def split_task(text: str) -> tuple[str, Path]:
     """The task and the path in `[TASK=]PATH`; without a task the file's or the folder's name."""
-    name, separator, rest = text.partition("=")
-    if separator and not os.path.exists(text):  # noqa: PTH110  # Path's raises where the name is too long for one
-        if not rest:
-            raise click.UsageError(f"expected [TASK=]PATH, found {text!r} without a path")
-        return name, Path(rest)
-    path = Path(text)
+    name, path = split_named(text)
+    if name is not None:
+        return name, path
     # PEFT's file is called alike in every folder: the folder's name tells more.
     named = path.absolute().parent if path.stem == "adapter_model" else path.absolute()
     return (named.name if path.is_dir() or named != path.absolute() else named.stem), path
+
+
+def split_named(text: str) -> tuple[str | None, Path]:
+    """The task, or None, and the path in `[TASK=]PATH`; a path that is there and has a `=` in it is a path."""
+    name, separator, rest = text.partition("=")
+    if not separator or os.path.exists(text):  # noqa: PTH110  # Path's raises where the name is too long for one
+        return None, Path(text)
+    if not rest:
+        raise click.UsageError(f"expected [TASK=]PATH, found {text!r} without a path")
+    return name, Path(rest)
 
 
 def verified(bundle: Bundle) -> str:

@@ -40,7 +40,7 @@ def model(workshop, architecture):
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("graph")
-    export_graph(FastDecoder(model, probe(model), torch.float32), 320, folder / "model.onnx")
+    export_graph(FastDecoder(model, probe(model), torch.float32), 320, folder / "model.onnx", opset=21)
     return folder
 
 
@@ -211,7 +211,7 @@ def test_a_model_that_torch_cannot_trace_is_refused_by_name(model, tmp_path, mon
 
     monkeypatch.setattr(torch.onnx, "export", fail)
     with pytest.raises(ExportError) as caught:
-        export_graph(FastDecoder(model, probe(model), torch.float32), 64, tmp_path / "model.onnx")
+        export_graph(FastDecoder(model, probe(model), torch.float32), 64, tmp_path / "model.onnx", opset=21)
     assert str(caught.value) == f"{type(model).__name__}: torch.onnx cannot trace the model: data-dependent"
     assert not list(tmp_path.iterdir())
 
