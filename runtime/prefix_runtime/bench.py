@@ -14,18 +14,19 @@ import numpy as np
 
 from . import machine
 from .bandwidth import BandwidthProbe
+from .bench_inputs import free_name, random_prefix, random_prompts
 from .bench_plan import Plan, Row, plan_rows
 from .bundle import Bundle
-from .cache_format import LARGEST, CacheFormat
 from .engine import Engine, load
 from .measurements import BenchReport, BenchRequest, Cell, Opening, Sample, Subject, Switch
-from .openings import open_in_fresh_process
-from .prefix import LayerPrefix, Prefix
+from .openings import run_in_fresh_process
 
 StepListener = Callable[[int, int, str], None]
 """Told what begins, before it begins: steps done, steps in all, and what it is."""
 
-OPENINGS = 3
+LEAST_OPENINGS = 3
+"""Of a bundle: each row is one."""
+
 T = TypeVar("T")
 
 
@@ -61,8 +62,8 @@ def bench_together(
     """Measure bundles side by side, the rows of all of them in the same rounds; a report each, errors as `bench`."""
     request = request or BenchRequest()
     plans = [plan_rows(Bundle.open(path), request) for path in paths]
-    progress = _Progress(on_step, sum(OPENINGS + 1 + _steps_of(plan) * (request.rounds + 1) for plan in plans))
-    progress.total += request.rounds + 1  # of the bandwidth
+    progress = _Progress(on_step)
+    progress.total = len(plans) * (_openings_of(plans) + 1) + (sum(map(_steps_of, plans)) + 1) * (request.rounds + 1)
     openings = _openings(plans, request, progress)
     contestants = [_Contestant(plan, request, progress) for plan in plans]
     probe = BandwidthProbe(request.threads)
@@ -76,14 +77,19 @@ def _steps_of(plan: Plan) -> int:
     return len(plan.rows) + len(plan.selections)
 
 
+def _openings_of(plans: Sequence[Plan]) -> int:
+    return max(LEAST_OPENINGS, *(len(plan.rows) for plan in plans))
+
+
 def _openings(plans: Sequence[Plan], request: BenchRequest, progress: _Progress) -> list[tuple[Opening, ...]]:
-    """Each bundle's openings, in turn."""
+    """Each bundle's openings, in turn: every row in a process of its own."""
     found: list[list[Opening]] = [[] for _ in plans]
     # Before this process opens the bundles itself, so that there is memory for both.
-    for number in range(1, OPENINGS + 1):
+    for number in range(_openings_of(plans)):
         for opened, plan in zip(found, plans, strict=True):
-            progress.begin(f"opening {plan.bundle.root.name} in a fresh process, {number} of {OPENINGS}")
-            opened.append(open_in_fresh_process(plan.bundle.root, request.provider, request.threads))
+            row = plan.rows[number % len(plan.rows)]
+            progress.begin(f"{plan.bundle.root.name} in a fresh process, {row}")
+            opened.append(run_in_fresh_process(plan.bundle.root, row, request))
     return [tuple(opened) for opened in found]
 
 
@@ -100,10 +106,10 @@ def _run_rounds(steps: Sequence[_Step[Any]], rounds: int, progress: _Progress) -
 
 
 class _Progress:
-    def __init__(self, on_step: StepListener, total: int) -> None:
+    def __init__(self, on_step: StepListener) -> None:
         self._on_step = on_step
         self._done = 0
-        self.total = total
+        self.total = 0
 
     def begin(self, text: str) -> None:
         self._on_step(self._done, self.total, text)
@@ -152,20 +158,18 @@ class _Contestant:
         )
 
     def _add_random(self, length: int) -> str:
-        name = _free_name(f"prefix-{length}", self._engine.tasks)
+        name = free_name(f"prefix-{length}", self._engine.tasks)
         self._engine.add_task(name, random_prefix(self._plan.bundle, length))
         return name
 
     def _generation(self, row: Row) -> _Step[Sample]:
-        random = np.random.default_rng(row.prompt_length)
-        vocabulary = self._plan.bundle.manifest.geometry.vocab_size
-        prompts = random.integers(vocabulary, size=(row.batch_size, row.prompt_length)).tolist()
+        prompts = random_prompts(self._plan.bundle, row)
         name = self._names[Row(row.task, row.prefix_length)]
         measure = partial(_generate, self._engine, name, prompts, self._request.new_tokens)
-        return _Step(f"{row}, prompt {row.prompt_length}, batch {row.batch_size}", measure)
+        return _Step(str(row), measure)
 
     def _selection(self, row: Row) -> _Step[tuple[float, float]]:
-        return _Step(f"selecting {row}", partial(self._select, row))
+        return _Step(f"selecting {row.prefix}", partial(self._select, row))
 
     def _select(self, row: Row) -> tuple[float, float]:
         """Seconds of the first selection of a prefix that the engine has never seen, and of its second."""
@@ -175,7 +179,7 @@ class _Contestant:
             read = time.perf_counter() - started
         else:
             prefix, read = random_prefix(self._plan.bundle, row.prefix_length), 0.0
-        name = _free_name("selected", self._engine.tasks)
+        name = free_name("selected", self._engine.tasks)
         self._engine.add_task(name, prefix)
         try:
             first, second = (
@@ -185,24 +189,6 @@ class _Contestant:
         finally:
             self._engine.remove_task(name)
         return read + first, second
-
-
-def random_prefix(bundle: Bundle, length: int, seed: int | None = None) -> Prefix:
-    """A prefix of a length that fits a bundle, the same for the same seed; text begins at position `length`."""
-    random = np.random.default_rng(length if seed is None else seed)
-    manifest = bundle.manifest
-    shapes = [(2, layer.key_value_heads, length, layer.head_dim) for layer in manifest.geometry.layers]
-    pairs = [LayerPrefix(*random.standard_normal(shape, np.float32)) for shape in shapes]
-    if scales := CacheFormat.of_bundle(bundle.root, manifest.cache, manifest.geometry).scales:
-        # Within what 8 bits reach, each channel by its own scale.
-        layers = zip(pairs, scales, strict=True)
-        pairs = [LayerPrefix(_within(pair.key, scale.key), _within(pair.value, scale.value)) for pair, scale in layers]
-    return Prefix({"decoder": tuple(pairs)}, position_base=length)
-
-
-def _within(numbers: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    clipped: np.ndarray = np.clip(32 * numbers, -LARGEST, LARGEST).astype(np.float32) * scale
-    return clipped
 
 
 def _generate(engine: Engine, task: str | None, prompts: list[list[int]], new_tokens: int) -> Sample:
@@ -235,10 +221,3 @@ def _subject(bundle: Bundle) -> Subject:
         weight_bytes=manifest.weight_bytes,
         values_per_position=manifest.geometry.values_per_position,
     )
-
-
-def _free_name(name: str, taken: Sequence[str]) -> str:
-    lowered = {other.lower() for other in taken}
-    while name in lowered:
-        name += "_"
-    return name

@@ -16,7 +16,7 @@ from .errors import BenchError
 from .measurements import BYTES_PER_VALUE, BenchReport, Cell, Ratio
 
 FORMAT = "prefix-export.bench"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MOST_BYTES = 256 << 20
 """Of a report that is read; a larger file is none."""
 
@@ -52,8 +52,9 @@ def from_json(text: str, where: str) -> BenchReport:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise BenchError(f"{where}: expected a report that `bench --json` wrote, of format {FORMAT!r}, found {found!r}")
     version = _read(int, content.get("format_version"), f"{where}: format_version")
-    if not 1 <= version <= FORMAT_VERSION:
-        raise BenchError(f"{where}: expected format version {FORMAT_VERSION}, found {version}; update prefix-runtime")
+    if version != FORMAT_VERSION:
+        advice = "update prefix-runtime" if version > FORMAT_VERSION else "measure again"
+        raise BenchError(f"{where}: expected format version {FORMAT_VERSION}, found {version}; {advice}")
     report = _read(BenchReport, content, where)
     _check(report, where)
     return report
@@ -95,6 +96,7 @@ def _summary_of(report: BenchReport, cell: Cell) -> dict[str, object]:
         "floor_of_weights": step.weights,
         "floor_of_keys_and_values": step.key_values,
         "tokens_per_second_ceiling": report.most_tokens_per_second(cell),
+        "peak_bytes": report.peak_bytes(cell),
     }
     for name in ("time_to_first_token", "inter_token_latency"):
         row |= _overhead_of(name, report.overhead(cell, name))

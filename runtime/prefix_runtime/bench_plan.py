@@ -21,8 +21,13 @@ class Row:
     prompt_length: int = 0
     batch_size: int = 0
 
-    def __str__(self) -> str:
+    @property
+    def prefix(self) -> str:
+        """What it runs under, in words."""
         return f"task {self.task}" if self.task else f"prefix {self.prefix_length}"
+
+    def __str__(self) -> str:
+        return f"{self.prefix}, prompt {self.prompt_length}, batch {self.batch_size}"
 
 
 @dataclass(frozen=True)
@@ -47,22 +52,22 @@ def plan_rows(bundle: Bundle, request: BenchRequest) -> Plan:
         BenchError: nothing does.
         UnknownTaskError: a task that was named is not there.
     """
-    tasks, unmeasured = _tasks(bundle, request)
-    wanted = [*(Row(None, length) for length in request.prefix_lengths), *tasks]
+    wanted, unmeasured = _tasks(bundle, request)
     if bundle.manifest.mode == "bake":
-        wanted = tasks
-        unmeasured = [*unmeasured, "random prefixes: the graph holds its own"]
+        unmeasured.append("random prefixes: the graph holds its own")
+    else:
+        wanted = [*(Row(None, length) for length in request.prefix_lengths), *wanted]
     room = {row: _room(bundle, row) for row in wanted}
     limit = bundle.manifest.max_length
     fitting = [row for row in wanted if room[row] >= LEAST_TEXT]
-    skipped = [f"{row}: leaves no room for text in {limit} positions" for row in wanted if row not in fitting]
+    skipped = [f"{row.prefix}: leaves no room for text in {limit} positions" for row in wanted if row not in fitting]
     rows = []
     for row in _settings(fitting, request):
         if row.prompt_length + request.new_tokens <= room[Row(row.task, row.prefix_length)]:
             rows.append(row)
         elif row.batch_size == request.batch_sizes[0]:
             skipped.append(
-                f"{row}, prompt {row.prompt_length}: with {request.new_tokens} new tokens it does not fit "
+                f"{row.prefix}, prompt {row.prompt_length}: with {request.new_tokens} new tokens it does not fit "
                 f"{limit} positions"
             )
     if not rows:

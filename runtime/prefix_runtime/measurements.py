@@ -172,21 +172,31 @@ class Switch:
 
 @dataclass(frozen=True)
 class Opening:
-    """A fresh process that opened the bundle and generated a token.
+    """A fresh process that opened the bundle and ran one row.
 
     Attributes:
+        task, prefix_length, prompt_length, batch_size: of the row; see `Cell`.
         import_seconds: to import the module.
         open_seconds: to open the bundle: `load`.
         opened_bytes: the process' peak resident memory after that; None where the system does not tell.
-        generated_bytes: the same after the generation.
-        resident_bytes: resident after the generation.
+        generated_bytes: the same after the row.
+        resident_bytes: resident after the row.
     """
 
+    task: str | None
+    prefix_length: int
+    prompt_length: int
+    batch_size: int
     import_seconds: float
     open_seconds: float
     opened_bytes: int | None
     generated_bytes: int | None
     resident_bytes: int | None
+
+    @property
+    def key(self) -> tuple[str | None, int, int, int]:
+        """As `Cell.key`."""
+        return self.task, self.prefix_length, self.prompt_length, self.batch_size
 
 
 @dataclass(frozen=True)
@@ -246,7 +256,7 @@ class BenchReport:
         bandwidth: bytes a second that the machine read memory at, one a round.
         cells: the rows, by batch size, prompt length, prefix length; tasks of the bundle last.
         switches: selection of a task, by prefix length.
-        openings: of the bundle by fresh processes, the first one first.
+        openings: of the bundle by fresh processes, the first one first; each row at least once.
         skipped: what does not fit, a line each with the reason.
     """
 
@@ -274,6 +284,11 @@ class BenchReport:
     def find(self, key: tuple[str | None, int, int, int]) -> Cell | None:
         """The row of a `Cell.key`."""
         return self._by_key.get(key)
+
+    def peak_bytes(self, cell: Cell) -> int | None:
+        """The most memory that a fresh process took to run a row; None where the system does not tell."""
+        found = [opening.generated_bytes for opening in self.openings if opening.key == cell.key]
+        return max((each for each in found if each is not None), default=None)
 
     @cached_property
     def _by_key(self) -> dict[tuple[str | None, int, int, int], Cell]:

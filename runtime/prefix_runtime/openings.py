@@ -1,4 +1,4 @@
-"""What it takes a fresh process to open a bundle: time and memory."""
+"""What it takes a fresh process to open a bundle and to run a row: time and memory."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
-from .bundle import Bundle
+from .bench_inputs import free_name, random_prefix, random_prompts
+from .bench_plan import Row
 from .errors import BenchError
 from .machine import peak_memory, resident_memory
-from .measurements import Opening
+from .measurements import BenchRequest, Opening
 
 # The module is imported here, and not by the interpreter's -m, so that its own import can be timed.
 _CHILD = """
@@ -24,37 +26,39 @@ sys.stdout.write(observe(seconds, *sys.argv[1:]))
 """
 
 
-def open_in_fresh_process(path: Path, provider: str, threads: int | None) -> Opening:
-    """What a fresh interpreter measures that opens a bundle and generates a token.
+def run_in_fresh_process(path: Path, row: Row, request: BenchRequest) -> Opening:
+    """What a fresh interpreter measures that opens a bundle and generates what a row asks for.
 
     Raises:
         BenchError: it fails.
     """
-    command = [sys.executable, "-c", _CHILD, str(path), provider, str(threads or "")]
+    wanted = asdict(row) | {key: getattr(request, key) for key in ("provider", "threads", "new_tokens")}
+    command = [sys.executable, "-c", _CHILD, str(path), json.dumps(wanted)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # this interpreter
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         reason = last.partition("Error: ")[2] or last  # a traceback's last line begins with the error's class
-        raise BenchError(f"{path}: expected a fresh process to open the bundle, found {reason}")
-    return Opening(**json.loads(done.stdout))
+        raise BenchError(f"{path}: expected a fresh process to run {row}, found {reason}")
+    return Opening(**asdict(row), **json.loads(done.stdout))
 
 
-def least_task(bundle: Bundle) -> str | None:
-    """What to run a bundle under that needs least: nothing, or where its graph holds prefixes the shortest."""
-    if bundle.manifest.mode == "feed":
-        return None
-    return min(bundle.tasks, key=lambda task: bundle.manifest.tasks[task].prefix_length)
-
-
-def observe(import_seconds: float, path: str, provider: str, threads: str) -> str:
-    """Open a bundle in this process, generate a token, and return an `Opening` as JSON."""
+def observe(import_seconds: float, path: str, wanted: str) -> str:
+    """Open a bundle in this process, generate what is wanted, and return what an `Opening` measures, as JSON."""
     from .engine import load
 
+    request = json.loads(wanted)
+    provider, threads, new_tokens = (request.pop(key) for key in ("provider", "threads", "new_tokens"))
+    row = Row(**request)
     started = time.perf_counter()
-    engine = load(path, provider=provider, threads=int(threads) if threads else None)
+    engine = load(path, provider=provider, threads=threads, max_batch=row.batch_size)
     open_seconds = time.perf_counter() - started
     opened_bytes = peak_memory()
-    engine.generate(token_ids=[0], task=least_task(engine.bundle), max_new_tokens=1, ignore_end=True)
+    task = row.task
+    if task is None and row.prefix_length:
+        task = free_name("random", engine.tasks)
+        engine.add_task(task, random_prefix(engine.bundle, row.prefix_length))
+    prompts = random_prompts(engine.bundle, row)
+    engine.generate(token_ids=prompts, task=task, max_new_tokens=new_tokens, ignore_end=True)
     measured = {
         "import_seconds": import_seconds,
         "open_seconds": open_seconds,

@@ -78,11 +78,12 @@ def general_tables(report: BenchReport) -> list[Table]:
         selecting = ("prefix", "ms cold, first request", "ms warm, later requests")
         found.append(Table("selecting a task", selecting, tuple(map(_switch_row, report.switches))))
     if report.openings:
-        opening = ("process", "s to import", "s to open", "peak MB, opened", "peak MB, generated", "resident MB")
-        rows = tuple(_opening_row(str(number), [each]) for number, each in enumerate(report.openings, 1))
+        opening = ("prefix", "s to import", "s to open", "peak MB, opened", "peak MB, generated", "resident MB")
+        several = len(report.settings) > 1
+        rows = [_opening_row(_opening_name(each, several=several), [each]) for each in report.openings]
         if len(report.openings) > 1:
-            rows += (_opening_row("median", report.openings),)
-        found.append(Table("opening the bundle in a fresh process", opening, rows))
+            rows.append(_opening_row("median", report.openings))
+        found.append(Table("opening the bundle and running a row, each in a fresh process", opening, tuple(rows)))
     return found
 
 
@@ -108,7 +109,7 @@ def setting_name(setting: tuple[int, int]) -> str:
     return f"prompt {setting[0]}, batch {setting[1]}"
 
 
-def row_name(row: Cell | Switch) -> str:
+def row_name(row: Cell | Opening | Switch) -> str:
     """A row's name: its prefix length, with the task that it belongs to."""
     return f"{row.task} ({row.prefix_length})" if row.task else str(row.prefix_length)
 
@@ -172,6 +173,12 @@ def _breakdown_row(report: BenchReport, cell: Cell) -> tuple[str, ...]:
 
 def _switch_row(switch: Switch) -> tuple[str, ...]:
     return (row_name(switch), _spread_ms(quartiles(switch.cold)), _spread_ms(quartiles(switch.warm)))
+
+
+def _opening_name(opening: Opening, *, several: bool) -> str:
+    """A row's name, with its prompt length and batch size where the bench has several."""
+    setting = f", {setting_name((opening.prompt_length, opening.batch_size))}" if several else ""
+    return row_name(opening) + setting
 
 
 def _opening_row(name: str, openings: Sequence[Opening]) -> tuple[str, ...]:

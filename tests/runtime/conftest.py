@@ -108,6 +108,6 @@ def report_of(*cells, rounds=None, new_tokens=8):
         bandwidth=(1e9,) * rounds,
         cells=cells,
         switches=(Switch(None, 5, (0.002,) * rounds, (0.0001,) * rounds),),
-        openings=(Opening(0.1, 1.5, 10_000_000, 20_000_000, None),),
+        openings=(Opening(*cells[0].key, 0.1, 1.5, 10_000_000, 20_000_000, None),),
         skipped=("prefix 9: leaves no room",),
     )

@@ -25,8 +25,9 @@ from prefix_runtime import (
     machine,
 )
 from prefix_runtime import bench as bench_module
-from prefix_runtime.bench import bench, bench_together, random_prefix
+from prefix_runtime.bench import bench, bench_together
 from prefix_runtime.bench_file import from_json, summary, to_csv, to_json
+from prefix_runtime.bench_inputs import random_prefix
 from prefix_runtime.measurements import (
     BenchReport,
     BenchRequest,
@@ -34,10 +35,11 @@ from prefix_runtime.measurements import (
     Sample,
     paired_ratio,
 )
-from prefix_runtime.openings import open_in_fresh_process
+from prefix_runtime.openings import run_in_fresh_process
 from tests.runtime.conftest import cell, report_of, sample
 
 SMALL = BenchRequest(prefix_lengths=(0, 5), new_tokens=3, rounds=2, threads=1)
+ROW = bench_plan.Row(None, 3, prompt_length=4, batch_size=1)
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +117,11 @@ class TestRounds:
         fitting = [(None, 0, 312, 1), ("p3", 3, 312, 1), (None, 0, 312, 2), ("p3", 3, 312, 2)]
         assert sorted(map(str, (each.key for each in report.cells))) == sorted(map(str, expected + fitting))
         assert [(each.task, each.prefix_length) for each in report.switches] == rows[1:]
+
+    def test_every_row_has_a_process_of_its_own_and_its_memory(self, measured):
+        report, _ = measured
+        assert [each.key for each in report.openings] == [each.key for each in report.cells]
+        assert all(report.peak_bytes(each) > 1 << 20 for each in report.cells)
 
     def test_what_does_not_fit_is_said_once_with_the_reason(self, measured):
         report, _ = measured
@@ -250,19 +257,20 @@ class TestMachine:
         assert machine.peak_memory() > 1 << 20
 
     def test_a_fresh_process_measures_its_opening(self, shared_bundle):
-        opening = open_in_fresh_process(shared_bundle, "cpu", 1)
+        opening = run_in_fresh_process(shared_bundle, ROW, SMALL)
+        assert opening.key == (None, 3, 4, 1)
         assert opening.import_seconds > 0
         assert opening.open_seconds > 0
         assert 0 < opening.opened_bytes <= opening.generated_bytes
 
     def test_a_parents_memory_is_not_counted(self, shared_bundle):
         ballast = np.ones(200 << 17)
-        opening = open_in_fresh_process(shared_bundle, "cpu", 1)
+        opening = run_in_fresh_process(shared_bundle, ROW, SMALL)
         assert opening.generated_bytes < ballast.nbytes
 
     def test_a_process_that_fails_is_told_in_one_line(self, tmp_path):
-        with pytest.raises(BenchError, match=r"expected a fresh process to open the bundle, found .*expected a bundle"):
-            open_in_fresh_process(tmp_path, "cpu", 1)
+        with pytest.raises(BenchError, match=r"fresh process to run prefix 3, .*, found .*expected a bundle"):
+            run_in_fresh_process(tmp_path, ROW, SMALL)
 
 
 class TestFigures:
@@ -374,7 +382,8 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("path", "value", "message"),
         [
-            ("format_version", 2, "expected format version 1, found 2; update prefix-runtime"),
+            ("format_version", 3, "expected format version 2, found 3; update prefix-runtime"),
+            ("format_version", 1, "expected format version 2, found 1; measure again"),
             ("format_version", None, "format_version: expected int"),
             ("format_version", True, "format_version: expected int"),
             ("cells", [], "cells: expected at least one"),

@@ -67,7 +67,8 @@ class TestText:
             "ms cold, first request": "2.00 [2.00, 2.00]",
             "ms warm, later requests": "0.100 [0.100, 0.100]",
         }
-        assert list(table_of(report, "opening the bundle in a fresh process")["1"].values()) == [
+        title = "opening the bundle and running a row, each in a fresh process"
+        assert list(table_of(report, title)["0, prompt 32, batch 1"].values()) == [
             "0.10", "1.50", "10", "20", "unknown",
         ]  # fmt: skip
 

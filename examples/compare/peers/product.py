@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from protocol import Generation, serve, stand_in
 
 import prefix_runtime
-from prefix_runtime.bench import random_prefix
+from prefix_runtime.bench_inputs import random_prefix
 
 TASKS = 100
 
