@@ -4,23 +4,11 @@
  * Reads a command a line, as JSON, `{"action": ..., ...}`, and writes, for each, what the page shows then.
  */
 
-import { createRequire } from "node:module";
 import { createInterface } from "node:readline";
 
-const [packageFile, executablePath] = process.argv.slice(2);
-const { chromium } = createRequire(packageFile)("playwright-core");
-const ARGS = [
-  "--headless",
-  "--no-sandbox",
-  "--disable-gpu",
-  "--disable-quic",
-  "--no-first-run",
-  "--disable-background-networking",
-  "--disable-component-update",
-  "--disable-sync",
-];
+import { launch } from "./chromium.mjs";
 
-const browser = await chromium.launch({ executablePath, args: ARGS });
+const browser = await launch(...process.argv.slice(2));
 let page;
 let notes;
 

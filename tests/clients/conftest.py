@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -44,19 +45,46 @@ def python_of(name):
     return python
 
 
+def program(*names, install):
+    """The path of the first of some programs that is there."""
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.fail(f"{names[0]}: expected the program, found none; install {install}")
+    return found
+
+
+def node():
+    """Node.js."""
+    return program("node", install="Node.js 20 or later")
+
+
+def chromium():
+    """Chromium, or what the environment variable CHROMIUM names."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    return os.environ.get("CHROMIUM") or program(*names, install="Chromium (Debian: apt-get install chromium)")
+
+
+def install_packages(folder):
+    """Have a folder's `node_modules` hold what its `package-lock.json` lists."""
+    installed = folder / "node_modules" / ".package-lock.json"
+    if not installed.exists() or locked_versions(installed) != locked_versions(folder / "package-lock.json"):
+        npm = program("npm", install="npm, which comes with Node.js")
+        run([npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=folder, timeout=600)
+
+
+def locked_versions(lock):
+    """The version of each package, by its path, that a `package-lock.json` lists."""
+    packages = json.loads(lock.read_text(encoding="utf-8"))["packages"]
+    return {path: package["version"] for path, package in packages.items() if path}
+
+
 def node_packages():
     """The folder whose `node_modules` holds what `package-lock.json` lists."""
-    for program in ("node", "npm"):
-        assert shutil.which(program), f"{program} is not installed; these tests need Node.js 20 or later"
     home = KEPT / "node"
-    lock = (HERE / "package-lock.json").read_bytes()
-    stamp = home / ".installed"
-    if not stamp.exists() or stamp.read_bytes() != lock:
-        home.mkdir(parents=True, exist_ok=True)
-        for name in ("package.json", "package-lock.json"):
-            shutil.copy(HERE / name, home)
-        run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=home)
-        stamp.write_bytes(lock)
+    home.mkdir(parents=True, exist_ok=True)
+    for name in ("package.json", "package-lock.json"):
+        shutil.copy(HERE / name, home)
+    install_packages(home)
     return home
 
 
@@ -66,17 +94,35 @@ def ask(python, script, *arguments):
     return json.loads(run([python, HERE / script, *arguments], env=os.environ | offline).splitlines()[-1])
 
 
+@dataclass(frozen=True)
+class Source:
+    """What bundles are made of: a model, and the prefixes that PEFT trained for it, by task."""
+
+    model: Path
+    prefixes: dict[str, Path]
+
+
+TRAINED = Source(DEMO / "model", {task: DEMO / "prefixes" / task for task in TASKS})
+
+
+@pytest.fixture(scope="session")
+def grouped(workshop):
+    """A Llama with grouped queries and rotary positions, its weights and its prefix random."""
+    model = workshop.model("llama", tokenizer=True)
+    return Source(model, {"p20": workshop.adapter(model, 20)})
+
+
 @pytest.fixture(scope="session")
 def bundle_of(tmp_path_factory):
-    """Makes bundles of the demo's model and some of its tasks, each once."""
+    """Makes bundles of a source and some of its tasks, each once."""
     made = {}
 
-    def make(*tasks, **options):
-        key = (tasks, tuple(sorted(options.items())))
+    def make(*tasks, source=TRAINED, **options):
+        key = (source.model, tasks, tuple(sorted(options.items())))
         if key not in made:
-            prefixes = {task: DEMO / "prefixes" / task for task in tasks}
+            prefixes = {task: source.prefixes[task] for task in tasks}
             output = tmp_path_factory.mktemp("bundles") / "bundle"
-            made[key] = build(BuildRequest(str(DEMO / "model"), prefixes, output, **options)).bundle.root
+            made[key] = build(BuildRequest(str(source.model), prefixes, output, **options)).bundle.root
         return made[key]
 
     return make
@@ -85,13 +131,13 @@ def bundle_of(tmp_path_factory):
 @pytest.fixture(scope="session")
 def peft_answers():
     """PEFT's own new token ids for prompts under a task, padded on the left where they are together."""
-    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model", padding_side="left")
-    tokenizer.pad_token = tokenizer.eos_token
 
-    def answer(task, prompts=PROMPTS, **options):
-        base = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32)
-        model = PeftModel.from_pretrained(base, DEMO / "prefixes" / task).eval()
-        inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)
+    def answer(task, prompts=PROMPTS, source=TRAINED, **options):
+        tokenizer = AutoTokenizer.from_pretrained(source.model, padding_side="left")
+        tokenizer.pad_token = tokenizer.eos_token
+        base = AutoModelForCausalLM.from_pretrained(source.model, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, source.prefixes[task]).eval()
+        inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, return_token_type_ids=False)
         output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0, **options)
         return output[:, inputs["input_ids"].shape[1] :].tolist()
 

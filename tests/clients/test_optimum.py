@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
@@ -17,12 +18,21 @@ def python():
     return python_of("optimum")
 
 
+def check(bundle, python, expected):
+    found = ask(python, "optimum_client.py", bundle, json.dumps(PROMPTS), NEW_TOKENS)
+    assert found["greedy"] == [expected([prompt])[0] for prompt in PROMPTS]
+    assert found["beam"] == [expected([prompt], num_beams=3)[0] for prompt in PROMPTS]
+    assert found["batch"] == expected(PROMPTS)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_tokens_are_pefts(bundle_of, peft_answers, python, task):
-    found = ask(python, "optimum_client.py", bundle_of(task, mode="bake"), json.dumps(PROMPTS), NEW_TOKENS)
-    assert found["greedy"] == [peft_answers(task, [prompt])[0] for prompt in PROMPTS]
-    assert found["beam"] == [peft_answers(task, [prompt], num_beams=3)[0] for prompt in PROMPTS]
-    assert found["batch"] == peft_answers(task)
+    check(bundle_of(task, mode="bake"), python, partial(peft_answers, task))
+
+
+def test_tokens_of_grouped_queries_are_pefts(bundle_of, peft_answers, python, grouped):
+    bundle = bundle_of("p20", mode="bake", source=grouped)
+    check(bundle, python, partial(peft_answers, "p20", source=grouped))
 
 
 def test_a_graph_that_optimum_exported_becomes_a_bundle(bundle_of, peft_answers, python, tmp_path):

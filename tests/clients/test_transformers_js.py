@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 import prefix_runtime
-from tests.clients.conftest import DEMO, HERE, NEW_TOKENS, PROMPTS, TASKS, node_packages, run
+from tests.clients.conftest import DEMO, HERE, NEW_TOKENS, PROMPTS, TASKS, chromium, node, node_packages, run
 
 pytestmark = pytest.mark.clients
 
 
 def in_browser(bundle, dtype):
     """Token ids and text for each prompt."""
-    chromium = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-    assert Path(chromium).exists(), f"{chromium} is not there; install Chromium, or name it in CHROMIUM"
-    command = ["node", HERE / "transformers_js.mjs", node_packages(), bundle, dtype]
+    command = [node(), HERE / "transformers_js.mjs", node_packages(), chromium(), bundle, dtype]
     return json.loads(run(command, input=json.dumps(PROMPTS), timeout=300))
 
 
@@ -31,6 +27,11 @@ def test_tokens_are_pefts(bundle_of, peft_answers, task):
     assert [answer["text"] for answer in found] == [
         tokenizer.decode(answer["ids"], skip_special_tokens=True) for answer in found
     ]
+
+
+def test_tokens_of_grouped_queries_are_pefts(bundle_of, peft_answers, grouped):
+    found = in_browser(bundle_of("p20", mode="bake", target="web", precision="fp32", source=grouped), "fp32")
+    assert [answer["ids"] for answer in found] == [peft_answers("p20", [each], source=grouped)[0] for each in PROMPTS]
 
 
 def test_eight_bits_answer_as_in_the_runtime(bundle_of):

@@ -25,13 +25,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prefix_runtime
 from prefix_export.build import BuildRequest, build
 from prefix_runtime import LayerPrefix, Prefix
+from tests.clients.conftest import DEMO, HERE, ROOT, TASKS, chromium, install_packages, locked_versions, node
 
 pytestmark = pytest.mark.clients
 
-ROOT = Path(__file__).parents[2]
 WEB = ROOT / "examples" / "web"
-DEMO = ROOT / "examples" / "demo"
-TASKS = ("describe", "headline", "json")
 NO_PREFIX = "no prefix"
 PROMPTS = (DEMO / "prompts.txt").read_text(encoding="utf-8").splitlines()
 SECONDS = 120  # after which a browser or server that says nothing is given up
@@ -108,45 +106,25 @@ class Browser:
         return shown
 
 
-def program(*names, install):
-    """The path of the first of some programs that is there."""
-    found = next(filter(None, map(shutil.which, names)), None)
-    if found is None:
-        pytest.fail(f"{names[0]}: expected the program, found none; install {install}")
-    return found
-
-
-def versions(lock):
-    packages = json.loads(lock.read_text(encoding="utf-8"))["packages"]
-    return {path: package["version"] for path, package in packages.items() if path}
+@pytest.fixture(scope="module", autouse=True)
+def _packages():
+    """What the example needs, as it is locked."""
+    install_packages(WEB)
 
 
 @pytest.fixture(scope="module")
-def node():
-    """Node, with the example's packages installed as they are locked."""
-    node = program("node", install="Node.js 20 or later")
-    installed = WEB / "node_modules" / ".package-lock.json"
-    if not installed.exists() or versions(installed) != versions(WEB / "package-lock.json"):
-        npm = program("npm", install="npm, which comes with Node.js")
-        subprocess.run([npm, "ci", "--ignore-scripts"], cwd=WEB, check=True, timeout=600)
-    return node
-
-
-@pytest.fixture(scope="module")
-def browser(node):
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    chromium = program(*names, install="Chromium (Debian, Ubuntu: apt-get install chromium)")
-    command = (node, Path(__file__).with_name("browser.mjs"), WEB / "package.json", chromium)
+def browser():
+    command = (node(), HERE / "browser.mjs", WEB / "package.json", chromium())
     with running(*command, ends_with_its_input=True) as process:
         yield Browser(process)
 
 
 @pytest.fixture
-def serve(node):
+def serve():
     """Start `serve.mjs` on a bundle."""
     with ExitStack() as servers:
         yield lambda bundle: Server(
-            servers.enter_context(running(node, WEB / "serve.mjs", "--port", 0, "--bundle", bundle))
+            servers.enter_context(running(node(), WEB / "serve.mjs", "--port", 0, "--bundle", bundle))
         )
 
 
@@ -444,9 +422,5 @@ def test_what_is_installed_is_locked_and_names_no_host():
     package = json.loads((WEB / "package.json").read_text(encoding="utf-8"))
     asked = {**package["dependencies"], **package["devDependencies"]}
     assert all(re.fullmatch(r"\d+\.\d+\.\d+", version) for version in asked.values())
-    assert (
-        asked.items()
-        <= {
-            path.removeprefix("node_modules/"): version for path, version in versions(WEB / "package-lock.json").items()
-        }.items()
-    )
+    locked = locked_versions(WEB / "package-lock.json")
+    assert asked == {name: locked[f"node_modules/{name}"] for name in asked}

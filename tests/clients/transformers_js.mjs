@@ -1,17 +1,16 @@
 // transformers.js in Chromium, unmodified: serves a bundle and the library on localhost, runs a page, prints its answers.
 //
-//     node transformers_js.mjs FOLDER_WITH_node_modules BUNDLE DTYPE < prompts, a JSON list
+//     node transformers_js.mjs FOLDER_WITH_node_modules CHROMIUM BUNDLE DTYPE < prompts, a JSON list
 //
 // Prints a JSON list: for each prompt the new token ids and the text, greedily.
 import { createReadStream, existsSync, statSync } from "node:fs";
 import { createServer } from "node:http";
-import { createRequire } from "node:module";
 import path from "node:path";
 import { text } from "node:stream/consumers";
 
-const [packages, bundle, dtype] = process.argv.slice(2);
-const require = createRequire(path.join(path.resolve(packages), "package.json"));
-const { chromium } = require("playwright-core");
+import { launch } from "./chromium.mjs";
+
+const [packages, executablePath, bundle, dtype] = process.argv.slice(2);
 
 const TYPES = {
   ".html": "text/html",
@@ -60,18 +59,7 @@ const server = createServer((request, response) => {
 });
 await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
 
-const browser = await chromium.launch({
-  executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
-  args: [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-  ],
-});
+const browser = await launch(path.join(path.resolve(packages), "package.json"), executablePath);
 try {
   const page = await browser.newPage();
   page.on("pageerror", (error) => console.error(error.message));
