@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,17 +19,19 @@ from prefix_runtime.geometry import LEAST_TEXT
 from prefix_runtime.manifest import ModelEntry, check_new_task_name
 from prefix_runtime.storage import write_file_atomically
 
-from . import __version__, formats, targets
+from . import __version__, targets
 from .adopt import adopt_graph
 from .attention import check_fast_flavour
 from .bake import PrefixBank
 from .calibrate import cache_scales, save_scales
-from .clients import GENAI_CONFIG_NAME, genai_config, save_adapters
+from .clients import GENAI_CONFIG_NAME, genai_config, save_adapters, save_configs, write_json
 from .decoder import Decoder, FastDecoder, PortableDecoder
 from .errors import ExportError, ModelError
+from .fold import fold
 from .graph import export_graph
+from .lint import lint
 from .models import BaseModel, load_base_model
-from .parity import TaskParity
+from .parity import PrefixSource, TaskParity
 from .progress import StepListener
 from .quality import HeldOut, TaskQuality, read_held_out
 from .quantize import Quantization, QuantizedModel, quantization
@@ -120,14 +120,16 @@ def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> B
         check_fast_flavour(base.model, base.layers)
     max_length = _max_length(request, base)
     on_step("folding prefixes")
-    prefixes = _fold_all(request, plan, base, max_length)
-    warnings = tuple(_warnings(request, plan.target.flavour, base, prefixes, max_length))
+    sourced = _fold_all(request, plan, base, max_length)
+    prefixes, sources = sourced.prefixes, sourced.sources
+    warnings = (*sourced.warnings, *_warnings(request, plan.target.flavour, base, prefixes, max_length))
+    _check_held_out_tasks(request, prefixes)
     measured, compared = _split(request, _held_out(request, base, prefixes, max_length))
-    in_float = answer_all(base, prefixes, request.prefixes, compared, on_step) if request.verify else {}
+    in_float = answer_all(base, prefixes, sources, compared, on_step) if request.verify else {}
     quantized = _quantize(base, settings, on_step)
     scales = _scales(request, base, prefixes, measured, on_step)
     conditions = _conditions(plan.mode, prefixes) if request.verify else ()
-    expected = observe_all(base, prefixes, request.prefixes, conditions, max_length=max_length, on_step=on_step)
+    expected = observe_all(base, prefixes, sources, conditions, max_length=max_length, on_step=on_step)
     with staged(request.output) as folder:
         on_step("exporting the graph")
         if request.graph is not None:
@@ -136,13 +138,13 @@ def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> B
             weight_bytes = _export(base, plan, prefixes, folder, quantized=quantized, scales=scales)
         if scales is not None:
             save_scales(scales, folder)
-        _save_configs(base, folder)
+        save_configs(base, folder)
         if plan.has_adapters:
             save_adapters(prefixes, folder, CACHE_TYPES[plan.cache])
         if plan.name == "portable" and plan.mode == "bake" and len(prefixes) == 1:
             (prefix,) = prefixes.values()
             room = base.geometry.room(prefix, max_length)
-            _write_json(folder / GENAI_CONFIG_NAME, genai_config(base, plan.graph, room))
+            write_json(folder / GENAI_CONFIG_NAME, genai_config(base, plan.graph, room))
         on_step("hashing")
         manifest = _manifest(plan, settings, base, prefixes, weight_bytes, max_length=max_length, folder=folder)
         _write_manifest(folder, manifest)
@@ -166,23 +168,47 @@ def _plan(request: BuildRequest) -> targets.Plan:
     )
     if plan.mode == "bake" and not request.prefixes:
         raise ExportError("mode bake: expected at least one prefix to put into the graph, found none")
+    if plan.has_adapters and not request.prefixes:
+        raise ExportError("adapters: expected at least one prefix to write as an adapter file, found none")
     _check_graph(request, plan)
     return plan
 
 
-def _fold_all(request: BuildRequest, plan: targets.Plan, base: BaseModel, max_length: int) -> dict[str, Prefix]:
-    """The prefix of each task, as the bundle keeps it."""
-    prefixes = {task: fold(path, base, max_length) for task, path in request.prefixes.items()}
+@dataclass(frozen=True)
+class _Sourced:
+    """The prefix of each task as the bundle keeps it, what it was folded from, and what the user should know."""
+
+    prefixes: dict[str, Prefix]
+    sources: dict[str, PrefixSource]
+    warnings: tuple[str, ...]
+
+
+def _fold_all(request: BuildRequest, plan: targets.Plan, base: BaseModel, max_length: int) -> _Sourced:
+    """Every prefix of every source, checked against the model and marked as made for it."""
+    found, warnings = _Sourced({}, {}, ()), []
+    for task, path in request.prefixes.items():
+        folded = fold(path, base.shape, lambda: base)
+        warnings += [f"task {task!r}: {line}" for line in folded.warnings]
+        for part, prefix in folded.prefixes.items():
+            name = f"{task}-{part}" if part else task
+            check_new_task_name(name, found.prefixes)
+            base.geometry.check_prefix(prefix, f"{path}{f', {part}' if part else ''}", base.fingerprint, max_length)
+            own = replace(prefix, base_fingerprint=base.fingerprint)
+            found.prefixes[name] = _in_float16(own) if plan.cache == "fp16" else own
+            found.sources[name] = PrefixSource(path, part)
+            if prefix.head:
+                warnings.append(f"task {name!r}: its head ({', '.join(sorted(prefix.head))}) is not exported")
     if plan.mode == "bake":
-        _check_one_base(prefixes)
-    if plan.cache == "fp16":
-        return {task: _in_float16(prefix) for task, prefix in prefixes.items()}
-    return prefixes
+        _check_one_base(found.prefixes)
+    return replace(found, warnings=tuple(warnings))
 
 
 def _check_one_base(prefixes: Mapping[str, Prefix]) -> None:
-    """Refuse to bake prefixes that say that they were trained on different models: no run could tell."""
-    said = {Path(name).name: task for task, prefix in prefixes.items() if (name := prefix.metadata.get("base_model"))}
+    """Refuse to bake prefixes that say that they were trained on different models: no run could tell.
+
+    A Hub id names a model; a folder's name says little, so that a doubt of it is a warning alone (`lint`).
+    """
+    said = {name: task for task, prefix in prefixes.items() if "/" in (name := prefix.metadata.get("base_model", ""))}
     if len(said) > 1:
         found = ", ".join(f"{name!r} (task {task!r})" for name, task in said.items())
         raise ExportError(f"mode bake: expected prefixes of one base model, found {found}")
@@ -193,7 +219,8 @@ def _check_graph(request: BuildRequest, plan: targets.Plan) -> None:
     if request.graph is None:
         return
     if not request.graph.is_file():
-        raise ExportError(f"graph {request.graph}: expected an ONNX file, found none")
+        what = "a folder" if request.graph.is_dir() else "none"
+        raise ExportError(f"graph {request.graph}: expected an ONNX file, found {what}")
     expected = ("portable", "feed", "fp32", False)
     if (plan.name, plan.mode, plan.precision, plan.has_adapters) != expected or request.opset is not None:
         raise ExportError(
@@ -242,10 +269,17 @@ def _check_held_out(request: BuildRequest) -> None:
     if request.held_out and (_is_exact(request) or not (request.verify or request.cache == "int8")):
         raise ExportError("held-out text: expected weights or a cache to round and compare with float32, found none")
     for task, path in request.held_out.items():
-        if task is not None and task not in request.prefixes:
+        # A checkpoint of several prefixes makes tasks of more names than are known here.
+        if task is not None and not any(task == name or task.startswith(f"{name}-") for name in request.prefixes):
             raise ExportError(f"held-out text {path}: expected one of the tasks that are built, found {task!r}")
         if not path.is_file():
             raise ExportError(f"held-out text {path}: expected a text file, found none")
+
+
+def _check_held_out_tasks(request: BuildRequest, prefixes: Mapping[str, Prefix]) -> None:
+    for task, path in request.held_out.items():
+        if task is not None and task not in prefixes:
+            raise ExportError(f"held-out text {path}: expected one of the tasks that are built, found {task!r}")
 
 
 def _held_out(
@@ -296,17 +330,6 @@ def _quantize(base: BaseModel, settings: Quantization | None, on_step: StepListe
         return None
     on_step(f"rounding the weights to {settings.bits} bits")
     return QuantizedModel(base.model, settings)
-
-
-def fold(path: Path, base: BaseModel, max_length: int) -> Prefix:
-    """The prefix in a checkpoint, checked against a base model and marked as made for it.
-
-    Raises:
-        CheckpointError, PrefixError, PrefixMismatchError
-    """
-    prefix = formats.read(path, base.geometry)
-    base.geometry.check_prefix(prefix, str(path), base.fingerprint, max_length)
-    return replace(prefix, base_fingerprint=base.fingerprint)
 
 
 def _in_float16(prefix: Prefix) -> Prefix:
@@ -362,31 +385,6 @@ def _max_length(request: BuildRequest, base: BaseModel) -> int:
     return request.max_length or context
 
 
-def _save_configs(base: BaseModel, folder: Path) -> None:
-    base.model.config.save_pretrained(folder)
-    base.generation_config.save_pretrained(folder)
-    if base.tokenizer is not None:
-        try:
-            base.tokenizer.save_pretrained(folder)
-        except Exception as error:  # tokenizers raises Exception itself
-            raise ExportError(f"{folder}: the tokenizer cannot be written: {error}") from error
-        _name_tokenizer_for_all(folder / "tokenizer_config.json")
-
-
-def _name_tokenizer_for_all(path: Path) -> None:
-    """Name the tokenizer's class as transformers 4 and transformers.js know it, and transformers 5 does still."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        # Without these transformers 4 gives the model token types too.
-        config.setdefault("model_input_names", ["input_ids", "attention_mask"])
-        _write_json(path, config)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def _manifest(
     plan: targets.Plan,
     settings: Quantization | None,
@@ -436,12 +434,5 @@ def _warnings(
     if base.tokenizer is None:
         found.append(f"{request.model} has no tokenizer: the bundle takes token ids, not text")
     for task, prefix in prefixes.items():
-        if doubt := formats.doubt_of_base(prefix, base.name):
-            found.append(f"task {task!r}: {doubt}")
-        windows = {layer.sliding_window for layer in base.layers if layer.sliding_window}
-        if windows and min(windows) < max_length:
-            found.append(
-                f"task {task!r}: layers with a sliding window of {min(windows)} positions see the whole prefix "
-                f"during the first {max(0, min(windows) - prefix.prefix_length)} tokens of text only"
-            )
+        found += [f"task {task!r}: {line}" for line in lint(prefix, base.shape, max_length)]
     return found

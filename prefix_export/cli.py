@@ -16,6 +16,7 @@ from prefix_runtime.errors import PrefixRuntimeError
 from . import __version__
 from .bench_cli import bench
 from .errors import PrefixExportError
+from .prefix_cli import compose, fold, inspect
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,7 +45,7 @@ def main() -> None:
     "prefixes",
     metavar="[TASK=]PATH",
     multiple=True,
-    help="A trained prefix: a PEFT adapter folder or file, or a prefix file. Repeatable; TASK defaults to its name.",
+    help="A trained prefix: a file, a folder or a Hub id (see FORMATS.md). Repeatable; TASK defaults to its name.",
 )
 @click.option("--output", type=click.Path(path_type=Path), default="bundle", show_default=True, help="Must not exist.")
 @click.option("--max-length", type=int, help="Positions that prefix and text may take. Default: the model's context.")
@@ -89,21 +90,6 @@ def build(model: str, prefixes: tuple[str, ...], held_out: tuple[str, ...], **op
 
 
 @main.command()
-@click.argument("path", type=runtime.BUNDLE)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(path: Path, as_json: bool) -> None:
-    """Say what the bundle, prefix file or adapter at PATH holds."""
-    from prefix_runtime.bundle import MANIFEST_NAME, Bundle
-
-    from . import formats
-
-    if (path / MANIFEST_NAME).exists():
-        runtime.print_bundle(Bundle.open(path), as_json)
-    else:
-        runtime.print_fields(dict(formats.describe(path)), as_json)
-
-
-@main.command()
 @click.argument("bundle", type=runtime.BUNDLE)
 @click.option("--model", help="Also compare the graph with this Hub id or folder, under every task.")
 def verify(bundle: Path, model: str | None) -> None:
@@ -137,12 +123,12 @@ def add_task(bundle: Path, prefix: str) -> None:
 
     It is checked against the bundle's geometry; `verify --model` compares it with the model.
     """
-    from . import formats
+    from .fold import fold_for_bundle
 
     def read(path: Path, opened: Bundle) -> Prefix:
-        prefix = formats.read(path, opened.manifest.geometry)
-        if doubt := formats.doubt_of_base(prefix, opened.manifest.model.name):
-            click.echo(f"warning: {path}: {doubt}", err=True)
+        prefix, warnings = fold_for_bundle(path, opened)
+        for warning in warnings:
+            click.echo(f"warning: {path}: {warning}", err=True)
         return prefix
 
     runtime.add_to_bundle(bundle, prefix, read)
@@ -153,6 +139,8 @@ tasks.add_command(runtime.remove_task)
 main.add_command(runtime.generate)
 main.add_command(runtime.prepare)
 main.add_command(bench)
+for command in (inspect, fold, compose):
+    main.add_command(command)
 
 
 def _by_task(prefixes: tuple[str, ...]) -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from prefix_runtime import Prefix
 from prefix_runtime.bundle import ADAPTER_SUFFIX
 from prefix_runtime.session import save_adapter
 
+from .errors import ExportError
 from .models import BaseModel
 
 GENAI_CONFIG_NAME = "genai_config.json"
@@ -87,3 +89,35 @@ def genai_config(base: BaseModel, graph: str, room: int) -> dict[str, Any]:
             "past_present_share_buffer": False,  # past and present are not one buffer in this flavour
         },
     }
+
+
+def save_configs(base: BaseModel, folder: Path) -> None:
+    """Write a model's configuration, its generation defaults and its tokenizer as Hugging Face names them.
+
+    Raises:
+        ExportError: the tokenizer cannot be written.
+        OSError: the disk is full or not writable.
+    """
+    base.model.config.save_pretrained(folder)
+    base.generation_config.save_pretrained(folder)
+    if base.tokenizer is not None:
+        try:
+            base.tokenizer.save_pretrained(folder)
+        except Exception as error:  # tokenizers raises Exception itself
+            raise ExportError(f"{folder}: the tokenizer cannot be written: {error}") from error
+        _name_tokenizer_for_all(folder / "tokenizer_config.json")
+
+
+def _name_tokenizer_for_all(path: Path) -> None:
+    """Name the tokenizer's class as transformers 4 and transformers.js know it, and transformers 5 does still."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # Without these transformers 4 gives the model token types too.
+        config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+        write_json(path, config)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a configuration for people to read too."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from prefix_runtime import Geometry, LayerGeometry
 
 from .attention import AttentionLayer, probe
 from .errors import ModelError, UnsupportedArchitectureError
+from .shape import Shape
 
 _TASK = "text-generation"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -51,6 +52,12 @@ class BaseModel:
     tokenizer: PreTrainedTokenizerBase | None
 
     @property
+    def shape(self) -> Shape:
+        """What a prefix has to fit; its layers are those that were found by running the model."""
+        found = Shape.of_config(self.name, self.model.config)
+        return replace(found, sites={"decoder": self.geometry.layers})
+
+    @property
     def generation_config(self) -> GenerationConfig:
         """Its generation defaults, of which the runtime reads the end tokens."""
         config = self.model.generation_config
@@ -64,7 +71,7 @@ def load_base_model(name: str) -> BaseModel:
         ModelError: it cannot be found or loaded, or is no decoder-only language model.
         UnsupportedArchitectureError: its attention does not go through transformers' attention interface.
     """
-    config = load_config(name)
+    config = load_decoder_config(name)
     model = _load_model(name, config)
     layers = probe(model)
     geometry = Geometry(
@@ -94,11 +101,10 @@ def _digest(parameter: torch.nn.Parameter) -> str:
 
 
 def load_config(name: str) -> PreTrainedConfig:
-    """A decoder-only model's configuration by its Hub id or folder.
+    """A model's configuration by its Hub id or folder.
 
     Raises:
         ModelError: it cannot be found or read.
-        UnsupportedArchitectureError: the model has an encoder.
     """
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -107,6 +113,17 @@ def load_config(name: str) -> PreTrainedConfig:
             f"model {name!r}: expected a Hub id or a folder with a config.json, found "
             f"{'a folder without' if Path(name).is_dir() else 'no such folder'}: {_first_line(error)}"
         ) from error
+    return config
+
+
+def load_decoder_config(name: str) -> PreTrainedConfig:
+    """A decoder-only model's configuration by its Hub id or folder.
+
+    Raises:
+        ModelError: it cannot be found or read.
+        UnsupportedArchitectureError: the model has an encoder.
+    """
+    config = load_config(name)
     if config.is_encoder_decoder:
         raise UnsupportedArchitectureError(
             f"model {name!r}: expected a decoder-only language model, found the encoder-decoder {config.model_type!r}; "

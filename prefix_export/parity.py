@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,12 +14,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors.numpy import save_file
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from prefix_runtime import Engine, Prefix
 
+from . import formats
 from .errors import CheckpointError, ParityError, PrefixExportError
+from .fold import located
 from .formats import peft as peft_format
+from .formats.checkpoint import Checkpoint
 from .models import BaseModel
 
 ABSOLUTE_TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.5, "fp16 weights": 5e-2}
@@ -29,6 +34,7 @@ RELATIVE_TOLERANCES = {"fp32": 1e-5, "fp16": 2e-3, "int8": 0.1, "fp16 weights": 
 
 _PROMPT_LENGTHS = (1, 7, 33)
 _NEW_TOKENS = 12
+_PEFT_WEIGHTS = "adapter_model.safetensors"
 
 
 class Reference(Protocol):
@@ -125,23 +131,35 @@ class CacheReference:
         return logits
 
 
-class PeftReference:
-    """PEFT's own model of an adapter, as PEFT loads and runs it."""
+@dataclass(frozen=True)
+class PrefixSource:
+    """Where a prefix was folded from: a checkpoint, and which of its parts; a single one's name is empty."""
 
-    def __init__(self, model: Any) -> None:
+    path: Path
+    part: str = ""
+
+
+class PeftReference:
+    """PEFT's own model of an adapter, as PEFT loads and runs it; `task` is one of a multitask prompt's, or None."""
+
+    def __init__(self, model: Any, task: int | None = None) -> None:
         self.name = f"peft {version('peft')}"
         self._model = model
+        self._tasks = {} if task is None else {"task_ids": torch.tensor([task])}
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """See `Reference`."""
         ids = torch.tensor([list(token_ids)])
         with torch.no_grad():
-            return _numpy(self._model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0])
+            output = self._model(input_ids=ids, attention_mask=torch.ones_like(ids), **self._tasks)
+        # Behind those of a soft prompt, if there is one.
+        return _numpy(output.logits[0, -ids.shape[1] :])
 
     def greedy(self, token_ids: Sequence[int], new_tokens: int) -> list[int]:
         """See `Reference`."""
         ids = torch.tensor([list(token_ids)])
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # behind a soft prompt it counts positions itself, and says so
             output = self._model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -149,13 +167,14 @@ class PeftReference:
                 do_sample=False,
                 num_beams=1,
                 repetition_penalty=1.0,
+                **self._tasks,
             )
         tokens: list[int] = output[0, ids.shape[1] :].tolist()
         return tokens
 
 
 @contextmanager
-def reference(base: BaseModel, prefix: Prefix | None, source: Path | None) -> Iterator[Reference]:
+def reference(base: BaseModel, prefix: Prefix | None, source: PrefixSource | None) -> Iterator[Reference]:
     """The source framework under a prefix, or without one, generating greedily; see `observe` for the arguments.
 
     Raises:
@@ -165,30 +184,35 @@ def reference(base: BaseModel, prefix: Prefix | None, source: Path | None) -> It
         yield found
 
 
-def _reference(base: BaseModel, prefix: Prefix | None, source: Path | None) -> AbstractContextManager[Reference]:
-    if source is not None and peft_format.matches(source):
-        return _peft_reference(base.model, peft_format.open_adapter(source))
+def _reference(
+    base: BaseModel, prefix: Prefix | None, source: PrefixSource | None
+) -> AbstractContextManager[Reference]:
+    if source is not None:
+        reader, checkpoint = formats.find_reader(located(source.path))
+        if reader is peft_format and peft_format.is_causal(checkpoint):
+            return _peft_reference(base.model, checkpoint, source.part)
     return nullcontext(CacheReference(base.model, prefix))
 
 
 @contextmanager
-def _peft_reference(model: PreTrainedModel, adapter: peft_format.Adapter) -> Iterator[Reference]:
+def _peft_reference(model: PreTrainedModel, checkpoint: Checkpoint, part: str) -> Iterator[Reference]:
     try:
         from peft import PeftModel
     except ImportError as error:
         raise PrefixExportError(
-            f"{adapter.weights_path}: expected PEFT to compare the exported graph with, found it not installed; "
+            f"{checkpoint.weights}: expected PEFT to compare the exported graph with, found it not installed; "
             "pip install 'prefix-export[peft]', or build with --no-verify"
         ) from error
+    config = checkpoint.config_path(peft_format.CONFIG_NAME)
     with tempfile.TemporaryDirectory() as folder:
-        # PEFT loads folders with these names alone, and loads pickles if it finds any: it is shown just the two files.
-        shutil.copyfile(adapter.config_path, Path(folder) / peft_format.CONFIG_NAME)
-        shutil.copyfile(adapter.weights_path, Path(folder) / peft_format.WEIGHTS_NAME)
+        # PEFT loads folders with these names alone, and loads pickles if it finds any: it is shown tensors alone.
+        shutil.copyfile(config, Path(folder) / config.name)
+        save_file({name: checkpoint.array(name) for name in checkpoint.shapes}, Path(folder) / _PEFT_WEIGHTS)
         try:
             wrapped = PeftModel.from_pretrained(model, folder)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{adapter.config_path}: PEFT itself cannot load the adapter: {error}") from error
-    yield PeftReference(wrapped.eval())
+            raise CheckpointError(f"{config}: PEFT itself cannot load the adapter: {error}") from error
+    yield PeftReference(wrapped.eval(), int(part) if part else None)
 
 
 @dataclass(frozen=True)
@@ -201,13 +225,13 @@ class Expectation:
     tokens: tuple[tuple[int, ...], ...]
 
 
-def observe(base: BaseModel, prefix: Prefix | None, source: Path | None, max_length: int) -> Expectation:
+def observe(base: BaseModel, prefix: Prefix | None, source: PrefixSource | None, max_length: int) -> Expectation:
     """What the source framework answers under a prefix, or without one.
 
     Args:
         base: the frozen model.
         prefix: as it was folded.
-        source: the checkpoint that it was folded from; PEFT's adapters are run by PEFT itself, everything else by
+        source: what it was folded from; PEFT's adapters are run by PEFT itself, everything else by
             transformers with the prefix as its cache.
         max_length: positions that prefix and text may take together.
 
@@ -235,7 +259,15 @@ def compare(expectation: Expectation, engine: Engine, task: str | None) -> TaskP
     cache = engine.bundle.manifest.cache
     kind = "fp16 weights" if engine.bundle.manifest.precision == "fp16" else cache
     tolerance = max(ABSOLUTE_TOLERANCES[kind], RELATIVE_TOLERANCES[kind] * largest)
-    partings = [_parting(tokens, engine, task, prompt) for prompt, _, tokens in expected]
+    # Alone and together: what pads rows on the left may count positions and lengths otherwise.
+    alone = [engine.generate(token_ids=prompt, task=task, max_new_tokens=len(tokens)) for prompt, _, tokens in expected]
+    counts = [len(tokens) for tokens in expectation.tokens]
+    together = engine.generate(token_ids=list(expectation.prompts), task=task, max_new_tokens=counts)
+    partings = [
+        _parting(tokens, result.token_ids, engine, task, prompt)
+        for results in (alone, together)
+        for (prompt, _, tokens), result in zip(expected, results, strict=True)
+    ]
     ties = sum(0 < gap <= 2 * tolerance for gap in partings)
     equal = all(gap <= 2 * tolerance for gap in partings)
     result = TaskParity(expectation.reference, difference, tolerance, equal, ties, len(expected))
@@ -243,12 +275,13 @@ def compare(expectation: Expectation, engine: Engine, task: str | None) -> TaskP
     return result
 
 
-def _parting(expected: Sequence[int], engine: Engine, task: str | None, prompt: Sequence[int]) -> float:
+def _parting(
+    expected: Sequence[int], found: Sequence[int], engine: Engine, task: str | None, prompt: Sequence[int]
+) -> float:
     """How far apart the engine's logits of the two tokens are where its greedy tokens part from the expected; else 0.
 
     Two tokens closer than the accepted difference of either are a tie, which either side may break its way.
     """
-    found = engine.generate(token_ids=prompt, task=task, max_new_tokens=len(expected)).token_ids
     for index, (left, right) in enumerate(zip(expected, found, strict=False)):
         if left != right:
             logits = engine.logits([*prompt, *expected[:index]], task)[-1]

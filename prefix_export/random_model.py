@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from .errors import ModelError
-from .models import load_config
+from .models import load_decoder_config
 
 _LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
 _LLAMA_3 = {
@@ -115,7 +115,7 @@ def random_config(name: str) -> PreTrainedConfig:
         UnsupportedArchitectureError: the model has an encoder.
     """
     if name not in KNOWN or Path(name).is_dir():
-        return load_config(name)
+        return load_decoder_config(name)
     values = dict(KNOWN[name])
     return AutoConfig.for_model(values.pop("model_type"), **values)
 

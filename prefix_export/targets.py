@@ -126,7 +126,10 @@ def plan(
     name = target if target is not None else ("portable" if mode == "bake" or adapters else "cpu")
     _expect("target", name, TARGETS)
     found = TARGETS[name]
-    _expect(f"target {name}: mode", mode, found.modes)
+    if mode not in found.modes:
+        fitting = ", ".join(other for other, each in TARGETS.items() if mode in each.modes)
+        offered = ", ".join(found.modes)
+        raise ExportError(f"target {name}: mode: expected {offered}, found {mode!r}; for it take {fitting}")
     precision = precision if precision is not None else found.precisions[0]
     _expect(f"target {name}: precision", precision, found.precisions)
     caches = found.caches[precision]

@@ -16,12 +16,12 @@ from prefix_runtime import Bundle, Engine, Prefix, load
 from prefix_runtime.session import Session
 
 from .models import BaseModel
-from .parity import Expectation, TaskParity, compare, observe, reference
+from .parity import Expectation, PrefixSource, TaskParity, compare, observe, reference
 from .progress import StepListener, shown_task
 from .quality import Answers, HeldOut, TaskQuality, answers, assess
 from .quantize import as_exact
 
-Sources = Mapping[str, Path | None]
+Sources = Mapping[str, PrefixSource | None]
 """The checkpoint that each task's prefix was folded from, where it is at hand."""
 
 

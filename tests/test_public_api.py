@@ -23,6 +23,7 @@ RUNTIME_ERRORS = [
     "BenchError",
     "BundleError",
     "BundleIntegrityError",
+    "CompositionError",
     "ContextOverflowError",
     "DuplicateTaskError",
     "PrefixError",
@@ -84,7 +85,7 @@ def test_the_exporters_recipe_has_these_names():
         for name, value in vars(prefix_export.build).items()
         if not name.startswith("_") and getattr(value, "__module__", None) == "prefix_export.build"
     }
-    assert own == {"BuildRequest", "BuildResult", "build", "fold", "verify_against"}
+    assert own == {"BuildRequest", "BuildResult", "build", "verify_against"}
 
 
 def test_a_build_request_has_these_fields():

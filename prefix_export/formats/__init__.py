@@ -1,8 +1,8 @@
-"""Readers of trained checkpoints: one module a family, chosen by what a file holds.
+"""Readers of trained checkpoints: one module a family, chosen by what a checkpoint holds, never by a file's name.
 
-A reader has a `NAME` and three functions: `matches(path)`, whether the file or folder is of its family;
-`describe(path)`, what it says of itself; `read(path, geometry)`, its `Prefix`. Readers never write, know no ONNX, and
-never unpickle.
+A reader has a `NAME`, which `--format` takes, a `TITLE` for people, and three functions: `matches(checkpoint)`, whether
+it is of its family; `describe(checkpoint)`, what it says of itself; `read(checkpoint, shape)`, what it holds
+(`Trained`). Readers never write and know no ONNX; `checkpoint` opens files for them.
 """
 
 from __future__ import annotations
@@ -12,64 +12,91 @@ from pathlib import Path
 from types import ModuleType
 
 from prefix_export.errors import CheckpointError
-from prefix_runtime import Geometry, Prefix
-from prefix_runtime.tensor_file import TensorFile
+from prefix_export.shape import Shape
 
-from . import canonical, peft
+from . import (
+    adapterhub,
+    canonical,
+    control_prefixes,
+    li_liang,
+    openprompt,
+    p_tuning_v2,
+    peft,
+    soft_prompt,
+    unified_skg,
+)
+from .checkpoint import Checkpoint, open_checkpoint
+from .trained import SoftPrompt, Trained
 
-READERS: tuple[ModuleType, ...] = (canonical, peft)
+# Control Prefixes come before Li and Liang's, whose tensors theirs may be but for their rows.
+READERS: tuple[ModuleType, ...] = (
+    canonical,
+    peft,
+    adapterhub,
+    p_tuning_v2,
+    openprompt,
+    unified_skg,
+    control_prefixes,
+    li_liang,
+    soft_prompt,
+)
+FORMATS = tuple(reader.NAME for reader in READERS)
+
+__all__ = ["FORMATS", "READERS", "SoftPrompt", "Trained", "describe", "find_reader", "read"]
 
 
-def find_reader(path: Path) -> ModuleType:
-    """The reader for a file or folder.
+def find_reader(path: Path, wanted: str | None = None) -> tuple[ModuleType, Checkpoint]:
+    """The reader for a file or folder, and the checkpoint opened.
+
+    Args:
+        path: a file or folder.
+        wanted: of `FORMATS`, in place of what the checkpoint's content says.
 
     Raises:
-        CheckpointError: nothing is there, or nothing that a reader knows.
+        CheckpointError: nothing is there, nothing that a reader knows, or nothing that the wanted one knows.
         PrefixError: a safetensors file that is damaged.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path}: expected a prefix file or an adapter folder, found nothing there")
-    for reader in READERS:
-        if reader.matches(path):
-            return reader
-    if path.is_file() and path.suffix == ".safetensors":
-        TensorFile(path)  # a damaged file is told from one of another kind
-    if path.is_dir():
-        raise CheckpointError(f"{path}: expected an adapter folder with {peft.CONFIG_NAME}, found a folder without")
-    raise CheckpointError(
-        f"{path}: expected one of: {', '.join(reader.NAME for reader in READERS)}; found neither; "
-        "pickled checkpoints (.bin, .pt) are not read: save them as safetensors"
-    )
+    if wanted is not None and wanted not in FORMATS:
+        raise CheckpointError(f"format: expected one of {', '.join(FORMATS)}, found {wanted!r}")
+    checkpoint = open_checkpoint(path)
+    fitting = [reader for reader in READERS if reader.matches(checkpoint)]
+    if wanted is not None:
+        fitting = [reader for reader in fitting if wanted == reader.NAME]
+    if not fitting:
+        known = wanted or ", ".join(f"{reader.TITLE} ({reader.NAME})" for reader in READERS)
+        raise CheckpointError(f"{checkpoint.weights}: expected one of: {known}; found {_shown(checkpoint)}")
+    return fitting[0], checkpoint
 
 
-def describe(path: Path) -> Mapping[str, str]:
+def _shown(checkpoint: Checkpoint) -> str:
+    """What a checkpoint of no family holds, as far as it says."""
+    kind = (checkpoint.config(peft.CONFIG_NAME) or {}).get("peft_type")
+    names = ", ".join(repr(name) for name in list(checkpoint.shapes)[:4]) or "none"
+    return f"a PEFT adapter of kind {kind!r}" if kind else f"tensors {names}, of no such kind"
+
+
+def describe(path: Path, wanted: str | None = None) -> Mapping[str, str]:
     """What a checkpoint says of itself, for people.
 
     Raises:
         CheckpointError, PrefixError
     """
-    reader = find_reader(path)
-    return {"format": reader.NAME, **reader.describe(path)}
+    reader, checkpoint = find_reader(path, wanted)
+    return {"format": reader.TITLE, **reader.describe(checkpoint)}
 
 
-def read(path: Path, geometry: Geometry) -> Prefix:
-    """The prefix in a checkpoint, folded to keys and values.
+def read(path: Path, shape: Shape, wanted: str | None = None) -> Trained:
+    """What a checkpoint holds: keys and values, or soft prompts that only the model can turn into them.
 
     Args:
-        path: a file or an adapter folder.
-        geometry: of the base model.
+        path: a file or folder.
+        shape: of the base model.
+        wanted: see `find_reader`.
 
     Raises:
         CheckpointError: not a checkpoint that can be read, or damaged.
-        PrefixError, PrefixMismatchError: NaN, infinity, or a prefix for a model of another shape.
+        PrefixError, PrefixMismatchError: NaN, infinity, or trained for a model of another shape.
     """
-    prefix: Prefix = find_reader(path).read(path, geometry)
-    return prefix
-
-
-def doubt_of_base(prefix: Prefix, name: str) -> str | None:
-    """What to tell a user whose prefix says that it was trained on a base model of another name, or None."""
-    said = prefix.metadata.get("base_model", "")
-    if not said or Path(said).name == Path(name).name:
-        return None
-    return f"the prefix says that it was trained on {said!r}, not on {name!r}"
+    reader, checkpoint = find_reader(path, wanted)
+    trained: Trained = reader.read(checkpoint, shape)
+    return trained

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
-from prefix_runtime import Geometry, Prefix, PrefixError
-from prefix_runtime.prefix import is_prefix_file
-from prefix_runtime.tensor_file import TensorFile
+from prefix_export.shape import Shape
+from prefix_runtime import Prefix
+from prefix_runtime.prefix import FORMAT
 
-NAME = "prefix file (safetensors)"
+from .checkpoint import Checkpoint
+from .trained import Trained, check_hidden_size
+
+NAME = "prefix-export"
+TITLE = "prefix file"
 
 
-def matches(path: Path) -> bool:
+def matches(checkpoint: Checkpoint) -> bool:
     """Whether the file says that it is a prefix file."""
-    if not path.is_file():
-        return False
-    try:
-        return is_prefix_file(TensorFile(path))
-    except PrefixError:
-        return False
+    return checkpoint.metadata.get("format") == FORMAT
 
 
-def describe(path: Path) -> Mapping[str, str]:
+def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     """Sites, layers, heads, length, positions, origin."""
-    return Prefix.load(path).describe()
+    return Prefix.load(checkpoint.weights).describe()
 
 
-def read(path: Path, geometry: Geometry) -> Prefix:
-    """The prefix, as it is in the file."""
-    prefix = Prefix.load(path)
-    geometry.check_prefix(prefix, str(path))
-    return prefix
+def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
+    """See `formats.read`; the prefix is as it is in the file."""
+    prefix = Prefix.load(checkpoint.weights)
+    shape.check(prefix, str(checkpoint.weights))
+    if prefix.embeddings is not None:
+        check_hidden_size(prefix.embeddings, shape, str(checkpoint.weights))
+    return Trained({"": prefix})

@@ -1,16 +1,16 @@
-"""PEFT prefix-tuning adapters of causal language models.
+"""PEFT's prompt-learning adapters: prefix tuning, cartridges, and everything that trains embeddings before the text's.
 
-A folder with `adapter_config.json` and `adapter_model.safetensors`, or a safetensors file with that config beside it.
-One tensor, `prompt_embeddings` [prefix_length, 2 * layers * num_key_value_heads * head_dim]: key and value of layer 0,
-of layer 1, and so on. With `prefix_projection` the MLP was evaluated when PEFT saved: the tensor is folded either way.
+A folder or file with one tensor `prompt_embeddings`, `adapter_config.json` beside it. For `PREFIX_TUNING` and
+`CARTRIDGE` it is [prefix_length, 2 * layers * num_key_value_heads * head_dim]; with `prefix_projection` the MLP was
+evaluated when PEFT saved. For the others it is [prefix_length, hidden_size] (and as much again for the decoder of an
+encoder-decoder, which PEFT never reads). `MULTITASK_PROMPT_TUNING` has a low-rank factor for each task beside it.
 
-Source: PEFT 0.21.2, `PeftModel.get_prompt` and `get_prompt_embedding_to_save`; text begins at position `prefix_length`
-(`_adjust_prompt_learning_kwargs`).
+Source: PEFT 0.21.2, `PeftModel.get_prompt`, `get_prompt_embedding_to_save` and the `forward` of each task's model; text
+begins at position `prefix_length` (`_adjust_prompt_learning_kwargs`).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,158 +19,243 @@ from typing import Any
 import numpy as np
 
 from prefix_export.errors import CheckpointError
-from prefix_runtime import Geometry, LayerPrefix, Prefix, PrefixError, PrefixMismatchError, Source
-from prefix_runtime.storage import sha256_of_file
-from prefix_runtime.tensor_file import TensorFile
+from prefix_export.shape import BOTH, Shape
+from prefix_runtime import LayerGeometry, LayerPrefix, PrefixMismatchError, Source
 
-NAME = "PEFT prefix-tuning adapter"
+from .checkpoint import Checkpoint
+from .trained import SoftPrompt, Trained, check_hidden_size, folded, make_prefix
+
+NAME = "peft"
+TITLE = "PEFT adapter"
 
 CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
+KEYS_AND_VALUES = ("PREFIX_TUNING", "CARTRIDGE")
+EMBEDDINGS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 _TENSOR = "prompt_embeddings"
-_MAX_CONFIG_BYTES = 1 << 20
+_COLUMNS, _ROWS = "prefix_task_cols", "prefix_task_rows"
+_TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """An adapter's two files and what its config says."""
+class _Adapter:
+    """An adapter's tensors and what its config says."""
 
-    config_path: Path
-    weights_path: Path
+    checkpoint: Checkpoint
     config: Mapping[str, Any]
 
+    @property
+    def kind(self) -> str:
+        return str(self.config["peft_type"])
 
-def matches(path: Path) -> bool:
-    """Whether the path is a folder with an adapter config, or a safetensors file with one beside it."""
-    if path.is_dir():
-        return (path / CONFIG_NAME).is_file()
-    return path.suffix == ".safetensors" and (path.parent / CONFIG_NAME).is_file()
+    @property
+    def where(self) -> str:
+        return f"{self.checkpoint.weights}: {_TENSOR}"
+
+    @property
+    def config_path(self) -> Path:
+        return self.checkpoint.config_path(CONFIG_NAME)
+
+    @property
+    def source(self) -> Source:
+        return Source(f"peft-{self.kind.lower().replace('_', '-')}", self.checkpoint.sha256)
+
+    def prompt(self) -> np.ndarray:
+        """The trained tensor, its shape checked."""
+        shape = self.checkpoint.shapes[_TENSOR]
+        if len(shape) != 2 or 0 in shape:
+            raise CheckpointError(f"{self.where}: expected shape [prefix_length, width], none 0, found {list(shape)}")
+        return self.checkpoint.array(_TENSOR)
+
+    def head(self) -> dict[str, np.ndarray]:
+        """The task's own head, by its names in the base model."""
+        names = [name for name in self.checkpoint.shapes if name not in (_TENSOR, _COLUMNS, _ROWS)]
+        return {_head_name(name): self.checkpoint.array(name) for name in names}
+
+    def metadata(self) -> dict[str, str]:
+        base = self.config.get("base_model_name_or_path")
+        found = {"task_type": str(self.config["task_type"])} if self.config.get("task_type") != "CAUSAL_LM" else {}
+        if isinstance(base, str) and base:
+            # A folder of the machine that it was trained on says nothing elsewhere, and is nobody's business.
+            found["base_model"] = Path(base).name if Path(base).is_absolute() else base
+        return found
 
 
-def open_adapter(path: Path) -> Adapter:
-    """The adapter in a folder, or of a safetensors file.
-
-    Raises:
-        CheckpointError: its config cannot be read, or it is of another kind; named.
-    """
-    folder = path if path.is_dir() else path.parent
-    weights = path / WEIGHTS_NAME if path.is_dir() else path
-    config = _read_config(folder / CONFIG_NAME)
-    if not weights.is_file():
-        raise CheckpointError(
-            f"{weights}: expected the adapter's weights, found nothing there; pickled weights (adapter_model.bin) are "
-            "not read: load and save the adapter with PEFT to get safetensors"
-        )
-    return Adapter(folder / CONFIG_NAME, weights, config)
+def matches(checkpoint: Checkpoint) -> bool:
+    """Whether it has PEFT's tensor."""
+    return _TENSOR in checkpoint.shapes
 
 
-def describe(path: Path) -> Mapping[str, str]:
-    """What the adapter's config and tensor say."""
-    adapter = open_adapter(path)
-    length, width = _tensor_shape(TensorFile(adapter.weights_path))
+def is_causal(checkpoint: Checkpoint) -> bool:
+    """Whether PEFT would load it for a causal language model."""
+    return bool(_open(checkpoint).config["task_type"] == "CAUSAL_LM")
+
+
+def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
+    """What the adapter's config and tensors say."""
+    adapter = _open(checkpoint)
+    prompt = checkpoint.shapes[_TENSOR]
+    tasks = {"tasks": str(checkpoint.shapes[_COLUMNS][0])} if adapter.kind == "MULTITASK_PROMPT_TUNING" else {}
+    head = ", ".join(sorted(map(_head_name, checkpoint.shapes.keys() - {_TENSOR, _COLUMNS, _ROWS})))
+    shown = {
+        "task_type": "task type",
+        "num_virtual_tokens": "prefix length",
+        "num_layers": "layers",
+        "num_attention_heads": "key/value heads",
+        "token_dim": "width of a layer",
+        "prefix_projection": "trained behind an MLP",
+        "base_model_name_or_path": "base model",
+    }
+    said = {title: str(adapter.config[key]) for key, title in shown.items() if adapter.config.get(key) is not None}
     return {
-        "prefix length": str(length),
-        "width": f"{width} = 2 x layers x key/value heads x head size",
-        **{
-            shown: str(adapter.config[key])
-            for key, shown in (
-                ("num_layers", "layers"),
-                ("num_attention_heads", "key/value heads"),
-                ("token_dim", "key/value heads x head size"),
-                ("prefix_projection", "trained behind an MLP"),
-                ("base_model_name_or_path", "base model"),
-            )
-            if adapter.config.get(key) is not None
-        },
+        "kind": adapter.kind,
+        "tensor": " x ".join(map(str, prompt)),
+        **tasks,
+        **said,
+        **({"head": head} if head else {}),
     }
 
 
-def read(path: Path, geometry: Geometry) -> Prefix:
-    """The adapter's prefix.
-
-    Raises:
-        CheckpointError: the adapter is of another kind or inconsistent.
-        PrefixError, PrefixMismatchError: damaged or not finite, or for a model of another shape.
-    """
-    adapter = open_adapter(path)
-    file = TensorFile(adapter.weights_path)
-    length, width = _tensor_shape(file)
-    _check_config(adapter, length)
-    layer = geometry.layers[0]
-    _check_geometry(adapter, geometry, width)
-    slots = file.array(_TENSOR).reshape(length, len(geometry.layers), 2, layer.key_value_heads, layer.head_dim)
-    # [length, layers, 2, heads, head_dim] -> [layers, 2, heads, length, head_dim]
-    folded = np.ascontiguousarray(slots.transpose(1, 2, 3, 0, 4))
-    try:
-        return Prefix(
-            sites={"decoder": tuple(LayerPrefix(key, value) for key, value in folded)},
-            position_base=length,
-            source=Source("peft-prefix-tuning", sha256_of_file(adapter.weights_path)),
-            metadata=_metadata(adapter),
-        )
-    except PrefixError as error:
-        raise PrefixError(f"{adapter.weights_path}: {error}") from error
+def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
+    """See `formats.read`."""
+    adapter = _open(checkpoint)
+    if adapter.kind in KEYS_AND_VALUES:
+        return _read_keys_and_values(adapter, shape)
+    return _read_embeddings(adapter, shape)
 
 
-def _metadata(adapter: Adapter) -> dict[str, str]:
-    base = adapter.config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        return {}
-    # A folder of the machine that it was trained on says nothing elsewhere, and is nobody's business.
-    return {"base_model": Path(base).name if Path(base).is_absolute() else base}
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise CheckpointError(
-                f"{path}: expected a config of at most {_MAX_CONFIG_BYTES} bytes, found a larger file"
-            )
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: expected JSON, found {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    for key, expected in (("peft_type", "PREFIX_TUNING"), ("task_type", "CAUSAL_LM")):
-        if config.get(key) != expected:
-            raise CheckpointError(
-                f"{path}: {key}: expected {expected!r}, found {config.get(key)!r}; only prefix tuning of causal "
-                "language models is read by this version"
-            )
-    return config
-
-
-def _tensor_shape(file: TensorFile) -> tuple[int, int]:
-    info = file.tensors.get(_TENSOR)
-    if info is None or len(file.tensors) != 1:
-        raise CheckpointError(f"{file.path}: expected the tensor {_TENSOR!r} alone, found {sorted(file.tensors)[:5]}")
-    if len(info.shape) != 2 or 0 in info.shape:
+def _open(checkpoint: Checkpoint) -> _Adapter:
+    config = checkpoint.config(CONFIG_NAME)
+    if config is None:
         raise CheckpointError(
-            f"{file.path}: {_TENSOR}: expected shape [prefix_length, 2 * layers * heads * head_dim], found "
-            f"{list(info.shape)}"
+            f"{checkpoint.weights}: expected {CONFIG_NAME} beside a PEFT adapter, found none; copy both files, or the "
+            "adapter's folder"
         )
-    return info.shape[0], info.shape[1]
+    adapter = _Adapter(checkpoint, config)
+    for key, expected in (("peft_type", KEYS_AND_VALUES + EMBEDDINGS), ("task_type", _TASK_TYPES)):
+        if config.get(key) not in expected:
+            raise CheckpointError(
+                f"{adapter.config_path}: {key}: expected one of {', '.join(expected)}, found {config.get(key)!r}"
+            )
+    return adapter
 
 
-def _check_config(adapter: Adapter, length: int) -> None:
+def _read_keys_and_values(adapter: _Adapter, shape: Shape) -> Trained:
+    prompt = adapter.prompt()
     said = adapter.config.get("num_virtual_tokens")
-    if said != length:
+    if said != len(prompt):
         raise CheckpointError(
-            f"{adapter.config_path}: num_virtual_tokens: expected {length}, as the tensor in "
-            f"{adapter.weights_path.name} has, found {said}"
+            f"{adapter.config_path}: num_virtual_tokens: expected {len(prompt)}, as the tensor in "
+            f"{adapter.checkpoint.weights.name} has, found {said}"
         )
+    is_paired = adapter.config["task_type"] == "SEQ_2_SEQ_LM"
     submodules = adapter.config.get("num_transformer_submodules")
-    if submodules not in (None, 1):
-        raise CheckpointError(f"{adapter.config_path}: num_transformer_submodules: expected 1, found {submodules}")
+    if submodules not in (None, 2 if is_paired else 1):
+        raise CheckpointError(
+            f"{adapter.config_path}: num_transformer_submodules: expected {2 if is_paired else 1}, found {submodules}"
+        )
+    if is_paired != (shape.kind == BOTH):
+        raise PrefixMismatchError(
+            f"{adapter.config_path}: task_type: expected one for a {shape.kind}, as {shape.name!r} is, found "
+            f"{adapter.config['task_type']}"
+        )
+    warnings: tuple[str, ...] = ()
+    if is_paired:
+        site = "decoder"
+        layers, warnings = _paired_layers(adapter, prompt, shape.site("decoder", adapter.where))
+    else:
+        (site,) = shape.sites
+        _check_config(adapter, shape.sites[site])
+        layers = folded(prompt, shape.sites[site], adapter.where)
+    prefix = make_prefix(
+        {site: layers},
+        moves_positions=True,
+        source=adapter.source,
+        weights=adapter.checkpoint.weights,
+        head=adapter.head(),
+        metadata=adapter.metadata(),
+    )
+    return Trained({"": prefix}, (*warnings, *_untouched(adapter, prompt)))
 
 
-def _check_geometry(adapter: Adapter, geometry: Geometry, width: int) -> None:
-    """Refuse an adapter for another shape of model, by what its config says and by the tensor itself."""
-    first = geometry.layers[0]
-    if any(layer != first for layer in geometry.layers):
-        raise CheckpointError(f"{adapter.config_path}: PEFT prefixes of models whose layers differ are not read yet")
+def _paired_layers(
+    adapter: _Adapter, prompt: np.ndarray, layers: tuple[LayerGeometry, ...]
+) -> tuple[tuple[LayerPrefix, ...], tuple[str, ...]]:
+    """A decoder's layers in an encoder-decoder's adapter, by PEFT's own map.
+
+    PEFT doubles its 2L slots and takes four for each layer, of which the last two, meant for cross-attention, are
+    replaced by an empty cache: decoder layer i has the key of slot 4i mod 2L and the value of the next.
+    """
+    first = layers[0]
+    width = first.key_value_heads * first.head_dim
+    if prompt.shape[1] % (2 * width):
+        raise PrefixMismatchError(
+            f"{adapter.where}: expected a width that is a multiple of {2 * width} = 2 x {first.key_value_heads} heads "
+            f"x head size {first.head_dim}, found {prompt.shape[1]}"
+        )
+    slots = prompt.reshape(len(prompt), -1, first.key_value_heads, first.head_dim).transpose(1, 2, 0, 3)
+    count = len(slots) // 2
+    if len(layers) > count:
+        raise PrefixMismatchError(
+            f"{adapter.where}: expected slots for at least {len(layers)} layers, as the decoder has, found them for "
+            f"{count}; PEFT itself cannot run such a model"
+        )
+    used = [(4 * index % (2 * count), (4 * index + 1) % (2 * count)) for index in range(len(layers))]
+    pairs = tuple(
+        LayerPrefix(np.ascontiguousarray(slots[key]), np.ascontiguousarray(slots[value])) for key, value in used
+    )
+    never = sorted(set(range(2 * count)) - {slot for pair in used for slot in pair})
+    warning = (
+        f"of the {2 * count} trained slots PEFT reads {2 * count - len(never)}, so this does too: never read are "
+        f"{', '.join(map(str, never[:8]))}{', …' if len(never) > 8 else ''}; some layers share theirs"
+    )
+    return pairs, (warning,) if never else ()
+
+
+def _read_embeddings(adapter: _Adapter, shape: Shape) -> Trained:
+    prompt, length = adapter.prompt(), adapter.config.get("num_virtual_tokens")
+    count = 2 if shape.kind == BOTH else 1
+    if not isinstance(length, int) or len(prompt) not in (length, count * length):
+        raise CheckpointError(
+            f"{adapter.config_path}: num_virtual_tokens: expected {len(prompt) // count}, as the tensor in "
+            f"{adapter.checkpoint.weights.name} has, found {length!r}"
+        )
+    check_hidden_size(prompt, shape, adapter.where)
+    if adapter.kind == "MULTITASK_PROMPT_TUNING":
+        if len(prompt) > length:
+            raise CheckpointError(
+                f"{adapter.where}: expected a prompt of the encoder alone, found one of the decoder too, which goes "
+                "through the decoder with the text and has no keys and values of its own; it cannot be folded"
+            )
+        prompts = {str(task): prompt * factor for task, factor in enumerate(_factors(adapter, prompt))}
+    else:
+        prompts = {"": prompt[:length]}
+    unread = len(prompt) - length
+    parts = {
+        name: SoftPrompt(each, adapter.source, adapter.head(), adapter.metadata()) for name, each in prompts.items()
+    }
+    warning = f"the last {unread} rows, meant for the decoder, are read neither by PEFT nor here"
+    return Trained(parts, (warning,) if unread else ())
+
+
+def _factors(adapter: _Adapter, prompt: np.ndarray) -> np.ndarray:
+    """What each task multiplies the shared prompt by, [tasks, prefix_length, hidden_size]."""
+    shapes = adapter.checkpoint.shapes
+    columns, rows = shapes.get(_COLUMNS, ()), shapes.get(_ROWS, ())
+    fits = len(columns) == len(rows) == 3 and columns == (rows[0], len(prompt), rows[1]) and rows[2] == prompt.shape[1]
+    if not fits:
+        raise CheckpointError(
+            f"{adapter.checkpoint.weights}: expected {_COLUMNS} [tasks, {len(prompt)}, rank] and {_ROWS} [tasks, rank, "
+            f"{prompt.shape[1]}], found {list(columns)} and {list(rows)}"
+        )
+    factors: np.ndarray = adapter.checkpoint.array(_COLUMNS) @ adapter.checkpoint.array(_ROWS)
+    return factors
+
+
+def _check_config(adapter: _Adapter, layers: tuple[LayerGeometry, ...]) -> None:
+    """Refuse an adapter for another shape of model by what its config says, before its tensor is looked at."""
+    first = layers[0]
     for key, expected, what in (
-        ("num_layers", len(geometry.layers), "layers"),
+        ("num_layers", len(layers), "layers"),
         ("num_attention_heads", first.key_value_heads, "key/value heads"),
         (
             "token_dim",
@@ -181,9 +266,24 @@ def _check_geometry(adapter: Adapter, geometry: Geometry, width: int) -> None:
         said = adapter.config.get(key)
         if said is not None and said != expected:
             raise PrefixMismatchError(f"{adapter.config_path}: {key}: expected {expected} {what}, found {said}")
-    expected = 2 * len(geometry.layers) * first.key_value_heads * first.head_dim
-    if width != expected:
-        raise PrefixMismatchError(
-            f"{adapter.weights_path}: {_TENSOR}: expected a width of {expected} = 2 x {len(geometry.layers)} layers x "
-            f"{first.key_value_heads} key/value heads x head size {first.head_dim}, found {width}"
-        )
+
+
+def _untouched(adapter: _Adapter, prompt: np.ndarray) -> tuple[str, ...]:
+    """A warning where the numbers are still those that `torch.nn.Embedding` begins with: independent, normal."""
+    if adapter.kind != "PREFIX_TUNING" or adapter.config.get("prefix_projection") or prompt.size < 10_000:
+        return ()
+    numbers = prompt.astype(np.float64).ravel()
+    # Of n standard normal numbers these differ from 0, 1 and 3 by about 1, 0.7 and 5 over the root of n.
+    spread = 4 / np.sqrt(numbers.size)
+    mean, deviation = numbers.mean(), numbers.std()
+    fourth = ((numbers - mean) ** 4).mean() / deviation**4 if deviation else 0.0
+    if abs(mean) < spread and abs(deviation - 1) < spread and abs(fourth - 3) < 5 * spread:
+        return ("its numbers are still distributed as PEFT initialises them: it may have been trained hardly or not",)
+    return ()
+
+
+def _head_name(name: str) -> str:
+    for start in ("base_model.model.", "base_model."):
+        if name.startswith(start):
+            return name.removeprefix(start)
+    return name

@@ -152,8 +152,7 @@ class Engine:
             UnknownTaskError: there is no such task.
             BundleError: the bundle's graph holds its prefixes.
         """
-        prefix = self._store.remove(name)
-        if prefix is not None:
+        for prefix in self._store.remove(name):
             self._pool.forget(prefix)
 
     @overload
@@ -189,11 +188,13 @@ class Engine:
         Args:
             prompt: text, encoded with the special tokens that the model's tokenizer adds by itself.
             token_ids: in place of text, taken as they are.
-            task: whose prefix to use; None runs the bare model. For a list of prompts one task, or one for each.
+            task: whose prefix to use; None runs the bare model. For a list of prompts one task, or one for each. Tasks
+                joined by `+` are composed: their prefixes stand one after another.
             options: see `GenerationOptions`.
 
         Raises:
             UnknownTaskError: there is no such task; the message lists those that there are.
+            CompositionError: tasks that cannot be composed.
             RequestError: the prompt is empty, an id is not in the vocabulary, a setting is out of range.
             ContextOverflowError: prefix, prompt and new tokens do not fit.
         """

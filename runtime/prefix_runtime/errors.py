@@ -4,7 +4,8 @@ PrefixRuntimeError
 ├── BundleError                 the bundle folder or its manifest cannot be used
 │   └── BundleIntegrityError    a file is missing, resized or not the one that the manifest names
 ├── PrefixError                 a prefix, or the file that should hold one, is malformed
-│   └── PrefixMismatchError     a sound prefix that does not fit this model
+│   ├── PrefixMismatchError     a sound prefix that does not fit this model
+│   └── CompositionError        prefixes that cannot be composed
 ├── TaskError                   something about a task's name
 │   ├── TaskNameError           a name that cannot be one
 │   ├── UnknownTaskError        no task of this name
@@ -23,6 +24,7 @@ __all__ = [
     "BenchError",
     "BundleError",
     "BundleIntegrityError",
+    "CompositionError",
     "ContextOverflowError",
     "DuplicateTaskError",
     "PrefixError",
@@ -54,6 +56,10 @@ class PrefixError(PrefixRuntimeError):
 
 class PrefixMismatchError(PrefixError):
     """A sound prefix that does not fit this model."""
+
+
+class CompositionError(PrefixError):
+    """Prefixes that make no sense together."""
 
 
 class TaskError(PrefixRuntimeError):

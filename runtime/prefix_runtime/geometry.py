@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .errors import PrefixMismatchError
 
 if TYPE_CHECKING:
-    from .prefix import Prefix
+    from .prefix import LayerPrefix, Prefix
 
 
 LEAST_TEXT = 2
@@ -63,12 +64,7 @@ class Geometry:
                 f"{where}: expected a prefix for the decoder alone, as this is a decoder-only model, "
                 f"found one for {', '.join(sorted(prefix.sites))}"
             )
-        found = prefix.sites["decoder"]
-        if len(found) != len(self.layers):
-            raise PrefixMismatchError(f"{where}: expected {len(self.layers)} layers, found {len(found)}")
-        for index, (expected, layer) in enumerate(zip(self.layers, found, strict=True)):
-            for tensor, array in (("key", layer.key), ("value", layer.value)):
-                _check_layer(expected, array.shape, f"{where}: layer {index}, {tensor}")
+        check_layers(self.layers, prefix.sites["decoder"], where)
         if fingerprint and prefix.base_fingerprint and prefix.base_fingerprint != fingerprint:
             raise PrefixMismatchError(
                 f"{where}: made for another base model: expected fingerprint {fingerprint[:20]}…, "
@@ -80,6 +76,19 @@ class Geometry:
                 f"{where}: expected a prefix that leaves {LEAST_TEXT} of {limit} positions for text, "
                 f"found one of length {prefix.prefix_length}"
             )
+
+
+def check_layers(expected: Sequence[LayerGeometry], found: Sequence[LayerPrefix], where: str) -> None:
+    """Refuse the keys and values of other layers than a model's at one attention site.
+
+    Raises:
+        PrefixMismatchError
+    """
+    if len(found) != len(expected):
+        raise PrefixMismatchError(f"{where}: expected {len(expected)} layers, found {len(found)}")
+    for index, (geometry, layer) in enumerate(zip(expected, found, strict=True)):
+        for tensor, array in (("key", layer.key), ("value", layer.value)):
+            _check_layer(geometry, array.shape, f"{where}: layer {index}, {tensor}")
 
 
 def _check_layer(expected: LayerGeometry, shape: tuple[int, ...], where: str) -> None:

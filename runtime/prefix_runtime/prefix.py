@@ -23,6 +23,7 @@ SITES = ("decoder", "cross", "encoder")
 
 FORMAT = "prefix-export.prefix"
 FORMAT_VERSION = 1
+_EMBEDDINGS = "embeddings"
 _TENSOR_NAME = re.compile(r"(decoder|cross|encoder)\.(0|[1-9][0-9]{0,3})\.(key|value)")
 
 
@@ -57,6 +58,8 @@ class Prefix:
         source: where it came from, or None.
         head: the task's own head weights, by name, for methods that train one.
         metadata: free text, str to str.
+        embeddings: of an encoder's soft prompt, which stand before those of the text, [prefix_length, hidden_size]
+            float32 or float16; None where keys and values are all there is. Then there may be no sites.
 
     Raises:
         PrefixError: a wrong number of axes, shapes or dtypes that differ between layers, NaN, infinity.
@@ -75,6 +78,7 @@ class Prefix:
     source: Source | None = None
     head: Mapping[str, np.ndarray] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    embeddings: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         frozen = {
@@ -85,17 +89,22 @@ class Prefix:
         head = {name: _read_only(array) for name, array in self.head.items()}
         object.__setattr__(self, "head", MappingProxyType(head))
         object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
+        if self.embeddings is not None:
+            object.__setattr__(self, "embeddings", _read_only(self.embeddings))
         self._check()
         object.__setattr__(self, "position_base", int(self.position_base))  # numpy's whole numbers are no JSON
 
     def _check(self) -> None:
         unknown = sorted(set(self.sites) - set(SITES))
-        if unknown or not self.sites or not all(self.sites.values()):
+        if unknown or not all(self.sites.values()) or (not self.sites and self.embeddings is None):
             raise PrefixError(f"expected at least one layer at the sites {', '.join(SITES)}, found {unknown or 'none'}")
+        if self.embeddings is not None:
+            _check_embeddings(self.embeddings)
         arrays = dict(self._arrays())
-        name, first = next(iter(arrays.items()))
-        _check_first(name, first)
-        for name, array in arrays.items():
+        for index, (name, array) in enumerate(arrays.items()):
+            if not index:
+                first = array
+                _check_first(name, first)
             _check_array(name, array, first)
         for name, array in self.head.items():
             _check_dtype(f"head.{name}", array)
@@ -118,17 +127,24 @@ class Prefix:
     @property
     def prefix_length(self) -> int:
         """Positions that the prefix takes in every layer."""
+        if not self.sites:
+            assert self.embeddings is not None
+            return int(self.embeddings.shape[0])
         return int(next(iter(self.sites.values()))[0].key.shape[1])
 
     @property
     def dtype(self) -> np.dtype:
         """float32 or float16, the same for every key and value."""
+        if not self.sites:
+            assert self.embeddings is not None
+            return self.embeddings.dtype
         return next(iter(self.sites.values()))[0].key.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values."""
-        return sum(array.nbytes for _, array in self._arrays())
+        """Bytes of all keys and values, and of embeddings."""
+        held = self.embeddings.nbytes if self.embeddings is not None else 0
+        return held + sum(array.nbytes for _, array in self._arrays())
 
     @cached_property
     def content_hash(self) -> str:
@@ -147,7 +163,8 @@ class Prefix:
 
     def _tensors(self) -> dict[str, np.ndarray]:
         head = {f"head.{name}": self.head[name] for name in sorted(self.head)}
-        return dict(self._arrays()) | head
+        embeddings = {_EMBEDDINGS: self.embeddings} if self.embeddings is not None else {}
+        return dict(self._arrays()) | embeddings | head
 
     def _header(self) -> dict[str, str]:
         header = {
@@ -165,14 +182,20 @@ class Prefix:
 
     def describe(self) -> dict[str, str]:
         """What the prefix is, for people."""
-        layers = next(iter(self.sites.values()))
-        heads, _, head_dim = layers[0].key.shape
-        return {
-            "format": "prefix file",
-            "sites": ", ".join(self.sites),
-            "layers": str(len(layers)),
-            "key/value heads": str(heads),
-            "head size": str(head_dim),
+        found = {"format": "prefix file"}
+        for layers in list(self.sites.values())[:1]:
+            heads, _, head_dim = layers[0].key.shape
+            found |= {
+                "sites": ", ".join(self.sites),
+                "layers": str(len(layers)),
+                "key/value heads": str(heads),
+                "head size": str(head_dim),
+            }
+        if self.embeddings is not None:
+            found["soft prompt"] = f"{self.embeddings.shape[0]} embeddings of {self.embeddings.shape[1]}"
+        if self.head:
+            found["head"] = ", ".join(sorted(self.head))
+        return found | {
             "prefix length": str(self.prefix_length),
             "position base": str(self.position_base),
             "dtype": str(self.dtype),
@@ -184,7 +207,8 @@ class Prefix:
     def save(self, path: str | Path) -> None:
         """Write the canonical file, whole or not at all, replacing what was there.
 
-        One safetensors file: `{site}.{layer}.key`, `{site}.{layer}.value`, `head.{name}`; the rest in its metadata.
+        One safetensors file: `{site}.{layer}.key`, `{site}.{layer}.value`, `embeddings`, `head.{name}`; the rest
+        in its metadata.
         """
         tensors = {name: np.asarray(array, order="C") for name, array in self._tensors().items()}
         write_file_atomically(Path(path), serialize(tensors, metadata=self._header()))
@@ -228,13 +252,14 @@ def _from_tensor_file(file: TensorFile) -> Prefix:
         source=source,
         head=head,
         metadata=_read_metadata(file.metadata.get("metadata", "{}")),
+        embeddings=file.array(_EMBEDDINGS) if _EMBEDDINGS in file.tensors else None,
     )
 
 
 def _read_sites(file: TensorFile) -> dict[str, tuple[LayerPrefix, ...]]:
     found: dict[str, dict[int, dict[str, np.ndarray]]] = {}
     for name in file.tensors:
-        if name.startswith("head."):
+        if name.startswith("head.") or name == _EMBEDDINGS:
             continue
         match = _TENSOR_NAME.fullmatch(name)
         if match is None:
@@ -290,6 +315,15 @@ def _check_first(name: str, array: np.ndarray) -> None:
             f"found {list(array.shape)}"
         )
     _check_dtype(name, array)
+
+
+def _check_embeddings(array: np.ndarray) -> None:
+    if array.ndim != 2 or 0 in array.shape:
+        raise PrefixError(
+            f"{_EMBEDDINGS}: expected shape [prefix_length, hidden_size], neither of them 0, found {list(array.shape)}"
+        )
+    _check_dtype(_EMBEDDINGS, array)
+    _check_finite(_EMBEDDINGS, array)
 
 
 def _check_dtype(name: str, array: np.ndarray) -> None:

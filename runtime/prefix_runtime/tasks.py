@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 
 from .bundle import Bundle
+from .composition import SEPARATOR, concatenated
+from .errors import CompositionError
 from .manifest import check_new_task_name, unknown_task
 from .prefix import Prefix
+
+MOST_COMPOSED = 16
+"""Compositions that are kept; unlike a task's own prefix they lie in memory, not in a file."""
 
 
 class TaskStore:
@@ -21,6 +27,7 @@ class TaskStore:
         self._bundle = bundle
         self._lock = threading.Lock()
         self._prefixes: dict[str, Prefix | None] = dict.fromkeys(bundle.tasks)
+        self._composed: OrderedDict[str, Prefix] = OrderedDict()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -31,10 +38,16 @@ class TaskStore:
     def get(self, name: str) -> Prefix:
         """A task's prefix; the same object for as long as the task is there.
 
+        Several names joined by `+` are their prefixes one after another (`composition.concatenated`); the last few of
+        these are kept.
+
         Raises:
             UnknownTaskError: there is no such task; the message lists those that there are.
             PrefixError: its file is damaged.
+            CompositionError, PrefixMismatchError: prefixes that do not go together, or leave no room for text.
         """
+        if isinstance(name, str) and SEPARATOR in name:
+            return self._compose(name)
         with self._lock:
             prefix = self._find(name)
         if prefix is not None:
@@ -49,12 +62,36 @@ class TaskStore:
     def holds(self, name: str, prefix: Prefix) -> bool:
         """Whether a task is there, with this very prefix."""
         with self._lock:
-            return self._prefixes.get(name) is prefix
+            return self._prefixes.get(name, self._composed.get(name)) is prefix
 
     def place(self, prefix: Prefix) -> int:
         """A prefix's place among the bundle's tasks, in the order of their names."""
         with self._lock:
             return next(index for index, name in enumerate(sorted(self._prefixes)) if self._prefixes[name] is prefix)
+
+    def _compose(self, name: str) -> Prefix:
+        with self._lock:
+            if (kept := self._composed.get(name)) is not None:
+                self._composed.move_to_end(name)
+                return kept
+        if self._bundle.manifest.mode == "bake":
+            raise CompositionError(
+                f"task {name!r}: expected one task a row, as the graph holds its prefixes, found several"
+            )
+        names = name.split(SEPARATOR)
+        parts = [self.get(part) for part in names]
+        try:
+            prefix = concatenated(parts)
+        except CompositionError as error:
+            raise CompositionError(f"task {name!r}: {error}") from error
+        self._bundle.check_prefix(prefix, f"task {name!r}")
+        with self._lock:
+            for part in names:
+                self._find(part)  # it may have been removed meanwhile
+            prefix = self._composed.setdefault(name, prefix)  # another thread may have been first
+            while len(self._composed) > MOST_COMPOSED:
+                self._composed.popitem(last=False)
+        return prefix
 
     def _find(self, name: str) -> Prefix | None:
         try:
@@ -75,8 +112,8 @@ class TaskStore:
             check_new_task_name(name, self._prefixes)
             self._prefixes[name] = prefix
 
-    def remove(self, name: str) -> Prefix | None:
-        """Remove a task; returns its prefix if it had been read.
+    def remove(self, name: str) -> list[Prefix]:
+        """Remove a task; returns its prefix if it had been read, and what it was composed to.
 
         Raises:
             UnknownTaskError: there is no such task.
@@ -86,4 +123,6 @@ class TaskStore:
         with self._lock:
             prefix = self._find(name)
             del self._prefixes[name]
-            return prefix
+            gone = [composed for composed in self._composed if name in composed.split(SEPARATOR)]
+            found = [self._composed.pop(composed) for composed in gone]
+            return found if prefix is None else [prefix, *found]

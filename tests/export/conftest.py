@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from prefix_export import formats
 from prefix_export.models import load_base_model
+
+
+def read_prefix(path, shape):
+    """The one prefix of a checkpoint."""
+    (prefix,) = formats.read(path, shape).parts.values()
+    return prefix
 
 
 class Trap:

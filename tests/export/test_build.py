@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 import prefix_export
 from prefix_export import build as build_module
-from prefix_export import formats, verification
+from prefix_export import verification
 from prefix_export.build import BuildRequest, build, verify_against
 from prefix_export.errors import ExportError, ModelError, ParityError, UnsupportedArchitectureError
 from prefix_export.models import load_base_model
@@ -25,7 +25,7 @@ from prefix_export.parity import TaskParity
 from prefix_export.verification import certificate
 from prefix_runtime import BundleError, DuplicateTaskError, PrefixMismatchError, TaskNameError
 from prefix_runtime import bundle as bundle_module
-from tests.export.conftest import Trap
+from tests.export.conftest import Trap, read_prefix
 
 GRAPH = ("model.onnx", "model.onnx.data")
 
@@ -43,7 +43,7 @@ def built(workshop, model, tmp_path_factory):
     trap = Trap(root / "sprung")
     trap.set(folder / "adapter_model.bin")
     file = Path(shutil.copytree(workshop.adapter(model, 20), root / "other")) / "adapter_model.safetensors"
-    formats.read(folder, load_base_model(str(model)).geometry).save(root / "own.safetensors")
+    read_prefix(folder, load_base_model(str(model)).shape).save(root / "own.safetensors")
     prefixes = {"folder": folder, "file": file, "own": root / "own.safetensors"}
     steps = []
     result = build(BuildRequest(str(model), prefixes, root / "out"), steps.append)
@@ -119,7 +119,7 @@ def test_the_manifest_says_what_the_model_is(built, model):
 def test_prefixes_are_folded_and_marked_as_made_for_the_model(built, model):
     base = load_base_model(str(model))
     for task, path in built.prefixes.items():
-        folded = formats.read(path, base.geometry)
+        folded = read_prefix(path, base.shape)
         assert built.result.bundle.prefix(task) == replace(folded, base_fingerprint=base.fingerprint)
 
 
@@ -212,7 +212,7 @@ def test_a_bundle_may_have_no_tasks(model, place):
 
 @pytest.mark.usefixtures("quick")
 def test_a_prefix_for_another_base_model_is_refused_by_fingerprint(model, built, place):
-    ours = formats.read(built.prefixes["own"], load_base_model(str(model)).geometry)
+    ours = read_prefix(built.prefixes["own"], load_base_model(str(model)).shape)
     replace(ours, base_fingerprint=f"sha256:{'0' * 64}").save(place.parent / "alien.safetensors")
     with pytest.raises(PrefixMismatchError, match=r"alien\.safetensors: made for another base model: .*sha256:0000"):
         build(BuildRequest(str(model), {"alien": place.parent / "alien.safetensors"}, place / "out", verify=False))
@@ -235,7 +235,7 @@ def test_an_output_that_exists_is_refused_before_any_work_and_stays(place, kind)
         output.write_text("mine")
     else:
         output.symlink_to(place / "nowhere")
-    with pytest.raises(BundleError, match=r"out: expected a folder that does not exist yet; remove it or choose"):
+    with pytest.raises(BundleError, match=r"out: expected nothing there yet; remove it or choose"):
         build(BuildRequest("gpt2", {}, output))
     assert [path.name for path in place.iterdir()] == ["out"]
     assert output.is_symlink() or (output / "precious" if kind == "folder" else output).read_text() == "mine"
@@ -246,7 +246,7 @@ def test_an_output_that_exists_is_refused_before_any_work_and_stays(place, kind)
 def test_an_output_without_a_folder_to_stand_in_is_refused_before_any_work(place, parent):
     if parent == "file":
         (place / parent).touch()
-    with pytest.raises(BundleError, match=rf"{parent}: expected a folder to write the bundle into, found none"):
+    with pytest.raises(BundleError, match=rf"{parent}: expected a folder to write into, found none"):
         build(BuildRequest("gpt2", {}, place / parent / "out"))
 
 
@@ -310,7 +310,7 @@ STAGES = [
     (build_module, "load_base_model"),
     (build_module, "fold"),
     (build_module, "export_graph"),
-    (build_module, "_save_configs"),
+    (build_module, "save_configs"),
     (build_module, "describe_file"),
     (build_module, "write_prefix"),
     (build_module, "_write_manifest"),
@@ -361,7 +361,7 @@ def test_an_output_that_appears_during_the_build_is_not_overwritten(model, built
         return 1
 
     monkeypatch.setattr(build_module, "export_graph", late)
-    with pytest.raises(BundleError, match="does not exist yet"):
+    with pytest.raises(BundleError, match="expected nothing there yet"):
         build(BuildRequest(str(model), {}, place / "out", verify=False))
     assert [path.name for path in place.rglob("*")] == ["out"]
 

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prefix_export
 from prefix_export import build as build_module
-from prefix_export import cli, formats
+from prefix_export import cli
 from prefix_export.errors import PrefixExportError
 from prefix_export.models import load_base_model
 from prefix_runtime import Bundle
+from tests.export.conftest import read_prefix
 
 PROMPT = "the quick brown fox"
 
@@ -34,7 +35,7 @@ def model(workshop):
 @pytest.fixture(scope="module")
 def prefix_file(workshop, model, tmp_path_factory):
     path = tmp_path_factory.mktemp("prefix") / "own.safetensors"
-    formats.read(workshop.adapter(model, 3), load_base_model(str(model)).geometry).save(path)
+    read_prefix(workshop.adapter(model, 3), load_base_model(str(model)).shape).save(path)
     return path
 
 
@@ -151,9 +152,9 @@ def test_inspect_shows_an_adapter(workshop, model):
     adapter = workshop.adapter(model, 20)
     for path in (adapter, adapter / "adapter_model.safetensors"):
         shown = json.loads(succeed("inspect", path, "--json"))
-        assert shown["format"] == "PEFT prefix-tuning adapter"
+        assert shown["format"] == "PEFT adapter"
         assert (shown["prefix length"], shown["layers"]) == ("20", "3")
-    assert "PEFT prefix-tuning adapter" in succeed("inspect", adapter)
+    assert "PEFT adapter" in succeed("inspect", adapter)
 
 
 def test_tasks_are_listed(made):
@@ -287,14 +288,14 @@ def test_a_task_name_that_cannot_be_one_ends_with_status_1(tmp_path):
 
 def test_an_output_that_exists_ends_with_status_1(made):
     before = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
-    assert f"{made}: expected a folder that does not exist yet" in fail("build", "--model", "m", "--output", made)
+    assert f"{made}: expected nothing there yet" in fail("build", "--model", "m", "--output", made)
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["inspect", "{tmp}/nowhere"], "nowhere: expected a prefix file or an adapter folder, found nothing there"),
+        (["inspect", "{tmp}/nowhere"], "nowhere: expected a trained prefix, a file or a folder, found nothing there"),
         (["verify", "{tmp}"], "expected a bundle (a folder with manifest.json), found none"),
         (["tasks", "list", "{tmp}"], "expected a bundle"),
         (["tasks", "remove", "{bundle}", "nope"], "task 'nope': there is none of this name; tasks here: e2e, own"),
@@ -397,6 +398,8 @@ def test_the_commands_are_those_of_the_design():
         "generate",
         "bench",
         "prepare",
+        "fold",
+        "compose",
     }
 
 

@@ -11,12 +11,14 @@ from safetensors.numpy import save_file
 
 from prefix_export import formats
 from prefix_export.errors import CheckpointError
-from prefix_runtime import Geometry, LayerGeometry, PrefixError, PrefixMismatchError
+from prefix_export.shape import DECODER, Shape
+from prefix_runtime import LayerGeometry, PrefixError, PrefixMismatchError
+from tests.export.conftest import read_prefix
 
 
 @pytest.fixture(scope="module")
 def prefix(gpt2_adapter, base):
-    return formats.read(gpt2_adapter, base.geometry)
+    return read_prefix(gpt2_adapter, base.shape)
 
 
 @pytest.fixture
@@ -27,19 +29,19 @@ def file(prefix, tmp_path):
 
 
 def test_a_prefix_file_reads_as_the_prefix_that_was_saved(file, prefix, base):
-    assert formats.read(file, base.geometry) == prefix
+    assert read_prefix(file, base.shape) == prefix
 
 
 @pytest.mark.parametrize("name", ["prefix.bin", "prefix", "adapter_model.safetensors"])
 def test_the_content_decides_not_the_name(file, prefix, base, name):
-    assert formats.read(file.rename(file.with_name(name)), base.geometry) == prefix
+    assert read_prefix(file.rename(file.with_name(name)), base.shape) == prefix
 
 
 def test_a_prefix_file_beside_an_adapter_config_stays_a_prefix_file(adapter, base, prefix):
     longer = replace(prefix, position_base=0)
     longer.save(adapter / "mine.safetensors")
-    assert formats.read(adapter / "mine.safetensors", base.geometry) == longer
-    assert formats.read(adapter, base.geometry) == prefix
+    assert read_prefix(adapter / "mine.safetensors", base.shape) == longer
+    assert read_prefix(adapter, base.shape) == prefix
 
 
 def test_a_prefix_file_describes_itself(file, prefix):
@@ -60,15 +62,15 @@ def test_a_prefix_file_describes_itself(file, prefix):
     ],
 )
 def test_a_prefix_for_another_shape_of_model_is_refused(file, layers, heads, head_dim, parts):
-    geometry = Geometry((LayerGeometry(heads, head_dim),) * layers, 320, 384)
+    shape = Shape("m", DECODER, {"decoder": (LayerGeometry(heads, head_dim),) * layers}, 64)
     with pytest.raises(PrefixMismatchError) as caught:
-        formats.read(file, geometry)
+        formats.read(file, shape)
     assert all(part in str(caught.value) for part in [str(file), *parts])
 
 
 def test_nothing_at_the_path_is_refused(tmp_path, base):
-    with pytest.raises(CheckpointError, match=r"nowhere: expected a prefix file or an adapter folder, found nothing"):
-        formats.read(tmp_path / "nowhere", base.geometry)
+    with pytest.raises(CheckpointError, match=r"nowhere: expected a trained prefix, .*, found nothing there"):
+        read_prefix(tmp_path / "nowhere", base.shape)
 
 
 @pytest.mark.parametrize("verb", [formats.describe, lambda path: formats.read(path, None)], ids=["describe", "read"])
@@ -85,26 +87,26 @@ def test_a_file_of_no_family_is_refused_with_the_families_that_there_are(tmp_pat
 def test_what_holds_no_checkpoint_is_refused(tmp_path, base, content):
     path = tmp_path / "thing"
     path.write_text(content)
-    with pytest.raises(CheckpointError, match=r"thing: expected one of: prefix file .*, PEFT prefix-tuning adapter"):
-        formats.read(path, base.geometry)
+    with pytest.raises(CheckpointError, match=r"thing: expected safetensors, a checkpoint of"):
+        read_prefix(path, base.shape)
 
 
 @pytest.mark.parametrize("kept", [0, 7, 100, -1])
 def test_a_truncated_prefix_file_is_called_damaged(file, base, kept):
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(PrefixError, match=r"e2e\.safetensors: expected a whole safetensors file"):
-        formats.read(file, base.geometry)
+        read_prefix(file, base.shape)
 
 
 def test_a_pickle_is_refused_and_never_unpickled(tmp_path, base, trap):
     for name in ("checkpoint.pt", "checkpoint.bin", "checkpoint.safetensors"):
         trap.set(tmp_path / name)
         with pytest.raises((CheckpointError, PrefixError), match=r"safetensors"):
-            formats.read(tmp_path / name, base.geometry)
+            read_prefix(tmp_path / name, base.shape)
     assert not trap.sprung
 
 
 def test_reading_changes_nothing(file, base, tmp_path):
     copy = shutil.copy(file, tmp_path / "copy")
-    formats.read(file, base.geometry)
+    read_prefix(file, base.shape)
     assert file.read_bytes() == copy.read_bytes()

@@ -14,11 +14,12 @@ import torch
 import transformers
 
 import prefix_runtime
-from prefix_export import formats, parity
+from prefix_export import parity
 from prefix_export.errors import ParityError, PrefixExportError
 from prefix_export.models import load_base_model
-from prefix_export.parity import CacheReference, Expectation, compare, observe
+from prefix_export.parity import CacheReference, Expectation, PrefixSource, compare, observe
 from prefix_runtime import LayerPrefix
+from tests.export.conftest import read_prefix
 
 PROMPT = np.random.default_rng(1).integers(1, 384, size=20).tolist()
 
@@ -40,7 +41,7 @@ def adapter(workshop, model_folder):
 
 @pytest.fixture(scope="module")
 def prefix(adapter, base):
-    return formats.read(adapter, base.geometry)
+    return read_prefix(adapter, base.shape)
 
 
 @pytest.fixture
@@ -48,7 +49,8 @@ def engine(shared_bundle):
     return prefix_runtime.load(shared_bundle, threads=1)
 
 
-def certified(base, engine, task, prefix=None, source=None):
+def certified(base, engine, task, prefix=None, path=None):
+    source = PrefixSource(path) if path else None
     return compare(observe(base, prefix, source, max_length=320), engine, task)
 
 
@@ -133,7 +135,7 @@ def test_the_certificate_is_in_the_manifest(shared_bundle):
 
 def test_transformers_with_the_prefix_as_its_cache_is_pefts_model(base, adapter, prefix):
     ours = CacheReference(base.model, prefix)
-    with parity._reference(base, prefix, adapter) as pefts:
+    with parity._reference(base, prefix, PrefixSource(adapter)) as pefts:
         np.testing.assert_allclose(ours.logits(PROMPT), pefts.logits(PROMPT), rtol=0, atol=1e-5)
         assert ours.greedy(PROMPT, 12) == pefts.greedy(PROMPT, 12)
 
@@ -165,7 +167,7 @@ def test_the_models_own_generation_defaults_neither_disturb_the_comparison_nor_c
 def test_without_peft_the_error_names_the_extra(base, adapter, prefix, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(PrefixExportError, match=r"not installed; pip install 'prefix-export\[peft\]'.*--no-verify"):
-        observe(base, prefix, adapter, max_length=320)
+        observe(base, prefix, PrefixSource(adapter), max_length=320)
 
 
 def test_peft_is_not_needed_for_prefix_files(base, engine, prefix, tmp_path, monkeypatch):
@@ -180,6 +182,7 @@ class Scripted:
 
     row: list[float]
     tokens: list[int]
+    together: list[int] | None = None  # where they differ in a batch
     bundle = SimpleNamespace(manifest=SimpleNamespace(cache="fp32", precision="fp32"))
 
     def logits(self, token_ids, task):
@@ -187,8 +190,12 @@ class Scripted:
         return np.tile(np.array(self.row, np.float32), (len(token_ids), 1))
 
     def generate(self, *, token_ids, task, max_new_tokens):
-        assert (tuple(token_ids), task, max_new_tokens) == ((7,), "t", 3)
-        return SimpleNamespace(token_ids=tuple(self.tokens))
+        assert task == "t"
+        if (tuple(token_ids), max_new_tokens) == ((7,), 3):
+            return SimpleNamespace(token_ids=tuple(self.tokens))
+        assert (set(token_ids), set(max_new_tokens)) == ({(7,)}, {3})
+        tokens = self.tokens if self.together is None else self.together
+        return [SimpleNamespace(token_ids=tuple(tokens)) for _ in token_ids]
 
 
 def compared(row, tokens, expected_row=None):
@@ -255,3 +262,10 @@ def test_logits_that_are_not_numbers_never_agree_on_a_later_prompt_either():
     expectation = Expectation("script", ((7,), (7,)), tuple(logits), ((0, 1, 2),) * 2)
     with pytest.raises(ParityError, match="nan apart"):
         compare(expectation, Scripted([1.0, 0.0, 0.0], [0, 1, 2]), "t")
+
+
+def test_tokens_that_differ_in_a_batch_alone_are_refused():
+    row = [3.0, 2.0, 1.0]
+    expected = Expectation("script", ((7,),), (np.array([row], np.float32),), ((0, 1, 2),))
+    with pytest.raises(ParityError, match="different tokens"):
+        compare(expected, Scripted(row, [0, 1, 2], together=[0, 2, 2]), "t")

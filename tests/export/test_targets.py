@@ -29,7 +29,7 @@ def test_what_is_not_given_is_the_targets(given, expected):
     [
         (("tpu", "feed", None, None, None), "target: expected one of cpu, portable, web, found 'tpu'"),
         ((None, "melt", None, None, None), "mode: expected one of feed, bake, found 'melt'"),
-        (("cpu", "bake", None, None, None), "target cpu: mode: expected one of feed, found 'bake'"),
+        (("cpu", "bake", None, None, None), "target cpu: mode: expected feed, found 'bake'; for it take portable, web"),
         (("cpu", "feed", "fp16", None, None), "target cpu: precision: expected one of fp32, int8, int4, found 'fp16'"),
         (("web", "feed", "int4", None, None), "target web: precision: expected one of int8, fp32, fp16, found 'int4'"),
         (("web", "bake", "fp32", "int8", None), "precision fp32: cache: expected one of fp32, found 'int8'"),

@@ -17,6 +17,7 @@ PUBLIC = [
     "BundleError",
     "BundleIntegrityError",
     "Chunk",
+    "CompositionError",
     "ContextOverflowError",
     "DuplicateTaskError",
     "Engine",

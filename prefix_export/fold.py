@@ -1,0 +1,177 @@
+"""Whatever was trained to the prefixes that a model runs with: checkpoints, soft prompts, text."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, DynamicCache
+
+from prefix_runtime import Bundle, LayerPrefix, Prefix, Source
+
+from . import formats
+from .errors import CheckpointError, PrefixExportError
+from .formats import SoftPrompt
+from .lint import lint
+from .models import BaseModel
+from .shape import DECODER, Shape
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "*.bin"]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The prefixes of a source, by name (a single one's is empty), and what a user should know, a line each."""
+
+    prefixes: Mapping[str, Prefix]
+    warnings: tuple[str, ...] = ()
+
+
+def located(path: Path) -> Path:
+    """A checkpoint on disk: the path itself, or the folder that a Hub id's files lie in.
+
+    Hugging Face's cache and offline variables apply; of a repository only configurations and tensors are fetched.
+
+    Raises:
+        CheckpointError: there is neither a file or folder nor such a repository.
+    """
+    if path.exists() or not _HUB_ID.fullmatch(str(path)):
+        return path
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{path}: expected a trained prefix, a file, a folder or a Hub id, found no such file, and of the Hub: "
+            f"{reason}"
+        ) from error
+
+
+def fold(path: Path, shape: Shape, load: Callable[[], BaseModel], wanted: str | None = None) -> Folded:
+    """The prefixes in a checkpoint.
+
+    Args:
+        path: a file, a folder or a Hub id.
+        shape: of the base model.
+        load: the base model itself, which soft prompts of decoder-only models are run through; not called otherwise.
+        wanted: see `formats.find_reader`.
+
+    Raises:
+        CheckpointError, PrefixError, PrefixMismatchError: as `formats.read`.
+        ModelError: as `load`.
+    """
+    trained = formats.read(located(path), shape, wanted)
+    prefixes = {name: _as_prefix(part, shape, load) for name, part in trained.parts.items()}
+    return Folded(prefixes, trained.warnings)
+
+
+def fold_for_bundle(path: Path, bundle: Bundle) -> tuple[Prefix, tuple[str, ...]]:
+    """The prefix in a checkpoint that holds one, by what a bundle knows of its model, and what a user should know.
+
+    Raises:
+        CheckpointError: it holds several, or a soft prompt, which only the model itself can fold; else as `fold`.
+    """
+    model = bundle.manifest.model.name
+    config = AutoConfig.from_pretrained(bundle.root)
+    shape = replace(Shape.of_config(model, config), sites={"decoder": bundle.manifest.geometry.layers})
+
+    def refuse() -> BaseModel:
+        raise CheckpointError(
+            f"{path}: expected keys and values, found a soft prompt, which only the model can turn into them; fold it "
+            f"first: prefix-export fold {path} --model {model} --output FILE"
+        )
+
+    folded = fold(path, shape, refuse)
+    if len(folded.prefixes) > 1:
+        raise CheckpointError(
+            f"{path}: expected one prefix, found {len(folded.prefixes)}; fold them first: prefix-export fold {path} "
+            f"--model {model} --output FOLDER"
+        )
+    (prefix,) = folded.prefixes.values()
+    bundle.manifest.geometry.check_prefix(prefix, str(path))
+    return prefix, (*folded.warnings, *lint(prefix, shape, bundle.manifest.max_length))
+
+
+def _as_prefix(part: Prefix | SoftPrompt, shape: Shape, load: Callable[[], BaseModel]) -> Prefix:
+    if isinstance(part, Prefix):
+        return part
+    if shape.kind != DECODER:
+        # In an encoder what a soft prompt becomes depends on the text behind it.
+        return Prefix({}, 0, source=part.source, head=part.head, metadata=part.metadata, embeddings=part.embeddings)
+    prefix = fold_soft_prompt(part.embeddings, load())
+    return replace(prefix, source=part.source, head=part.head, metadata=part.metadata)
+
+
+def fold_soft_prompt(embeddings: np.ndarray, base: BaseModel) -> Prefix:
+    """What a decoder-only model computes for a soft prompt [prefix_length, hidden_size]: text begins behind it.
+
+    Source: Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", EMNLP 2021, section 2.
+
+    Raises:
+        CheckpointError: it is longer than the model's context.
+    """
+    inputs = torch.from_numpy(np.array(embeddings, np.float32))[None]
+    return _run(base, inputs.shape[1], inputs_embeds=inputs)
+
+
+def fold_text(text: str, base: BaseModel) -> Prefix:
+    """The keys and values of a text, so that it costs no prefill later; its tokens are those of the model's tokenizer.
+
+    Special tokens that the tokenizer puts before a text are part of it, those that it puts behind are not.
+
+    Raises:
+        PrefixExportError: the model has no tokenizer, or the text has no tokens.
+        CheckpointError: it is longer than the model's context.
+    """
+    if base.tokenizer is None:
+        raise PrefixExportError(f"model {base.name!r}: expected a tokenizer to fold a text with, found none")
+    ids = _tokens(text, base)
+    if not ids:
+        raise PrefixExportError("text: expected at least one token, found none")
+    prefix = _run(base, len(ids), input_ids=torch.tensor([ids]))
+    return replace(prefix, source=Source("text", _hash(ids)), metadata={"tokens": str(len(ids))})
+
+
+def _tokens(text: str, base: BaseModel) -> list[int]:
+    assert base.tokenizer is not None
+    found: list[int] = base.tokenizer(text)["input_ids"]
+    plain: list[int] = base.tokenizer(text, add_special_tokens=False)["input_ids"]
+    behind = len(found) - len(plain)
+    while behind and found and found[-1] in base.tokenizer.all_special_ids and found[-len(plain) :] != plain:
+        found, behind = found[:-1], behind - 1
+    return found
+
+
+def _hash(ids: list[int]) -> str:
+    return hashlib.sha256(np.array(ids, np.int64).tobytes()).hexdigest()
+
+
+def _run(base: BaseModel, length: int, **inputs: torch.Tensor) -> Prefix:
+    if length >= base.geometry.context_length:
+        raise CheckpointError(
+            f"expected a soft prompt or text shorter than the context of {base.geometry.context_length} positions, "
+            f"found {length}"
+        )
+    cache = DynamicCache()
+    with torch.no_grad():
+        base.model(
+            **inputs,
+            attention_mask=torch.ones(1, length, dtype=torch.int64),
+            position_ids=torch.arange(length)[None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+    layers = []
+    for layer in cache.layers:
+        held: Any = layer  # of no layer that attends are they None
+        layers.append(LayerPrefix(held.keys[0].float().numpy(), held.values[0].float().numpy()))
+    return Prefix({"decoder": tuple(layers)}, position_base=length)

@@ -1,0 +1,129 @@
+"""AdapterHub's `adapters`: prefix tuning with a bottleneck MLP, and flat, at the sites that it was registered for.
+
+Names end in `prefix_tunings.TASK.LOCATION.` with `wte.weight` [prefix_length, width] and `control_trans.0`, `.2`, or
+with a flat `control_trans` [prefix_length * 2 * layers * heads * head_dim]; the same tensors stand once more for every
+layer that shares them. The prefix joins keys after rotation and is never in the cache: text begins at position 0. T5
+counts relative positions its own way, which the prefix' metadata says (`relative_position_bias`).
+
+Source: adapter-hub/adapters 1.x, `src/adapters/methods/prefix_tuning.py` at 08464c2, `loading.py` at 086d7f2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from prefix_export.errors import CheckpointError
+from prefix_export.shape import BOTH, Shape
+from prefix_runtime import PrefixMismatchError, Source
+
+from .checkpoint import Checkpoint
+from .reparameterised import through_mlp
+from .trained import Trained, folded, make_prefix
+
+NAME = "adapterhub"
+TITLE = "AdapterHub prefix tuning"
+
+_NAME = re.compile(r"(?P<start>(?:.*\.)?prefix_tunings\.(?P<task>[^.]+)\.(?P<location>[a-z_]+_prefix))\.(?P<part>.+)")
+_SITES = {"self_prefix": "decoder", "cross_prefix": "cross", "encoder_prefix": "encoder"}
+_CONFIG_NAME = "adapter_config.json"
+
+
+def matches(checkpoint: Checkpoint) -> bool:
+    """Whether it has a pool of prefix tunings."""
+    return any(_NAME.fullmatch(name) for name in checkpoint.shapes)
+
+
+def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
+    """The config, and the tensors of each location."""
+    config = _config(checkpoint)
+    said = {key: str(value) for key, value in config.items() if isinstance(value, str | int | float | list)}
+    shown = {}
+    for location, start in _locations(checkpoint).items():
+        names = [name for name in checkpoint.shapes if name.startswith(f"{start}.")]
+        shown[location] = ", ".join(
+            f"{name.removeprefix(f'{start}.')} {' x '.join(map(str, checkpoint.shapes[name]))}" for name in names
+        )
+    return {**said, **shown}
+
+
+def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
+    """See `formats.read`."""
+    config = _config(checkpoint)
+    _refuse_what_is_more_than_a_prefix(checkpoint, config)
+    activation = str(config.get("non_linearity", "tanh")).lower()
+    sites = {}
+    for location, start in _locations(checkpoint).items():
+        site = _site(checkpoint, location, shape)
+        where = f"{checkpoint.weights}: {start}"
+        sites[site] = folded(_matrix(checkpoint, start, config, activation), shape.site(site, where), where)
+    prefix = make_prefix(
+        sites,
+        moves_positions=False,
+        source=Source(NAME, checkpoint.sha256),
+        weights=checkpoint.weights,
+        metadata={"relative_position_bias": "text-moved"} if shape.kind == BOTH else {},
+    )
+    return Trained({"": prefix})
+
+
+def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    found = (checkpoint.config(_CONFIG_NAME) or {}).get("config")
+    return found if isinstance(found, dict) else {}
+
+
+def _locations(checkpoint: Checkpoint) -> dict[str, str]:
+    """The locations of the one prefix tuning that there is, and where each one's tensors stand first."""
+    found = [match for name in checkpoint.shapes if (match := _NAME.fullmatch(name))]
+    tasks = sorted({match["task"] for match in found})
+    if len(tasks) != 1:
+        raise CheckpointError(f"{checkpoint.weights}: expected one prefix tuning, found {', '.join(tasks)}")
+    starts: dict[str, str] = {}
+    for match in found:
+        starts.setdefault(match["location"], match["start"])
+    return starts
+
+
+def _refuse_what_is_more_than_a_prefix(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    reasons = {
+        "gates, which depend on the text": config.get("use_gating")
+        or any("gates." in name for name in checkpoint.shapes),
+        "other adapters beside the prefix": any(".adapters." in name for name in checkpoint.shapes),
+        "layers without a prefix (leave_out); every layer of a graph sees as many positions": config.get("leave_out"),
+    }
+    for what, is_there in reasons.items():
+        if is_there:
+            raise CheckpointError(
+                f"{checkpoint.weights}: expected a prefix for every layer and nothing else, found {what}"
+            )
+
+
+def _site(checkpoint: Checkpoint, location: str, shape: Shape) -> str:
+    if len(shape.sites) == 1:
+        (site,) = shape.sites
+        return site
+    if location not in _SITES:
+        raise PrefixMismatchError(
+            f"{checkpoint.weights}: {location}: expected one of {', '.join(_SITES)}, found another; it is not read"
+        )
+    return _SITES[location]
+
+
+def _matrix(checkpoint: Checkpoint, start: str, config: Mapping[str, Any], activation: str) -> np.ndarray:
+    flat = f"{start}.control_trans"
+    if flat in checkpoint.shapes:
+        length = config.get("prefix_length")
+        numbers = checkpoint.array(flat)
+        if not isinstance(length, int) or length < 1 or numbers.ndim != 1 or numbers.size % length:
+            raise CheckpointError(
+                f"{checkpoint.config_path(_CONFIG_NAME)}: prefix_length: expected one that divides the {numbers.size} "
+                f"numbers of {flat}, found {length!r}"
+            )
+        return numbers.reshape(length, -1)
+    table = f"{start}.wte.weight"
+    if table not in checkpoint.shapes:
+        raise CheckpointError(f"{checkpoint.weights}: expected a tensor {table!r}, found none")
+    return through_mlp(checkpoint, f"{start}.control_trans", checkpoint.array(table), activation)

@@ -1,0 +1,136 @@
+"""Control Prefixes: a general prefix, and one for each label of each attribute, for every attention site.
+
+Two layouts. Data-to-text (T5): tables `M_Prefixes.wte_CATEGORY` (decoder), `wte_2_CATEGORY` (cross) and
+`wte_enc_CATEGORY` (encoder), [block * labels, hidden], through the general prefix' own MLPs. XSum (BART): the rows
+behind the general ones of each table, by `preseqlen` of the config: two sports of 1 row, then 40 categories of 3. Each
+label is folded once, under the name `CATEGORY-LABEL`; `compose` puts labels before the general prefix, the last
+category first. Text begins at position 0.
+
+Source: jordiclive/ControlPrefixes at 8d06cc2, `src/datatotext/prefix_utils.py` and `src/summarization`; Clive et al.,
+"Control Prefixes for Parameter-Efficient Text Generation", GEM 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from prefix_export.errors import CheckpointError
+from prefix_export.shape import Shape
+from prefix_runtime import Source
+
+from .checkpoint import Checkpoint
+from .li_liang import TABLES
+from .reparameterised import Table, lead, matrix, site_layers, through_mlp
+from .trained import Trained, make_prefix
+
+NAME = "control-prefixes"
+TITLE = "Control Prefixes"
+GENERAL = "general"
+
+_XSUM = (("sport", 2, 1), ("category", 40, 3))
+"""Attributes of the XSum layout: name, labels, rows of each."""
+_STARTS = {"decoder": "wte_", "cross": "wte_2_", "encoder": "wte_enc_"}
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A label's rows in the matrix of each site."""
+
+    name: str
+    sites: Mapping[str, np.ndarray]
+
+
+def matches(checkpoint: Checkpoint) -> bool:
+    """Whether it has attribute tables, or as many rows behind the general ones as XSum's attributes take."""
+    if any(name.startswith("M_Prefixes.") or ".M_Prefixes." in name for name in checkpoint.shapes):
+        return True
+    start = lead(checkpoint, "control_trans2.0.weight")
+    length = _general_length(checkpoint)
+    if start is None or length is None or f"{start}wte.weight" not in checkpoint.shapes:
+        return False
+    return checkpoint.shapes[f"{start}wte.weight"][0] == length + sum(labels * rows for _, labels, rows in _XSUM)
+
+
+def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
+    """The general prefix' length and the attributes."""
+    names = [name for name in checkpoint.shapes if "wte" in name]
+    return {name: " x ".join(map(str, checkpoint.shapes[name])) for name in names if "seq2seq_model." not in name}
+
+
+def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
+    """See `formats.read`."""
+    start = lead(checkpoint, "control_trans.0.weight")
+    if start is None:
+        raise CheckpointError(f"{checkpoint.weights}: expected the general prefix' control_trans, found none")
+    has_tables = any("M_Prefixes." in name for name in checkpoint.shapes)
+    general = {table.site: matrix(checkpoint, start, table) for table in TABLES}
+    blocks = list(_of_tables(checkpoint, start) if has_tables else _of_rows(checkpoint, general))
+    if not has_tables:
+        length = _general_length(checkpoint)
+        general = {site: numbers[:length] for site, numbers in general.items()}
+    source = Source(NAME, checkpoint.sha256)
+    metadata = {"relative_position_bias": "zero"} if has_tables else {}
+    parts = {}
+    for block in (_Block(GENERAL, general), *blocks):
+        sites = {
+            site: site_layers(checkpoint, shape, site, numbers, block.name) for site, numbers in block.sites.items()
+        }
+        parts[block.name] = make_prefix(
+            sites, moves_positions=False, source=source, weights=checkpoint.weights, metadata=metadata
+        )
+    warnings: tuple[str, ...] = ()
+    if lead(checkpoint, "es.trainable_weight") is not None:
+        warnings = ("embeddings of new tokens were trained too (es.trainable_weight); a prefix cannot carry them",)
+    return Trained(parts, warnings)
+
+
+def _of_tables(checkpoint: Checkpoint, start: str) -> Iterator[_Block]:
+    rows = (checkpoint.config("config.json") or {}).get("m_prefix_len")
+    if not isinstance(rows, int) or rows < 1:
+        raise CheckpointError(
+            f"{checkpoint.config_path('config.json')}: m_prefix_len: expected the rows of a label, found {rows!r}"
+        )
+    for category in _categories(checkpoint, start):
+        found = {}
+        for table in TABLES:
+            name = f"{start}M_Prefixes.{_STARTS[table.site]}{category}.weight"
+            if name not in checkpoint.shapes:
+                raise CheckpointError(f"{checkpoint.weights}: expected a tensor {name!r}, found none")
+            found[table] = through_mlp(checkpoint, f"{start}{table.mlp}", checkpoint.array(name))
+        yield from _labels(checkpoint, category, found, rows)
+
+
+def _labels(checkpoint: Checkpoint, category: str, found: Mapping[Table, np.ndarray], rows: int) -> Iterator[_Block]:
+    counts = {len(numbers) for numbers in found.values()}
+    if len(counts) != 1 or min(counts) % rows:
+        raise CheckpointError(
+            f"{checkpoint.weights}: {category}: expected the same multiple of {rows} rows at every site, found "
+            f"{', '.join(map(str, sorted(counts)))}"
+        )
+    for label in range(min(counts) // rows):
+        part = slice(label * rows, (label + 1) * rows)
+        yield _Block(f"{category}-{label}", {table.site: numbers[part] for table, numbers in found.items()})
+
+
+def _of_rows(checkpoint: Checkpoint, general: Mapping[str, np.ndarray]) -> Iterator[_Block]:
+    first = _general_length(checkpoint)
+    assert first is not None  # as `matches` found
+    for category, labels, rows in _XSUM:
+        for label in range(labels):
+            part = slice(first, first + rows)
+            first += rows
+            yield _Block(f"{category}-{label}", {site: numbers[part] for site, numbers in general.items()})
+
+
+def _categories(checkpoint: Checkpoint, start: str) -> list[str]:
+    names = [name.removeprefix(f"{start}M_Prefixes.").removesuffix(".weight") for name in checkpoint.shapes]
+    tables = [name for name in names if name.startswith("wte_") and not name.startswith(("wte_2_", "wte_enc_"))]
+    return [name.removeprefix("wte_") for name in tables if f"{start}M_Prefixes.{name}.weight" in checkpoint.shapes]
+
+
+def _general_length(checkpoint: Checkpoint) -> int | None:
+    length = (checkpoint.config("config.json") or {}).get("preseqlen")
+    return length if isinstance(length, int) and length > 0 else None

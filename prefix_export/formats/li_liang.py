@@ -1,0 +1,172 @@
+"""Li and Liang's own checkpoints: GPT-2 (`gpt2/train_control.py`) and BART (`seq2seq/prefixTuning.py`).
+
+| | tensors | site |
+|---|---|---|
+| GPT-2 | `wte`, `control_trans` | decoder |
+| GPT-2, shallow | `control_trans`, flat or [2 * layers, 1, heads, length, head_dim] | decoder |
+| BART | `wte`, `control_trans`; `wte2`, `control_trans2`; `wte_enc`, `control_trans_enc` | decoder; cross; encoder |
+
+Text begins at position `prefix_length` in GPT-2 and at 0 in BART, whose patched positions do not count the prefix. The
+prefix length is the table's: `lowdata` and shallow variants overrule the config's.
+
+Source: XiangLi1999/PrefixTuning at 48dbaff, `get_prompt_p5`, `get_prompt_p2`, `get_prompt_p2_shallow`, and `get_prompt`
+of the seq2seq module; Li and Liang, "Prefix-Tuning", ACL 2021.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from prefix_export.errors import CheckpointError
+from prefix_export.shape import BOTH, DECODER, Shape
+from prefix_runtime import LayerGeometry, LayerPrefix, PrefixMismatchError, Source
+
+from .checkpoint import Checkpoint
+from .reparameterised import Table, lead, matrix, site_layers
+from .trained import SoftPrompt, Trained, check_hidden_size, folded, make_prefix
+
+NAME = "li-liang"
+TITLE = "Li & Liang prefix tuning"
+
+TABLES = (
+    Table("wte", "control_trans", "decoder"),
+    Table("wte2", "control_trans2", "cross"),
+    Table("wte_enc", "control_trans_enc", "encoder"),
+)
+_FLAT, _STACKED = 1, 5
+
+
+def matches(checkpoint: Checkpoint) -> bool:
+    """Whether it has `control_trans`, and nothing of those who renamed what is beside it."""
+    others = ("wte_dec.weight", "decoder_wte.weight", "input_tokens", "prefix_tunings.", "M_Prefixes.", "es.")
+    names = tuple(checkpoint.shapes)
+    if any(name.startswith(other) or f".{other}" in f".{name}" for name in names for other in others):
+        return False
+    return _shallow_name(checkpoint) is not None or lead(checkpoint, "control_trans.0.weight") is not None
+
+
+def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
+    """The tensors of the prefix and their shapes."""
+    shown = {
+        name: " x ".join(map(str, shape))
+        for name, shape in checkpoint.shapes.items()
+        if "control_trans" in name or "wte" in name
+    }
+    config = checkpoint.config("config.json") or {}
+    said = {key: str(config[key]) for key in ("preseqlen", "mid_dim", "prefix_dropout") if key in config}
+    return {**shown, **said}
+
+
+def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
+    """See `formats.read`."""
+    if (shallow := _shallow_name(checkpoint)) is not None:
+        return _read_shallow(checkpoint, shallow, shape)
+    start = lead(checkpoint, "control_trans.0.weight")
+    assert start is not None  # as `matches` found
+    present = [table for table in TABLES if f"{start}{table.mlp}.0.weight" in checkpoint.shapes]
+    _refuse_what_depends_on_text(checkpoint, start, present)
+    if _is_soft_prompt(checkpoint, start, shape):
+        return _read_soft_prompt(checkpoint, start, shape)
+    if (shape.kind == BOTH) != (len(present) > 1):
+        wanted = "an encoder-decoder" if len(present) > 1 else "a decoder-only model"
+        raise PrefixMismatchError(
+            f"{checkpoint.weights}: holds prefixes for {', '.join(table.site for table in present)}: expected "
+            f"{wanted}, "
+            f"found {shape.name!r} ({shape.kind})"
+        )
+    if len(present) > 1:
+        _check_length(checkpoint, start)
+    sites = {
+        table.site: site_layers(checkpoint, shape, table.site, matrix(checkpoint, start, table), table.mlp)
+        for table in present
+    }
+    return _trained(checkpoint, sites, moves_positions=shape.kind == DECODER)
+
+
+def _check_length(checkpoint: Checkpoint, start: str) -> None:
+    """Refuse a table of other rows than its config tells: those of Control Prefixes' attributes lie in one like it."""
+    config = checkpoint.config("config.json")
+    rows = checkpoint.shapes[f"{start}wte.weight"][0]
+    said = (config or {}).get("preseqlen")
+    if isinstance(said, int) and said != rows:
+        raise CheckpointError(
+            f"{checkpoint.weights}: wte.weight: expected {said} rows, the preseqlen of config.json, found {rows}; "
+            "attributes of "
+            "Control Prefixes may be among them"
+        )
+
+
+def _trained(checkpoint: Checkpoint, sites: Mapping[str, list[LayerPrefix]], *, moves_positions: bool) -> Trained:
+    prefix = make_prefix(
+        sites,
+        moves_positions=moves_positions,
+        source=Source(NAME, checkpoint.sha256),
+        weights=checkpoint.weights,
+    )
+    return Trained({"": prefix})
+
+
+def _shallow_name(checkpoint: Checkpoint) -> str | None:
+    """The parameter that is the prefix itself, of a variant without an MLP."""
+    return next(
+        (
+            name
+            for name, shape in checkpoint.shapes.items()
+            if (name == "control_trans" or name.endswith(".control_trans")) and len(shape) in (_FLAT, _STACKED)
+        ),
+        None,
+    )
+
+
+def _read_shallow(checkpoint: Checkpoint, name: str, shape: Shape) -> Trained:
+    layers = shape.site("decoder", str(checkpoint.weights))
+    numbers, where = checkpoint.array(name), f"{checkpoint.weights}: {name}"
+    found = _stacked(numbers, layers, where) if numbers.ndim == _STACKED else _flat(numbers, layers, where)
+    return _trained(checkpoint, {"decoder": found}, moves_positions=True)
+
+
+def _flat(numbers: np.ndarray, layers: tuple[LayerGeometry, ...], where: str) -> list[LayerPrefix]:
+    width = sum(2 * layer.key_value_heads * layer.head_dim for layer in layers)
+    if not numbers.size or numbers.size % width:
+        raise PrefixMismatchError(f"{where}: expected a multiple of {width} numbers, found {numbers.size}")
+    return list(folded(numbers.reshape(-1, width), layers, where))
+
+
+def _stacked(numbers: np.ndarray, layers: tuple[LayerGeometry, ...], where: str) -> list[LayerPrefix]:
+    """Of [2 * layers, 1, heads, length, head_dim]."""
+    first = layers[0]
+    expected = (2 * len(layers), 1, first.key_value_heads, numbers.shape[3], first.head_dim)
+    if numbers.shape != expected or 0 in numbers.shape:
+        raise PrefixMismatchError(f"{where}: expected shape {list(expected)}, found {list(numbers.shape)}")
+    slots = numbers[:, 0]
+    return [LayerPrefix(slots[2 * index], slots[2 * index + 1]) for index in range(len(layers))]
+
+
+def _refuse_what_depends_on_text(checkpoint: Checkpoint, start: str, present: list[Table]) -> None:
+    names = checkpoint.shapes
+    if f"{start}wte2.weight" in names and not any(table.site == "cross" for table in present):
+        raise CheckpointError(
+            f"{checkpoint.weights}: wte2: expected a prefix, found an infix, which is computed from the text; it has "
+            "no "
+            "keys and values of its own"
+        )
+    if f"{start}wte.weight" not in names:
+        raise CheckpointError(
+            f"{checkpoint.weights}: expected embeddings wte.weight before control_trans, found none: a mode whose "
+            "prefix "
+            "is computed from the text (optim_prefix no) has no keys and values of its own"
+        )
+
+
+def _is_soft_prompt(checkpoint: Checkpoint, start: str, shape: Shape) -> bool:
+    """Whether the MLP ends in embeddings (`PrefixEmbTuning`), not in keys and values."""
+    last = max(name for name in checkpoint.shapes if name.startswith(f"{start}control_trans.") and "weight" in name)
+    return shape.kind == DECODER and checkpoint.shapes[last][0] == shape.hidden_size
+
+
+def _read_soft_prompt(checkpoint: Checkpoint, start: str, shape: Shape) -> Trained:
+    embeddings = matrix(checkpoint, start, TABLES[0])
+    check_hidden_size(embeddings, shape, f"{checkpoint.weights}: control_trans")
+    return Trained({"": SoftPrompt(embeddings, Source(f"{NAME}-embedding", checkpoint.sha256))})

@@ -1,0 +1,84 @@
+"""P-tuning v2's checkpoints: the whole model, `prefix_encoder` among it, and the task's head.
+
+`prefix_encoder.embedding.weight` is [prefix_length, 2 * layers * hidden], or [prefix_length, hidden] with an MLP
+`prefix_encoder.trans` behind it (PEFT calls it `transform`). The head is `classifier` or `qa_outputs`; where it reads a
+pooler, that is taken along, because the base may have none and then it was made at random and lies here alone. It is
+one linear layer on the pooler for RoBERTa too, unlike transformers' own RoBERTa head. Text begins at position
+`prefix_length`.
+
+Source: THUDM/P-tuning-v2 at 2873f47, `model/prefix_encoder.py`, `model/sequence_classification.py`; Liu et al.,
+"P-Tuning v2", ACL 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from prefix_export.errors import CheckpointError
+from prefix_export.shape import Shape
+from prefix_runtime import PrefixMismatchError, Source
+
+from .checkpoint import Checkpoint
+from .reparameterised import lead, through_mlp
+from .trained import Trained, folded, make_prefix
+
+NAME = "p-tuning-v2"
+TITLE = "P-tuning v2"
+
+_EMBEDDING = "prefix_encoder.embedding.weight"
+_HEADS = ("classifier.", "qa_outputs.")
+_POOLER = ".pooler.dense."
+# Their attention is none of keys and values alone, or another model's.
+_REFUSED = {"deberta.": "DeBERTa, whose prefix joins content scores alone", "transformer.": "ChatGLM, not verified"}
+
+
+def matches(checkpoint: Checkpoint) -> bool:
+    """Whether it has a prefix encoder's embedding."""
+    return lead(checkpoint, _EMBEDDING) is not None
+
+
+def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
+    """The prefix encoder's tensors, and the head."""
+    parts = {
+        name: " x ".join(map(str, shape)) for name, shape in checkpoint.shapes.items() if "prefix_encoder." in name
+    }
+    head = ", ".join(_head(checkpoint))
+    return {**parts, **({"head": head} if head else {})}
+
+
+def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
+    """See `formats.read`."""
+    start = lead(checkpoint, _EMBEDDING)
+    assert start is not None  # as `matches` found
+    for name, what in _REFUSED.items():
+        if start == name or any(each.startswith(name) for each in checkpoint.shapes):
+            raise CheckpointError(f"{checkpoint.weights}: expected BERT or RoBERTa, found {what}; it is not read")
+    numbers = checkpoint.array(f"{start}{_EMBEDDING}")
+    if any(name.startswith(f"{start}prefix_encoder.trans.") for name in checkpoint.shapes):
+        numbers = through_mlp(checkpoint, f"{start}prefix_encoder.trans", numbers)
+    if len(shape.sites) != 1:
+        raise PrefixMismatchError(
+            f"{checkpoint.weights}: expected an encoder, as P-tuning v2 trains, found {shape.name!r} ({shape.kind})"
+        )
+    ((site, layers),) = shape.sites.items()
+    prefix = make_prefix(
+        {site: folded(numbers, layers, f"{checkpoint.weights}: {start}prefix_encoder")},
+        moves_positions=True,
+        source=Source(NAME, checkpoint.sha256),
+        weights=checkpoint.weights,
+        head={name: checkpoint.array(full).astype(np.float32) for name, full in _head(checkpoint).items()},
+    )
+    return Trained({"": prefix})
+
+
+def _head(checkpoint: Checkpoint) -> dict[str, str]:
+    """The head's tensors, by their names in the prefix to those in the file; the pooler where the head reads it."""
+    own = {name: name for name in checkpoint.shapes if name.startswith(_HEADS)}
+    pooler = {
+        f"pooler.dense.{name.rpartition('.')[2]}": name
+        for name in checkpoint.shapes
+        if name.startswith(_POOLER.removeprefix(".")) or _POOLER in name
+    }
+    return own | (pooler if own else {})

@@ -1,0 +1,81 @@
+"""Embeddings behind an MLP, as Li and Liang train prefixes and as those do who took their code.
+
+`wte.weight` [prefix_length, width] goes through `control_trans`: `Linear`, `Tanh`, `Linear`, and once more where it is
+deep (`.0`, `.2`, `.4`), to [prefix_length, 2 * layers * heads * head_dim]. Names differ from one code base to the next,
+and stand behind whatever module holds them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from prefix_export.errors import CheckpointError
+from prefix_export.shape import Shape
+from prefix_runtime import LayerPrefix
+
+from .checkpoint import Checkpoint
+from .trained import evaluated, folded
+
+_DEEPEST = 4
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of embeddings and the MLP behind it, by their names' beginnings, and the site that they are for."""
+
+    embedding: str
+    mlp: str
+    site: str
+
+
+def lead(checkpoint: Checkpoint, name: str) -> str | None:
+    """What stands before a name in the checkpoint, such as `model.`; None where the name does not occur."""
+    found = [each.removesuffix(name) for each in checkpoint.shapes if each == name or each.endswith(f".{name}")]
+    return min(found, key=len) if found else None
+
+
+def matrix(checkpoint: Checkpoint, start: str, table: Table) -> np.ndarray:
+    """What the MLP makes of a table, [rows, 2 * layers * heads * head_dim].
+
+    Raises:
+        CheckpointError: a part is missing, or does not fit.
+    """
+    name = f"{start}{table.embedding}.weight"
+    if name not in checkpoint.shapes:
+        raise CheckpointError(f"{checkpoint.weights}: expected a tensor {name!r} beside {table.mlp!r}, found none")
+    return through_mlp(checkpoint, f"{start}{table.mlp}", checkpoint.array(name))
+
+
+def through_mlp(checkpoint: Checkpoint, stem: str, inputs: np.ndarray, activation: str = "tanh") -> np.ndarray:
+    """What the MLP under a name makes of inputs [rows, width].
+
+    Raises:
+        CheckpointError: there is no such MLP, or it does not fit.
+    """
+    layers = []
+    for index in range(0, _DEEPEST + 1, 2):
+        names = [f"{stem}.{index}.{part}" for part in ("weight", "bias")]
+        if all(name in checkpoint.shapes for name in names):
+            weight, bias = map(checkpoint.array, names)
+            layers.append((weight, bias))
+    if not layers:
+        raise CheckpointError(f"{checkpoint.weights}: expected an MLP {stem}.0, {stem}.2, found none")
+    return evaluated(inputs, layers, f"{checkpoint.weights}: {stem}", activation)
+
+
+def site_layers(checkpoint: Checkpoint, shape: Shape, site: str, numbers: np.ndarray, stem: str) -> list[LayerPrefix]:
+    """The keys and values of a site in a matrix whose slots are counted by the decoder, as these code bases do.
+
+    An encoder with fewer layers leaves the slots behind its last unread; one with more has none for them.
+    """
+    layers = shape.site(site, str(checkpoint.weights))
+    counted = shape.sites.get("decoder", layers)
+    found = folded(numbers, counted, f"{checkpoint.weights}: {stem}")
+    if len(layers) > len(found):
+        raise CheckpointError(
+            f"{checkpoint.weights}: {stem}: expected slots for {len(layers)} layers of the {site}, found {len(found)}; "
+            "the code that trained it cannot run such a model"
+        )
+    return list(found[: len(layers)])

@@ -1,0 +1,71 @@
+"""UnifiedSKG's checkpoints: the whole T5 or BART under `pretrain_model`, and a prefix for each attention site.
+
+`wte`, `control_trans` are the decoder's own; `wte_enc`, `control_trans_enc` the encoder's; `wte_dec`,
+`control_trans_dec` are for cross-attention, whatever their name says. Text begins at position 0; T5's relative bias is
+zero on the prefix, which the prefix' metadata says (`relative_position_bias`).
+
+Source: xlang-ai/UnifiedSKG at ed6637d, `models/unified/prefixtuning.py`; the bias as forks of it have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from prefix_export.errors import CheckpointError
+from prefix_export.shape import Shape
+from prefix_runtime import Source
+
+from .checkpoint import Checkpoint
+from .reparameterised import Table, lead, matrix, site_layers
+from .trained import Trained, make_prefix
+
+NAME = "unified-skg"
+TITLE = "UnifiedSKG prefix tuning"
+
+_TABLES = (
+    Table("wte", "control_trans", "decoder"),
+    Table("wte_dec", "control_trans_dec", "cross"),
+    Table("wte_enc", "control_trans_enc", "encoder"),
+)
+_DEPENDS_ON_TEXT = {
+    "knowledge_trans": "knowledge, which is computed from the text",
+    "multi_prefix.": "prefixes of several tasks, whose combination is not in the checkpoint",
+}
+
+
+def matches(checkpoint: Checkpoint) -> bool:
+    """Whether it has the table for cross-attention by the name that is UnifiedSKG's alone."""
+    return lead(checkpoint, "wte_dec.weight") is not None
+
+
+def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
+    """The tensors of the prefix and their shapes."""
+    names = [name for name in checkpoint.shapes if "control_trans" in name or "wte" in name]
+    own = [name for name in names if "pretrain_model." not in name]
+    return {name: " x ".join(map(str, checkpoint.shapes[name])) for name in own}
+
+
+def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
+    """See `formats.read`."""
+    start = lead(checkpoint, "wte_dec.weight")
+    assert start is not None  # as `matches` found
+    for part, what in _DEPENDS_ON_TEXT.items():
+        if any(part in name for name in checkpoint.shapes):
+            raise CheckpointError(f"{checkpoint.weights}: expected a prefix alone, found {what}; it cannot be folded")
+    sites = {
+        table.site: site_layers(checkpoint, shape, table.site, matrix(checkpoint, start, table), table.mlp)
+        for table in _TABLES
+    }
+    prefix = make_prefix(
+        sites,
+        moves_positions=False,
+        source=Source(NAME, checkpoint.sha256),
+        weights=checkpoint.weights,
+        metadata={"relative_position_bias": "zero"},
+    )
+    warning = (
+        "a run with descriptions (use_description) leaves no trace in a checkpoint and cannot be told from one "
+        "without; "
+        "its prefix depended on the text"
+    )
+    return Trained({"": prefix}, (warning,))

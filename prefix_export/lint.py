@@ -1,0 +1,75 @@
+"""What silently goes wrong with a prefix that fits its model: said, not refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from prefix_runtime import Prefix
+
+from .shape import Shape
+
+_MUCH = 0.5
+"""Of a context: a prefix that takes more leaves text the smaller part."""
+_ALIKE = 1e-3
+
+
+def lint(prefix: Prefix, shape: Shape, max_length: int | None = None) -> list[str]:
+    """What a user should know of a prefix under a model, a line each.
+
+    Args:
+        prefix: that fits the model.
+        shape: the model's.
+        max_length: positions that prefix and text may take together; None takes the model's context.
+    """
+    return [*_base(prefix, shape), *_windows(prefix, shape, max_length), *_context(prefix, shape, max_length),
+            *_head(prefix, shape), *_degenerate(prefix)]  # fmt: skip
+
+
+def _base(prefix: Prefix, shape: Shape) -> Iterator[str]:
+    said = prefix.metadata.get("base_model", "")
+    # Of a folder only the last part says anything, of a Hub id all of it.
+    both = (said, shape.name) if "/" in said and "/" in shape.name else (Path(said).name, Path(shape.name).name)
+    if said and both[0] != both[1]:
+        yield f"the prefix says that it was trained on {said!r}, not on {shape.name!r}"
+
+
+def _windows(prefix: Prefix, shape: Shape, max_length: int | None) -> Iterator[str]:
+    limit = max_length or shape.context_length
+    if not shape.sliding_windows or (limit is not None and min(shape.sliding_windows) >= limit):
+        return
+    window = min(shape.sliding_windows)
+    yield (
+        f"layers with a sliding window of {window} positions see the whole prefix during the first "
+        f"{max(0, window - prefix.prefix_length)} tokens of text only"
+    )
+
+
+def _context(prefix: Prefix, shape: Shape, max_length: int | None) -> Iterator[str]:
+    limit = max_length or shape.context_length
+    if limit and prefix.prefix_length > _MUCH * limit:
+        yield f"the prefix takes {prefix.prefix_length} of {limit} positions"
+
+
+def _head(prefix: Prefix, shape: Shape) -> Iterator[str]:
+    for name, array in prefix.head.items():
+        if array.ndim == 2 and array.shape[1] != shape.hidden_size:  # a weight, [outputs, inputs]
+            yield (
+                f"head {name}: takes {array.shape[1]} numbers, where {shape.name!r} has a hidden size of "
+                f"{shape.hidden_size}: it does not belong to this model"
+            )
+
+
+def _degenerate(prefix: Prefix) -> Iterator[str]:
+    """Positions that say the same in every layer, as those do that training never reached from one initial value."""
+    arrays = [array for layers in prefix.sites.values() for layer in layers for array in (layer.key, layer.value)]
+    if prefix.prefix_length > 1 and all(_is_constant(array) for array in arrays):
+        yield "all positions of the prefix are alike: it may have been trained hardly or not"
+
+
+def _is_constant(array: np.ndarray) -> bool:
+    """Whether [heads, length, head_dim] hardly changes along its length."""
+    spread = float(np.abs(array - array[:, :1]).max())
+    return spread <= _ALIKE * float(np.abs(array).max())

@@ -1,0 +1,172 @@
+"""`prefix-export inspect`, `fold` and `compose`: what is done with prefixes before there is a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from prefix_runtime import cli as runtime
+
+if TYPE_CHECKING:
+    from prefix_runtime import Prefix
+
+    from .fold import Folded
+
+_NEW_FILE = click.Path(path_type=Path)
+_TEXT_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+_FORMAT = click.option("--format", "wanted", help="What SOURCE is, in place of what its content says.")
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--model", help="Hub id or folder of the base model: also say how the prefix would fold.")
+@_FORMAT
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(path: Path, model: str | None, wanted: str | None, as_json: bool) -> None:
+    """Say what the bundle, prefix file or checkpoint at PATH holds, and how it would fold."""
+    from prefix_runtime.bundle import MANIFEST_NAME, Bundle
+
+    from . import formats
+    from .cli import libraries_quiet
+    from .fold import located
+
+    if (path / MANIFEST_NAME).exists():
+        runtime.print_bundle(Bundle.open(path), as_json)
+        return
+    with libraries_quiet():
+        found = located(path)
+        fields = dict(formats.describe(found, wanted))
+        if model is not None:
+            folded = _folded(found, model, wanted)
+            for name, prefix in folded.prefixes.items():
+                fields[f"folds to{f' {name}' if name else ''}"] = _shown(prefix)
+            fields |= {f"warning {number}": line for number, line in enumerate(folded.warnings, 1)}
+    runtime.print_fields(fields, as_json)
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path), required=False)
+@click.option("--text", help="In place of SOURCE: keys and values of this text.")
+@click.option(
+    "--text-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The same, from a file."
+)
+@click.option("--model", required=True, help="Hub id or folder of the base model.")
+@click.option(
+    "--output",
+    type=_NEW_FILE,
+    required=True,
+    help="The prefix file, or a folder for a SOURCE of several; must not exist.",
+)
+@click.option("--part", "parts", multiple=True, help="Of a SOURCE of several prefixes only this one. Repeatable.")
+@_FORMAT
+def fold(source: Path | None, model: str, output: Path, **options: Any) -> None:
+    """Fold the checkpoint SOURCE, or a text, to the keys and values that a model runs with.
+
+    Keys and values are folded by the model's configuration alone; soft prompts and texts are run through the model.
+    """
+    from .cli import libraries_quiet
+    from .fold import Folded, fold_text
+    from .models import load_base_model
+
+    text, text_file = options["text"], options["text_file"]
+    if sum(given is not None for given in (source, text, text_file)) != 1:
+        raise click.UsageError("expected one of SOURCE, --text and --text-file")
+    with libraries_quiet():
+        if source is not None:
+            folded = _folded(source, model, options["wanted"])
+        else:
+            base = load_base_model(model)
+            words = text if text is not None else _read_text(text_file)
+            folded = Folded({"": fold_text(words, base)})
+    _write(_chosen(folded.prefixes, options["parts"]), output)
+    for warning in folded.warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+
+@click.command()
+@click.argument("prefixes", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option(
+    "--average", "is_average", is_flag=True, help="Average prefixes of equal shape; else one follows another."
+)
+@click.option(
+    "--weight", "weights", type=float, multiple=True, help="Of each prefix in the average. Default: all alike."
+)
+@click.option("--output", type=_NEW_FILE, required=True, help="The prefix file; must not exist.")
+def compose(prefixes: tuple[Path, ...], is_average: bool, weights: tuple[float, ...], output: Path) -> None:
+    """Make one prefix file of several: one after another, or their average."""
+    from prefix_runtime import Prefix
+
+    from .compose import average, concatenate
+
+    if weights and not is_average:
+        raise click.UsageError("--weight: expected --average with it, found none")
+    loaded = [Prefix.load(path) for path in prefixes]
+    _write({"": average(loaded, weights or None) if is_average else concatenate(loaded)}, output)
+
+
+def _folded(source: Path, model: str, wanted: str | None) -> Folded:
+    from dataclasses import replace
+    from functools import cache, partial
+
+    from .fold import fold as fold_checkpoint
+    from .lint import lint
+    from .models import load_base_model, load_config
+    from .shape import Shape
+
+    shape = Shape.of_config(model, load_config(model))
+    folded = fold_checkpoint(source, shape, cache(partial(load_base_model, model)), wanted)
+    own = [
+        f"{name}: {line}" if name else line for name, prefix in folded.prefixes.items() for line in lint(prefix, shape)
+    ]
+    return replace(folded, warnings=(*folded.warnings, *own))
+
+
+def _read_text(path: Path | None) -> str:
+    from .errors import CheckpointError
+
+    assert path is not None
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: expected text in UTF-8, found {error}") from error
+
+
+def _chosen(prefixes: Mapping[str, Prefix], parts: tuple[str, ...]) -> Mapping[str, Prefix]:
+    from .errors import CheckpointError
+
+    unknown = sorted(set(parts) - set(prefixes))
+    if unknown:
+        known = ", ".join(sorted(filter(None, prefixes))) or "one prefix without a name"
+        raise CheckpointError(f"part {unknown[0]!r}: expected one of {known}")
+    if len(parts) == 1:
+        return {"": prefixes[parts[0]]}
+    return {part: prefixes[part] for part in parts} if parts else prefixes
+
+
+def _write(prefixes: Mapping[str, Prefix], output: Path) -> None:
+    """A file for one prefix, a folder of files for several; whole or not at all."""
+    from prefix_runtime.bundle import check_output, staged
+
+    check_output(output)
+    if list(prefixes) == [""]:
+        prefixes[""].save(output)
+        click.echo(f"{output}: {_shown(prefixes[''])}")
+        return
+    with staged(output) as folder:
+        for name, prefix in prefixes.items():
+            prefix.save(folder / f"{name}.safetensors")
+    for name, prefix in prefixes.items():
+        click.echo(f"{output / name}.safetensors: {_shown(prefix)}")
+
+
+def _shown(prefix: Prefix) -> str:
+    """What a prefix is, in a line."""
+    begins = f"text from position {prefix.position_base}"
+    head = f", head {', '.join(sorted(prefix.head))}" if prefix.head else ""
+    if prefix.embeddings is not None:
+        return f"soft prompt of {prefix.prefix_length} embeddings{head}"
+    sites = ", ".join(f"{site} ({len(layers)} layers)" for site, layers in prefix.sites.items())
+    return f"prefix of length {prefix.prefix_length} for {sites}; {begins}; {prefix.nbytes / 1e6:.2f} MB{head}"

@@ -1,0 +1,132 @@
+"""What a base model's configuration says of the prefixes that fit it: attention sites, their layers, its embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig
+
+from prefix_runtime import LayerGeometry, Prefix, PrefixMismatchError
+from prefix_runtime.geometry import check_layers
+
+from .errors import ModelError
+
+DECODER, ENCODER, BOTH = "decoder-only model", "encoder", "encoder-decoder"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A base model, as far as folding keys and values needs it.
+
+    Attributes:
+        name: as the user named it; a folder by its last part.
+        kind: `DECODER`, `ENCODER` or `BOTH`.
+        sites: the layers of each attention site that it has (`prefix_runtime.prefix.SITES`).
+        hidden_size: of its embeddings.
+        context_length: its positions, or None where they have no end.
+        sliding_windows: tokens that a layer sees at the most, of each decoder layer that is limited.
+    """
+
+    name: str
+    kind: str
+    sites: Mapping[str, tuple[LayerGeometry, ...]]
+    hidden_size: int
+    context_length: int | None = None
+    sliding_windows: tuple[int, ...] = ()
+
+    @classmethod
+    def of_config(cls, name: str, config: PreTrainedConfig) -> Shape:
+        """The shape that a configuration of transformers' (5.23) describes.
+
+        Raises:
+            ModelError: it lacks what is needed.
+        """
+        shown = Path(name).resolve().name if Path(name).is_dir() else name
+        text = config.get_text_config(decoder=True)
+        try:
+            kind, sites = _sites(config, text)
+            hidden_size = int(text.hidden_size)
+        except (AttributeError, TypeError, ZeroDivisionError) as error:
+            raise ModelError(
+                f"model {name!r}: expected a configuration that tells layers, heads and hidden size, found {error}"
+            ) from error
+        context = getattr(text, "max_position_embeddings", None)
+        return cls(shown, kind, MappingProxyType(sites), hidden_size, context, _windows(text))
+
+    def site(self, site: str, where: str) -> tuple[LayerGeometry, ...]:
+        """The layers of a site.
+
+        Raises:
+            PrefixMismatchError: the model has no such site; `where` names what asks for it.
+        """
+        if site not in self.sites:
+            raise PrefixMismatchError(
+                f"{where}: holds a prefix for the {site} attention: expected a model that has it, found {self.name!r}, "
+                f"a {self.kind} with {', '.join(self.sites)}"
+            )
+        return self.sites[site]
+
+    def check(self, prefix: Prefix, where: str) -> None:
+        """Refuse a prefix whose layers are not the model's.
+
+        Raises:
+            PrefixMismatchError: naming what was expected and found.
+        """
+        for site, layers in prefix.sites.items():
+            named = where if len(self.sites) == 1 else f"{where}: {site}"
+            check_layers(self.site(site, where), layers, named)
+
+
+def _sites(config: PreTrainedConfig, text: Any) -> tuple[str, dict[str, tuple[LayerGeometry, ...]]]:
+    if config.is_encoder_decoder:
+        return BOTH, {
+            "decoder": _decoder_layers(config),
+            "cross": _decoder_layers(config),
+            "encoder": _encoder_layers(config),
+        }
+    layers = (_layer(text),) * int(text.num_hidden_layers)
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        return ENCODER, {"encoder": layers}
+    return DECODER, {"decoder": layers}
+
+
+def _layer(config: Any) -> LayerGeometry:
+    heads = int(config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if getattr(config, "multi_query", False):  # GPT-BigCode
+        return LayerGeometry(1, int(head_dim))
+    return LayerGeometry(int(getattr(config, "num_key_value_heads", None) or heads), int(head_dim))
+
+
+def _decoder_layers(config: Any) -> tuple[LayerGeometry, ...]:
+    count = _first(config, "num_decoder_layers", "decoder_layers", "num_hidden_layers")
+    return (_side(config, _first(config, "decoder_attention_heads", "num_heads")),) * count
+
+
+def _encoder_layers(config: Any) -> tuple[LayerGeometry, ...]:
+    count = _first(config, "encoder_layers", "num_layers", "num_hidden_layers")
+    return (_side(config, _first(config, "encoder_attention_heads", "num_heads")),) * count
+
+
+def _side(config: Any, heads: int) -> LayerGeometry:
+    return LayerGeometry(heads, int(getattr(config, "d_kv", None) or config.d_model // heads))
+
+
+def _first(config: Any, *names: str) -> int:
+    found = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+    if found is None:
+        raise AttributeError(f"none of {', '.join(names)}")
+    return int(found)
+
+
+def _windows(config: Any) -> tuple[int, ...]:
+    window = getattr(config, "sliding_window", None)
+    if not window or getattr(config, "use_sliding_window", True) is False:
+        return ()
+    kinds = getattr(config, "layer_types", None)
+    limited = sum(kind == "sliding_attention" for kind in kinds) if kinds else int(config.num_hidden_layers)
+    return (int(window),) * limited

@@ -1,0 +1,82 @@
+"""Prefixes one after another: labels of an attribute before a general prefix, a system text before a task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .errors import CompositionError
+from .prefix import LayerPrefix, Prefix
+
+SEPARATOR = "+"
+"""Between the tasks in a name that stands for several; no task's own name has it."""
+
+
+def concatenated(prefixes: Sequence[Prefix]) -> Prefix:
+    """Prefixes of one model one after another along their length, the first one first.
+
+    Text begins behind all of them where it begins behind each, else at position 0. Keys stay what they are: those of a
+    model with rotary positions keep the rotation that each was trained or computed with, so that the positions of
+    prefixes that were computed from text repeat, as in PEFT's `compose_cartridge_adapters` (0.21.2); a prefix does not
+    attend to those before it.
+
+    Raises:
+        CompositionError: they are of different models, sites or kinds.
+    """
+    check_composable(prefixes)
+    first = prefixes[0]
+    sites = {
+        site: tuple(
+            LayerPrefix(
+                np.concatenate([prefix.sites[site][index].key for prefix in prefixes], 1),
+                np.concatenate([prefix.sites[site][index].value for prefix in prefixes], 1),
+            )
+            for index in range(len(layers))
+        )
+        for site, layers in first.sites.items()
+    }
+    return Prefix(
+        sites,
+        sum(prefix.prefix_length for prefix in prefixes) if first.position_base else 0,
+        base_fingerprint=next((each.base_fingerprint for each in prefixes if each.base_fingerprint), None),
+        metadata=first.metadata,
+    )
+
+
+def check_composable(prefixes: Sequence[Prefix]) -> None:
+    """Refuse prefixes that make no sense together.
+
+    Raises:
+        CompositionError: fewer than two; soft prompts or heads among them; different models, shapes, types or places of
+            the first token of text.
+    """
+    if len(prefixes) < 2:  # as the word says
+        raise CompositionError(f"expected at least two prefixes to compose, found {len(prefixes)}")
+    first = prefixes[0]
+    for index, prefix in enumerate(prefixes):
+        where = f"prefix {index + 1} of {len(prefixes)}"
+        if prefix.embeddings is not None or prefix.head:
+            what = "a soft prompt" if prefix.embeddings is not None else "a head"
+            raise CompositionError(f"{where}: expected keys and values alone, found {what}, of which there can be one")
+        if _shapes(prefix) != _shapes(first):
+            raise CompositionError(f"{where}: expected sites and layers as the first one's, found others")
+        if prefix.dtype != first.dtype:
+            raise CompositionError(f"{where}: expected {first.dtype} as the first one's, found {prefix.dtype}")
+        if (prefix.position_base == 0) != (first.position_base == 0):
+            place = "at position 0" if first.position_base == 0 else "behind the prefix"
+            raise CompositionError(
+                f"{where}: expected text to begin {place}, as with the first one, found otherwise; trained so, they "
+                "have no position in common"
+            )
+        fingerprints = {each.base_fingerprint for each in (first, prefix)} - {None}
+        bases = {each.metadata.get("base_model") for each in (first, prefix)} - {None}
+        if len(fingerprints) > 1 or (not fingerprints and len(bases) > 1):
+            raise CompositionError(f"{where}: expected one base model, found another than the first one's")
+
+
+def _shapes(prefix: Prefix) -> dict[str, list[tuple[int, int]]]:
+    """Heads and head size of each layer of each site."""
+    return {
+        site: [(layer.key.shape[0], layer.key.shape[2]) for layer in layers] for site, layers in prefix.sites.items()
+    }

@@ -1,0 +1,304 @@
+"""Folding against the frameworks that trained: PEFT's own models, and transformers for texts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
+from peft import (
+    CartridgeConfig,
+    CPTConfig,
+    MultitaskPromptTuningConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import prefix_runtime
+from prefix_export.build import BuildRequest, build
+from prefix_export.errors import CheckpointError, PrefixExportError
+from prefix_export.fold import fold, fold_for_bundle, fold_soft_prompt, fold_text
+from prefix_export.models import load_base_model
+from prefix_export.parity import CacheReference, PrefixSource, reference
+from prefix_export.shape import Shape
+from prefix_runtime import Bundle, Prefix, PrefixMismatchError
+
+LENGTH = 6
+KINDS = {
+    "prompt tuning": lambda task: PromptTuningConfig(task_type=task, num_virtual_tokens=LENGTH),
+    "p-tuning, MLP": lambda task: PromptEncoderConfig(
+        task_type=task, num_virtual_tokens=LENGTH, encoder_hidden_size=16
+    ),
+    "p-tuning, LSTM": lambda task: PromptEncoderConfig(
+        task_type=task, num_virtual_tokens=LENGTH, encoder_hidden_size=16, encoder_reparameterization_type="LSTM"
+    ),
+    "multitask": lambda task: MultitaskPromptTuningConfig(task_type=task, num_virtual_tokens=LENGTH, num_tasks=2),
+    "CPT": lambda task: CPTConfig(
+        task_type=task, num_virtual_tokens=LENGTH, cpt_token_ids=[5, 6, 7, 8, 9, 10], cpt_mask=[1] * LENGTH,
+        cpt_tokens_type_mask=[1, 2, 3, 1, 2, 3],
+    ),
+    "cartridge": lambda task: CartridgeConfig(task_type=task, num_virtual_tokens=LENGTH, num_frozen_tokens=2),
+    "prefix tuning": lambda task: PrefixTuningConfig(task_type=task, num_virtual_tokens=LENGTH),
+    "prefix tuning, projected": lambda task: PrefixTuningConfig(
+        task_type=task, num_virtual_tokens=LENGTH, prefix_projection=True, encoder_hidden_size=16
+    ),
+}  # fmt: skip
+
+
+def save_adapter(model, config, folder):
+    """An adapter that PEFT saves, of random numbers that tell right from wrong."""
+    torch.manual_seed(0)
+    wrapped = get_peft_model(model, config)
+    for parameter in wrapped.prompt_encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def prompt(base, length=9):
+    return np.random.default_rng(1).integers(base.geometry.vocab_size, size=length).tolist()
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def causal(request, workshop):
+    return load_base_model(str(workshop.model(request.param, tokenizer=True)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_tokens_are_pefts(causal, workshop, tmp_path, kind):
+    folder = workshop.root / causal.name
+    adapter = save_adapter(AutoModelForCausalLM.from_pretrained(folder), KINDS[kind]("CAUSAL_LM"), tmp_path / "adapter")
+    folded = fold(adapter, causal.shape, lambda: causal)
+    assert len(folded.prefixes) == (2 if kind == "multitask" else 1)
+    ids = prompt(causal)
+    for part, prefix in folded.prefixes.items():
+        assert (prefix.prefix_length, prefix.position_base) == (LENGTH, LENGTH)
+        ours = CacheReference(causal.model, prefix)
+        logits, tokens = ours.logits(ids), ours.greedy(ids, 20)
+        with reference(causal, prefix, PrefixSource(adapter, part)) as peft:
+            assert peft.name.startswith("peft")
+            np.testing.assert_allclose(logits, peft.logits(ids), atol=1e-4)
+            assert tokens == peft.greedy(ids, 20)
+
+
+@pytest.mark.parametrize("kind", ["prefix tuning", "prefix tuning, projected", "cartridge"])
+def test_keys_and_values_are_pefts(causal, workshop, tmp_path, kind):
+    model = AutoModelForCausalLM.from_pretrained(workshop.root / causal.name)
+    adapter = save_adapter(model, KINDS[kind]("CAUSAL_LM"), tmp_path / "adapter")
+    (prefix,) = fold(adapter, causal.shape, lambda: causal).prefixes.values()
+    plain = AutoModelForCausalLM.from_pretrained(workshop.root / causal.name)
+    cache = PeftModel.from_pretrained(plain, adapter).get_prompt(1)
+    for layer, expected in zip(prefix.sites["decoder"], cache.layers, strict=True):
+        np.testing.assert_allclose(layer.key, expected.keys[0].detach().numpy(), atol=1e-6)
+        np.testing.assert_allclose(layer.value, expected.values[0].detach().numpy(), atol=1e-6)
+
+
+SEQ2SEQ = {
+    "bart": (transformers.BartConfig, {"d_model": 64, "encoder_layers": 4, "decoder_layers": 4, "encoder_ffn_dim": 32,
+             "encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 32}),
+    "bart, shallow decoder": (transformers.BartConfig, {"d_model": 64, "encoder_layers": 4, "decoder_layers": 2,
+             "encoder_ffn_dim": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 32}),
+    "t5": (transformers.T5Config, {"d_model": 64, "num_layers": 3, "num_heads": 4, "d_kv": 16, "d_ff": 96}),
+}  # fmt: skip
+
+
+def seq2seq(name, folder):
+    """A random encoder-decoder, saved."""
+    config_class, sizes = SEQ2SEQ[name]
+    torch.manual_seed(0)
+    config = config_class(vocab_size=99, **sizes)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config)
+    model.save_pretrained(folder)
+    return model, Shape.of_config(str(folder), config)
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_an_encoder_decoders_map_is_pefts_own(tmp_path, name):
+    model, shape = seq2seq(name, tmp_path / "model")
+    adapter = save_adapter(model, KINDS["prefix tuning"]("SEQ_2_SEQ_LM"), tmp_path / "adapter")
+    folded = fold(adapter, shape, pytest.fail)
+    prefix = folded.prefixes[""]
+    assert list(prefix.sites) == ["decoder"]
+    plain = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model")
+    cache = PeftModel.from_pretrained(plain, adapter).get_prompt(1).self_attention_cache
+    layers = prefix.sites["decoder"]
+    assert len(cache.layers) >= len(layers)
+    for layer, expected in zip(layers, cache.layers, strict=False):
+        np.testing.assert_allclose(layer.key, expected.keys[0].detach().numpy(), atol=1e-6)
+        np.testing.assert_allclose(layer.value, expected.values[0].detach().numpy(), atol=1e-6)
+    # Of an odd number of layers every slot is read, in another order.
+    assert any("trained slots PEFT reads" in line for line in folded.warnings) == (name != "t5")
+
+
+def test_a_decoder_deeper_than_its_encoder_is_refused_as_by_peft(tmp_path, monkeypatch):
+    deep = (transformers.BartConfig, {**SEQ2SEQ["bart"][1], "encoder_layers": 1})
+    monkeypatch.setitem(SEQ2SEQ, "deep", deep)
+    model, shape = seq2seq("deep", tmp_path / "model")
+    adapter = save_adapter(model, KINDS["prefix tuning"]("SEQ_2_SEQ_LM"), tmp_path / "adapter")
+    with pytest.raises(PrefixMismatchError, match="expected slots for at least 4 layers"):
+        fold(adapter, shape, pytest.fail)
+
+
+@pytest.mark.parametrize("kind", ["prompt tuning", "p-tuning, MLP"])
+def test_an_encoders_soft_prompt_stays_embeddings(tmp_path, kind):
+    model, shape = seq2seq("t5", tmp_path / "model")
+    adapter = save_adapter(model, KINDS[kind]("SEQ_2_SEQ_LM"), tmp_path / "adapter")
+    folded = fold(adapter, shape, pytest.fail)
+    prefix = folded.prefixes[""]
+    assert not prefix.sites
+    plain = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model")
+    expected = PeftModel.from_pretrained(plain, adapter).get_prompt(1)[0, :LENGTH]
+    np.testing.assert_allclose(prefix.embeddings, expected.detach().numpy(), atol=1e-6)
+    assert any("the last 6 rows" in line for line in folded.warnings)
+    prefix.save(tmp_path / "prompt.safetensors")
+    assert Prefix.load(tmp_path / "prompt.safetensors") == prefix
+
+
+ENCODERS = {
+    "bert": (transformers.BertConfig, "SEQ_CLS", transformers.AutoModelForSequenceClassification),
+    "roberta": (transformers.RobertaConfig, "SEQ_CLS", transformers.AutoModelForSequenceClassification),
+    "bert, tokens": (transformers.BertConfig, "TOKEN_CLS", transformers.AutoModelForTokenClassification),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_with_its_head(tmp_path, name):
+    config_class, task, loader = ENCODERS[name]
+    torch.manual_seed(0)
+    config = config_class(vocab_size=99, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
+                          intermediate_size=32, max_position_embeddings=64, num_labels=3)  # fmt: skip
+    loader.from_config(config).save_pretrained(tmp_path / "model")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "model")
+    model = loader.from_pretrained(tmp_path / "model")
+    adapter = save_adapter(model, KINDS["prefix tuning"](task), tmp_path / "adapter")
+    prefix = fold(adapter, Shape.of_config(str(tmp_path / "model"), config), pytest.fail).prefixes[""]
+    assert list(prefix.sites) == ["encoder"]
+    assert prefix.head
+    wrapped = PeftModel.from_pretrained(loader.from_pretrained(tmp_path / "model"), adapter).eval()
+    ids = torch.randint(5, 99, (1, 7))
+    with torch.no_grad():
+        expected = wrapped(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    plain = loader.from_pretrained(tmp_path / "model").eval()
+    state = plain.state_dict()
+    state |= {key: torch.from_numpy(np.array(array)) for key, array in prefix.head.items()}
+    plain.load_state_dict(state)  # the head's names are the base model's own
+    cache = transformers.DynamicCache()
+    for index, layer in enumerate(prefix.sites["encoder"]):
+        cache.update(torch.tensor(layer.key)[None], torch.tensor(layer.value)[None], index)
+    with torch.no_grad():
+        found = plain(input_ids=ids, attention_mask=torch.ones(1, LENGTH + 7), past_key_values=cache).logits
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-4)
+
+
+class TestText:
+    def test_a_text_as_a_prefix_is_the_text_before_the_prompt(self, causal):
+        text = "the quick brown fox"
+        prefix = fold_text(text, causal)
+        before, ids = causal.tokenizer(text)["input_ids"], prompt(causal)
+        assert (prefix.prefix_length, prefix.position_base) == (len(before), len(before))
+        ours, plain = CacheReference(causal.model, prefix), CacheReference(causal.model, None)
+        np.testing.assert_allclose(ours.logits(ids), plain.logits([*before, *ids])[len(before) :], atol=1e-4)
+        assert ours.greedy(ids, 20) == plain.greedy([*before, *ids], 20)
+        assert prefix.source.format == "text"
+        assert text not in json.dumps(dict(prefix.metadata))
+
+    def test_tokens_that_end_a_text_are_left_out(self, workshop, causal):
+        tokenizer = AutoTokenizer.from_pretrained(workshop.root / causal.name)
+        end = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|end|>")
+        from tokenizers.processors import TemplateProcessing
+
+        end.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|end|> $A <|end|>", special_tokens=[("<|end|>", 0)]
+        )
+        base = load_base_model(str(workshop.root / causal.name))
+        object.__setattr__(base, "tokenizer", end)
+        assert end("fox")["input_ids"][-1] == end("fox")["input_ids"][0] == 0
+        assert fold_text("fox", base).prefix_length == len(end("fox")["input_ids"]) - 1
+
+    def test_a_model_without_a_tokenizer_and_an_empty_text_are_refused(self, base, causal):
+        with pytest.raises(PrefixExportError, match="expected a tokenizer to fold a text with"):
+            fold_text("fox", base)
+        with pytest.raises(PrefixExportError, match="text: expected at least one token"):
+            fold_text("", causal)
+
+    def test_a_text_longer_than_the_context_is_refused(self, causal):
+        with pytest.raises(CheckpointError, match="shorter than the context of 320 positions"):
+            fold_text("fox " * 400, causal)
+
+
+class TestBundle:
+    def test_soft_prompts_are_built_directly_and_compared_with_peft(self, workshop, tmp_path):
+        model = workshop.model("gpt2", tokenizer=True)
+        adapters = {}
+        for kind in ("prompt tuning", "multitask"):
+            adapters[kind.split()[0]] = save_adapter(
+                AutoModelForCausalLM.from_pretrained(model), KINDS[kind]("CAUSAL_LM"), tmp_path / kind
+            )
+        result = build(BuildRequest(str(model), adapters, tmp_path / "bundle"))
+        assert result.bundle.tasks == ("multitask-0", "multitask-1", "prompt")
+        assert all(result.parity[task].reference.startswith("peft") for task in result.bundle.tasks)
+        engine = prefix_runtime.load(tmp_path / "bundle")
+        tokens = {engine.generate(token_ids=[5, 6, 7], task=task).token_ids for task in engine.tasks}
+        assert len(tokens) == 3, "the prompts say the same: they would show nothing"
+
+    def test_a_bundle_alone_cannot_fold_a_soft_prompt(self, workshop, shared_bundle, tmp_path):
+        model = AutoModelForCausalLM.from_pretrained(workshop.model("gpt2"))
+        adapter = save_adapter(model, KINDS["prompt tuning"]("CAUSAL_LM"), tmp_path / "adapter")
+        with pytest.raises(CheckpointError, match="only the model can turn into them; fold it first"):
+            fold_for_bundle(adapter, Bundle.open(shared_bundle))
+        multitask = save_adapter(
+            AutoModelForCausalLM.from_pretrained(workshop.model("gpt2")),
+            KINDS["multitask"]("CAUSAL_LM"),
+            tmp_path / "m",
+        )
+        with pytest.raises(CheckpointError, match="prefix-export fold"):
+            fold_for_bundle(multitask, Bundle.open(shared_bundle))
+
+
+def test_a_soft_prompt_as_long_as_the_context_is_refused(base):
+    with pytest.raises(CheckpointError, match="shorter than the context of 320 positions, found 320"):
+        fold_soft_prompt(np.zeros((320, 64), np.float32), base)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_bigcode", "opt", "gpt_neox", "llama", "qwen2", "qwen3", "phi3",
+                                          "mistral", "gemma", "stablelm", "granite"])  # fmt: skip
+def test_a_configuration_tells_what_running_the_model_does(workshop, architecture):
+    base = load_base_model(str(workshop.model(architecture)))
+    told = Shape.of_config("model", base.model.config)
+    assert told.sites["decoder"] == base.geometry.layers
+    windows = [layer.sliding_window for layer in base.layers if layer.sliding_window]
+    assert list(told.sliding_windows) == windows
+
+
+def test_a_hub_id_is_fetched_once_and_read_offline(causal, workshop, tmp_path, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(workshop.root / causal.name)
+    adapter = save_adapter(model, KINDS["prefix tuning"]("CAUSAL_LM"), tmp_path / "adapter")
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(adapter)
+
+    monkeypatch.setattr("prefix_export.fold.snapshot_download", download)
+    found = fold(Path("somebody/adapter"), causal.shape, pytest.fail).prefixes[""]
+    assert found == fold(adapter, causal.shape, pytest.fail).prefixes[""]
+    ((name, patterns),) = asked
+    assert name == "somebody/adapter"
+    assert set(patterns) == {"*.json", "*.safetensors", "*.bin"}
+
+
+def test_a_hub_id_that_is_nowhere_is_told(causal, monkeypatch):
+    def download(name, **_):
+        raise LocalEntryNotFoundError(f"cannot find {name}\nand more")
+
+    monkeypatch.setattr("prefix_export.fold.snapshot_download", download)
+    with pytest.raises(CheckpointError, match=r"^somebody/nothing: .* of the Hub: cannot find"):
+        fold(Path("somebody/nothing"), causal.shape, pytest.fail)

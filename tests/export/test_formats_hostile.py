@@ -1,0 +1,217 @@
+"""Files from outside: whatever their bytes, a reader returns what they hold or raises a typed error; nothing runs."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import pickle
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from prefix_export import formats
+from prefix_export.errors import CheckpointError, PrefixExportError
+from prefix_runtime import LayerPrefix, Prefix, PrefixRuntimeError
+from prefix_runtime.machine import peak_memory
+from tests.export.test_formats_families import BART, BERT, GPT2, HEAD_DIM, HEADS, HIDDEN, LAYERS, LENGTH, WIDTH, mlp
+
+MUTATED = 3400
+"""Files of each family for each way that tensors are stored: 10,000 a reader."""
+MOST_BYTES = 256 << 20
+MOST_SECONDS = 5.0
+
+
+def refused(path, *parts, shape=GPT2):
+    with pytest.raises(CheckpointError) as caught:
+        formats.read(path, shape)
+    message = str(caught.value)
+    assert all(part in message for part in (str(path), *parts)), message
+    assert "\n" not in message
+
+
+class TestPickles:
+    def test_a_sparse_tensor_is_refused_by_the_scan(self, tmp_path):
+        # Its indices lie outside of it: what made it dense would write there.
+        with torch.sparse.check_sparse_tensor_invariants(enable=False):
+            tensor = torch.sparse_coo_tensor(torch.tensor([[9999], [0]]), torch.ones(1), (10, 2))
+        torch.save({"control_trans": tensor}, tmp_path / "sparse.bin")
+        refused(tmp_path / "sparse.bin", "expected a pickle of dense tensors alone", "_rebuild_sparse_tensor")
+
+    @pytest.mark.parametrize("legacy", [False, True])
+    def test_anything_but_tensors_is_refused_by_name(self, tmp_path, legacy):
+        options = {"_use_new_zipfile_serialization": not legacy}
+        torch.save({"wte.weight": torch.ones(2, 2), "args": bytearray(5)}, tmp_path / "args.bin", **options)
+        refused(tmp_path / "args.bin", "expected a pickle of dense tensors alone", "bytearray")
+
+    @pytest.mark.parametrize("protocol", [2, 4])
+    def test_code_is_never_run(self, tmp_path, trap, protocol):
+        content = {"state_dict": trap}
+        (tmp_path / "raw.bin").write_bytes(pickle.dumps(content, protocol=protocol))
+        torch.save(content, tmp_path / "zip.bin", pickle_protocol=protocol)
+        torch.save(content, tmp_path / "old.bin", pickle_protocol=protocol, _use_new_zipfile_serialization=False)
+        for name in ("raw.bin", "zip.bin", "old.bin"):
+            refused(tmp_path / name)
+        assert not trap.sprung
+
+    def test_a_view_that_repeats_what_is_stored_is_refused(self, tmp_path):
+        tensor = torch.ones(1).expand(1 << 20, 1 << 14)
+        torch.save({"control_trans": tensor}, tmp_path / "view.bin")
+        refused(tmp_path / "view.bin", "expected no more numbers than are stored", "[1048576, 16384]")
+
+    def test_a_compressed_archive_is_refused(self, tmp_path):
+        with zipfile.ZipFile(tmp_path / "bomb.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("archive/data.pkl", b"\0" * (64 << 20))
+        refused(tmp_path / "bomb.bin", "found compressed ones")
+
+    def test_an_archive_of_another_kind_is_refused(self, tmp_path):
+        with zipfile.ZipFile(tmp_path / "other.bin", "w") as archive:
+            archive.writestr("readme.txt", b"hello")
+        refused(tmp_path / "other.bin", "found a zip file of another kind")
+
+    def test_whole_numbers_are_no_prefix(self, tmp_path):
+        torch.save({"control_trans": torch.ones(LENGTH * WIDTH, dtype=torch.int64)}, tmp_path / "ints.bin")
+        refused(tmp_path / "ints.bin", "expected floating point, found torch.int64")
+
+
+class TestArrays:
+    def test_objects_are_never_unpickled(self, tmp_path, trap):
+        np.save(tmp_path / "objects.npy", np.array([trap], object), allow_pickle=True)
+        refused(tmp_path / "objects.npy", "expected a whole .npy file of numbers")
+        assert not trap.sprung
+
+    def test_a_shape_that_the_file_does_not_hold_is_refused(self, tmp_path):
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": "<f4", "fortran_order": False, "shape": (1 << 30, HIDDEN)}
+        )
+        (tmp_path / "absurd.npy").write_bytes(header.getvalue() + b"\0" * 64)
+        refused(tmp_path / "absurd.npy", "expected a whole .npy file")
+
+
+def test_a_folder_with_several_files_asks_for_one(tmp_path):
+    for name in ("a.pt", "b.pt"):
+        torch.save(torch.ones(LENGTH, HIDDEN), tmp_path / name)
+    refused(tmp_path, "expected one file of tensors, found a.pt, b.pt; name the file")
+
+
+def seeds():
+    """A small checkpoint of each family: what it holds, its configurations, the model that it is for."""
+    torch.manual_seed(0)
+    layer = LayerPrefix(*(np.ones((HEADS, LENGTH, HEAD_DIM), np.float32) for _ in range(2)))
+    own = Prefix({"decoder": (layer,) * LAYERS}, LENGTH)
+    gpt2 = {"wte.weight": torch.randn(LENGTH, 8)} | mlp("control_trans", inputs=8)
+    bart = {f"wte{end}.weight": torch.randn(LENGTH, 8) for end in ("", "2", "_enc")}
+    for end in ("", "2", "_enc"):
+        bart |= mlp(f"control_trans{end}", inputs=8)
+    skg = {f"wte{end}.weight": torch.randn(LENGTH, 8) for end in ("", "_dec", "_enc")}
+    for end in ("", "_dec", "_enc"):
+        skg |= mlp(f"control_trans{end}", inputs=8)
+    control = bart | {f"M_Prefixes.wte_{each}cats.weight": torch.randn(4, 8) for each in ("", "2_", "enc_")}
+    start = "bert.prefix_tuning.prefix_tunings.a.self_prefix"
+    hub = {f"{start}.wte.weight": torch.randn(LENGTH, 8)} | mlp(f"{start}.control_trans", inputs=8)
+    peft = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": LENGTH}
+    return {
+        "canonical": (own, {}, GPT2),
+        "peft": ({"prompt_embeddings": torch.randn(LENGTH, WIDTH)}, {"adapter_config.json": peft}, GPT2),
+        "li-liang": (gpt2, {}, GPT2),
+        "li-liang, BART": (bart, {}, BART),
+        "unified-skg": (skg, {}, BART),
+        "openprompt": ({f"decoder_{name}": tensor for name, tensor in gpt2.items()}, {}, GPT2),
+        "p-tuning-v2": ({"prefix_encoder.embedding.weight": torch.randn(LENGTH, WIDTH)}, {}, BERT),
+        "control-prefixes": (control, {"config.json": {"m_prefix_len": 2}}, BART),
+        "adapterhub": (hub, {"adapter_config.json": {"config": {"architecture": "prefix_tuning"}}}, GPT2),
+        "soft-prompt": (torch.randn(LENGTH, HIDDEN), {}, GPT2),
+    }
+
+
+SEEDS = seeds()
+
+
+def write(folder, content, configs, how):
+    for name, config in configs.items():
+        (folder / name).write_text(json.dumps(config))
+    path = folder / "weights"
+    if isinstance(content, Prefix):
+        content.save(path)
+    elif how == "safetensors":
+        save_file({"": content} if isinstance(content, torch.Tensor) else content, path)
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
+    return path
+
+
+def mutated(whole, random):
+    """The bytes of a file with a few of them changed, cut, moved or repeated; most often near its beginning or end."""
+    found = bytearray(whole)
+    for _ in range(random.integers(1, 4)):
+        if not found:
+            break
+        at = int(random.choice([random.integers(len(found)), random.integers(min(len(found), 4000)),
+                                max(0, len(found) - 1 - random.integers(4000))]))  # fmt: skip
+        length = int(random.integers(1, 9))
+        kind = random.integers(5)
+        if kind == 0:
+            found[at] ^= 1 << int(random.integers(8))
+        elif kind == 1:
+            found[at : at + length] = random.integers(256, size=length, dtype=np.uint8).tobytes()
+        elif kind == 2:
+            del found[at : at + length]
+        elif kind == 3:
+            found[at:at] = found[max(0, at - length) : at]
+        else:
+            found = found[: max(at, 1)]
+    return bytes(found)
+
+
+STORED = ("zip", "legacy", "safetensors")
+FILES = [("canonical", "safetensors"), *itertools.product(sorted(SEEDS.keys() - {"canonical"}), STORED)]
+
+
+@pytest.mark.parametrize(("name", "how"), FILES)
+def test_no_bytes_do_more_than_raise_a_typed_error(tmp_path, name, how):
+    content, configs, shape = SEEDS[name]
+    path = write(tmp_path, content, configs, how)
+    assert formats.read(path, shape).parts
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    read = longest = 0
+    before = peak_memory()
+    for _ in range(MUTATED):
+        path.write_bytes(mutated(whole, random))
+        started = time.perf_counter()
+        try:
+            formats.read(path, shape)
+            read += 1
+        except (PrefixExportError, PrefixRuntimeError):
+            pass
+        longest = max(longest, time.perf_counter() - started)
+    assert peak_memory() - before < MOST_BYTES
+    assert longest < MOST_SECONDS
+    assert read < MUTATED, "nothing was refused: the mutations would show nothing"
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), st.integers(0, 2**32 - 1), st.booleans())
+def test_fold_save_load_gives_the_same_prefix(tmp_path_factory, layers, heads, length, seed, has_head):
+    folder = tmp_path_factory.mktemp("folded")
+    random = np.random.default_rng(seed)
+    prompt = random.standard_normal((length, 2 * layers * heads * 8)).astype(np.float32)
+    tensors = {"prompt_embeddings": torch.from_numpy(prompt)}
+    if has_head:
+        tensors["base_model.score.weight"] = torch.ones(2, heads * 8)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": length}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    geometry = formats.trained.LayerGeometry(heads, 8)
+    shape = type(GPT2)("m", GPT2.kind, {"decoder": (geometry,) * layers}, heads * 8)
+    (prefix,) = formats.read(folder, shape).parts.values()
+    prefix.save(folder / "own")
+    assert Prefix.load(folder / "own") == prefix
+    (again,) = formats.read(folder / "own", shape).parts.values()
+    assert again == prefix

@@ -1,0 +1,127 @@
+"""Prefixes one after another: what results, what is refused, and tasks that are composed when they are asked for."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import prefix_runtime
+from prefix_runtime import CompositionError, PrefixMismatchError, UnknownTaskError
+from prefix_runtime.composition import concatenated
+from prefix_runtime.tasks import MOST_COMPOSED, TaskStore
+
+
+@pytest.fixture
+def engine(shared_bundle):
+    return prefix_runtime.load(shared_bundle, threads=1)
+
+
+class TestConcatenation:
+    def test_keys_and_values_follow_each_other(self, make_prefix):
+        left, right = make_prefix(3), make_prefix(5)
+        found = concatenated([left, right])
+        assert (found.prefix_length, found.position_base) == (8, 8)
+        for layer, first, second in zip(*(each.sites["decoder"] for each in (found, left, right)), strict=True):
+            np.testing.assert_array_equal(layer.key, np.concatenate([first.key, second.key], 1))
+            np.testing.assert_array_equal(layer.value, np.concatenate([first.value, second.value], 1))
+
+    def test_text_at_position_0_stays_there(self, make_prefix):
+        prefixes = [replace(make_prefix(length), position_base=0) for length in (3, 5)]
+        assert concatenated(prefixes).position_base == 0
+
+    def test_a_base_that_one_knows_is_the_wholes(self, make_prefix):
+        known = replace(make_prefix(3), base_fingerprint="sha256:a")
+        unknown = replace(make_prefix(5), base_fingerprint=None)
+        assert concatenated([unknown, known]).base_fingerprint == "sha256:a"
+
+    @pytest.mark.parametrize(
+        ("change", "found"),
+        [
+            (lambda prefix: replace(prefix, position_base=0), "expected text to begin behind the prefix"),
+            (lambda prefix: replace(prefix, base_fingerprint="sha256:other"), "expected one base model"),
+            (lambda prefix: replace(prefix, head={"score": np.ones((2, 2), np.float32)}), "found a head"),
+            (lambda prefix: replace(prefix, embeddings=np.ones((2, 2), np.float32)), "found a soft prompt"),
+            (
+                lambda prefix: replace(prefix, sites={"decoder": prefix.sites["decoder"][:1]}),
+                "expected sites and layers",
+            ),
+            (lambda prefix: replace(prefix, sites={"encoder": prefix.sites["decoder"]}), "expected sites and layers"),
+        ],
+    )
+    def test_what_has_no_meaning_together_is_refused(self, make_prefix, change, found):
+        first = replace(make_prefix(3), base_fingerprint="sha256:one")
+        with pytest.raises(CompositionError, match=rf"^prefix 2 of 2: .*{found}"):
+            concatenated([first, change(replace(make_prefix(5), base_fingerprint="sha256:one"))])
+
+    @pytest.mark.parametrize("count", [0, 1])
+    def test_fewer_than_two_are_refused(self, make_prefix, count):
+        with pytest.raises(CompositionError, match=f"expected at least two prefixes to compose, found {count}"):
+            concatenated([make_prefix(3)] * count)
+
+
+class TestTasks:
+    def test_tasks_joined_answer_as_their_concatenation(self, engine):
+        engine.add_task("both", concatenated([engine.bundle.prefix("p3"), engine.bundle.prefix("p20")]))
+        ids = [5, 6, 7, 8]
+        expected = engine.logits(ids, "both")
+        np.testing.assert_array_equal(engine.logits(ids, "p3+p20"), expected)
+        assert np.abs(engine.logits(ids, "p3") - expected).max() > 0.1
+        joined, alone = (engine.generate(token_ids=ids, task=task, max_new_tokens=9) for task in ("p3+p20", "both"))
+        assert joined.token_ids == alone.token_ids
+        assert engine.room("p3+p20") == engine.room(None) - 23
+        assert engine.tasks == ("both", "p20", "p3")
+
+    def test_rows_of_a_batch_may_be_composed(self, engine):
+        tasks = ["p3+p20", "p3", None, "p20+p20"]
+        rows = engine.generate(token_ids=[[5, 6, 7]] * 4, task=tasks, max_new_tokens=9)
+        alone = [engine.generate(token_ids=[5, 6, 7], task=task, max_new_tokens=9) for task in tasks]
+        assert [row.token_ids for row in rows] == [row.token_ids for row in alone]
+
+    def test_a_part_that_is_not_there_is_named(self, engine):
+        for task in ("p3+nothing", "+", "p3+", "+p3"):
+            with pytest.raises(UnknownTaskError, match="tasks here: p20, p3"):
+                engine.generate(token_ids=[5], task=task)
+
+    def test_a_prefix_that_leaves_no_room_is_refused(self, engine):
+        with pytest.raises(PrefixMismatchError, match=r"task 'p20\+.*expected a prefix that leaves"):
+            engine.generate(token_ids=[5], task="+".join(["p20"] * 16))
+
+    def test_a_task_that_cannot_be_composed_is_named(self, engine, make_prefix):
+        engine.add_task("other", replace(make_prefix(3), position_base=0))
+        with pytest.raises(CompositionError, match=r"^task 'p3\+other': prefix 2 of 2: expected text to begin behind"):
+            engine.generate(token_ids=[5], task="p3+other")
+
+    def test_the_same_object_comes_back_until_a_part_goes(self, shared_bundle):
+        store = TaskStore(prefix_runtime.Bundle.open(shared_bundle))
+        first = store.get("p3+p20")
+        assert store.get("p3+p20") is first
+        assert store.holds("p3+p20", first)
+        assert first in store.remove("p3")
+        assert not store.holds("p3+p20", first)
+        with pytest.raises(UnknownTaskError):
+            store.get("p3+p20")
+
+    def test_only_the_last_few_are_kept(self, shared_bundle):
+        store = TaskStore(prefix_runtime.Bundle.open(shared_bundle))
+        first = store.get("p3+p3")
+        for count in range(3, MOST_COMPOSED + 3):
+            store.get("+".join(["p3"] * count))
+        assert store.get("p3+p3") is not first
+
+    def test_threads_get_one_object(self, shared_bundle):
+        store = TaskStore(prefix_runtime.Bundle.open(shared_bundle))
+        found = []
+        threads = [threading.Thread(target=lambda: found.append(store.get("p3+p20"))) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len({id(prefix) for prefix in found}) == 1
+
+    def test_a_graph_that_holds_its_prefixes_composes_none(self, workshop):
+        engine = prefix_runtime.load(workshop.bundle(lengths=(3, 20), mode="bake"), threads=1)
+        with pytest.raises(CompositionError, match="expected one task a row, as the graph holds its prefixes"):
+            engine.generate(token_ids=[5], task="p3+p20")
