@@ -21,7 +21,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
@@ -34,8 +34,9 @@ from .decoder import Decoder, PortableDecoder, plain_projections
 from .errors import ExportError
 from .simplify import simplify
 
-# Protobuf's own limit is 2 GiB; tables that are not read in each step come on top of what is counted.
-_MOST_IN_ONE_FILE = 1_600_000_000
+_MOST_IN_ONE_FILE = 2_000_000_000
+"""Bytes of weights; protobuf's own limit is 2 GiB."""
+
 _LOGITS_LENGTH = "logits_length"
 # Inputs, by operator and place, of which a decode step reads a row: embeddings and rotary positions.
 _LOOKUPS = {
@@ -84,10 +85,11 @@ def export_graph(decoder: Decoder, positions: int, path: Path, *, opset: int, ha
         task_id = next(value for value in graph.graph.inputs if value.name == "task_id")
         task_id.doc_string = ", ".join(f"{place}: {task}" for place, task in enumerate(decoder.tasks))
     read_bytes = weight_bytes(graph.graph) - decoder.held_bytes
-    if not has_weights_apart and read_bytes > _MOST_IN_ONE_FILE:
+    stored = sum(tensor.nbytes for tensor in _weights(graph.graph))
+    if not has_weights_apart and stored > _MOST_IN_ONE_FILE:
         raise ExportError(
-            f"graph: expected at most {_MOST_IN_ONE_FILE / 1e9:.1f} GB of weights for a graph in one file, found "
-            f"{read_bytes / 1e9:.1f}; take a lower precision"
+            f"graph: expected at most {_MOST_IN_ONE_FILE / 1e9:.1f} GB of weights and prefixes for one file, "
+            f"found {stored / 1e9:.1f}; take a lower precision or fewer prefixes"
         )
     try:
         ir.save(graph, path, external_data=f"{path.name}.data" if has_weights_apart else None)
@@ -143,8 +145,12 @@ def weight_bytes(graph: ir.Graph) -> int:
     def is_read(value: ir.Value) -> bool:
         return any((use.node.op_type, use.idx) not in _LOOKUPS for use in value.uses())
 
-    tensors = [value.const_value for value in graph.initializers.values() if is_read(value)]
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    return sum(tensor.nbytes for tensor in _weights(graph, is_read))
+
+
+def _weights(graph: ir.Graph, is_wanted: Callable[[ir.Value], bool] = lambda _: True) -> list[ir.TensorProtocol]:
+    tensors = [value.const_value for value in graph.initializers.values() if is_wanted(value)]
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _drop_traces_of_the_machine(graph: ir.Model) -> None:

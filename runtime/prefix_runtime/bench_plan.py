@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from .bundle import Bundle
-from .errors import BenchError
+from .errors import BenchError, UnknownTaskError
 from .geometry import LEAST_TEXT
 from .manifest import unknown_task
 from .measurements import MOST_TASKS, BenchRequest
@@ -54,7 +54,7 @@ def plan_rows(bundle: Bundle, request: BenchRequest) -> Plan:
     """
     wanted, unmeasured = _tasks(bundle, request)
     if bundle.manifest.mode == "bake":
-        unmeasured.append("random prefixes: the graph holds its own")
+        unmeasured.append("random prefixes and selecting a task: the graph holds its own prefixes")
     else:
         wanted = [*(Row(None, length) for length in request.prefix_lengths), *wanted]
     room = {row: _room(bundle, row) for row in wanted}
@@ -80,7 +80,7 @@ def _tasks(bundle: Bundle, request: BenchRequest) -> tuple[list[Row], list[str]]
     names = bundle.tasks[:MOST_TASKS] if request.tasks is None else request.tasks
     for name in names:
         if name not in bundle.manifest.tasks:
-            raise unknown_task(name, bundle.tasks)
+            raise UnknownTaskError(f"{bundle.root.name}: {unknown_task(name, bundle.tasks)}")
     left = len(bundle.tasks) - len(names) if request.tasks is None else 0
     lines = [f"{left} more tasks: of a bundle the first {MOST_TASKS} are measured, unless others are named"]
     return [Row(name, bundle.manifest.tasks[name].prefix_length) for name in names], lines[: bool(left)]

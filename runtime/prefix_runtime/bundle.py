@@ -135,14 +135,17 @@ class Bundle:
         Raises:
             BundleError
         """
-        if any(name.endswith(ADAPTER_SUFFIX) for name in self.manifest.files):
-            raise BundleError(
-                f"{self.root}: expected a bundle without adapter files, which belong to its tasks, found some; "
-                "build it anew with its tasks"
-            )
         if self.manifest.mode == "bake":
             raise BundleError(
                 f"{self.root}: expected a bundle that feeds prefixes to its graph, found one whose graph holds them; "
+                "build it anew with its tasks"
+            )
+
+    def _check_folder_may_change(self) -> None:
+        self.check_tasks_may_change()
+        if any(name.endswith(ADAPTER_SUFFIX) for name in self.manifest.files):
+            raise BundleError(
+                f"{self.root}: expected a bundle without adapter files, which belong to its tasks, found some; "
                 "build it anew with its tasks"
             )
 
@@ -153,12 +156,12 @@ class Bundle:
 
         Raises:
             TaskNameError, DuplicateTaskError, PrefixError, PrefixMismatchError: nothing was changed.
-            BundleError: the graph holds its prefixes.
+            BundleError: the graph holds its prefixes, or adapter files belong to its tasks.
             OSError: the disk is full or not writable; the bundle is as it was.
         """
         if not isinstance(prefix, Prefix):
             raise PrefixError(f"task {name!r}: expected a Prefix, found {prefix!r}; read a file with Prefix.load")
-        self.check_tasks_may_change()
+        self._check_folder_may_change()
         self.check_prefix(prefix, f"task {name!r}")
         with locked(self.root):
             self.manifest = read_manifest(self.root)
@@ -177,10 +180,10 @@ class Bundle:
 
         Raises:
             UnknownTaskError: there is no such task.
-            BundleError: the graph holds its prefixes.
+            BundleError: the graph holds its prefixes, or adapter files belong to its tasks.
             OSError: the disk is not writable; the bundle is as it was.
         """
-        self.check_tasks_may_change()
+        self._check_folder_may_change()
         with locked(self.root):
             self.manifest = read_manifest(self.root)
             changed = self.manifest.without_task(name)
@@ -235,9 +238,9 @@ def check_output(output: Path) -> None:
         BundleError: the output exists, or the folder that it is to stand in does not.
     """
     if output.exists() or output.is_symlink():
-        raise BundleError(f"{output}: expected a folder that does not exist yet; remove it or choose another --output")
+        raise BundleError(f"{output}: expected nothing there yet; remove it or choose another --output")
     if not output.absolute().parent.is_dir():
-        raise BundleError(f"{output.absolute().parent}: expected a folder to write the bundle into, found none")
+        raise BundleError(f"{output.absolute().parent}: expected a folder to write into, found none")
 
 
 @contextmanager

@@ -180,12 +180,14 @@ main.add_command(bench)
 
 @contextmanager
 def cleaning_up_when_terminated() -> Iterator[None]:
-    """Turn a polite kill into an exit, so that what is half-written is removed."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    """Turn a polite kill, or the end of a terminal, into an exit, so that what is half-written is removed."""
+    polite = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # Windows has none
+    before = {each: signal.signal(each, lambda number, frame: sys.exit(128 + number)) for each in polite}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def add_to_bundle(bundle: Path, prefix: str, read: Callable[[Path, Bundle], Prefix]) -> None:

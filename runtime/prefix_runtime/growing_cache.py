@@ -8,6 +8,7 @@ import numpy as np
 
 from .cache import Cache
 from .cache_format import CacheFormat
+from .errors import PrefixMismatchError
 from .geometry import Geometry
 from .prefix import Prefix
 from .session import Session
@@ -59,6 +60,11 @@ class GrowingCache(Cache):
                 self._task_ids[row] = self._task_id(prefix)
             else:
                 held.offset = prefix.position_base - prefix.prefix_length
+                if held.offset and "position_ids" not in self._session.inputs:
+                    raise PrefixMismatchError(
+                        "expected a prefix behind which text begins, as the graph counts positions itself, found one "
+                        f"whose text begins at {prefix.position_base}"
+                    )
         self.reset(row)
 
     def reset(self, row: int) -> None:

@@ -13,6 +13,8 @@ import prefix_runtime
 from prefix_export.build import BuildRequest, build
 from prefix_export.errors import ExportError
 from prefix_runtime import Bundle, BundleError
+from prefix_runtime.bench import bench
+from prefix_runtime.measurements import BenchRequest
 
 LENGTHS = (3, 20)
 PROMPT = np.random.default_rng(2).integers(1, 384, size=9).tolist()
@@ -92,9 +94,19 @@ def test_tasks_do_not_change_without_their_adapters(bundle):
             change()
 
 
+def test_an_engine_takes_more_tasks_in_memory_and_is_measured(bundle):
+    engine = prefix_runtime.load(bundle.root, threads=1)
+    engine.add_task("again", bundle.prefix("p20"))
+    found = [engine.generate(token_ids=PROMPT, task=task, max_new_tokens=3).token_ids for task in ("p20", "again")]
+    assert found[0] == found[1]
+    report = bench(bundle.root, BenchRequest((0, 5), new_tokens=2, rounds=1, threads=1))
+    assert {cell.label for cell in report.cells} == {"0", "5", "p20", "p3"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"adapters": "onnx"}, "adapters: expected at least one prefix to write as an adapter file, found none"),
         ({"adapters": "lora"}, "adapters: expected one of onnx, found 'lora'"),
         ({"adapters": "onnx", "mode": "bake"}, "adapters: mode: expected one of feed, found 'bake'"),
         ({"adapters": "onnx", "target": "cpu"}, "adapters: expected target portable or web, found 'cpu'"),

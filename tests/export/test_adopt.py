@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -10,7 +11,7 @@ import pytest
 import prefix_runtime
 from prefix_export.build import BuildRequest, build
 from prefix_export.errors import ExportError, ParityError
-from prefix_runtime import Bundle
+from prefix_runtime import Bundle, PrefixMismatchError, ProviderError
 
 FLOAT, HALF, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64
 
@@ -168,3 +169,48 @@ def test_weights_that_lead_out_of_the_graphs_folder_are_refused(changed, request
 def test_a_graph_that_is_used_as_it_is_cannot_be_made_otherwise(portable, request_of, options):
     with pytest.raises(ExportError, match="for a graph that is used as it is"):
         build(request_of(portable, **options))
+
+
+def counting_positions(graph):
+    """Make a graph count positions by the past's length, as some exporters do, whatever a mask leaves out."""
+    graph.input.remove(named(graph.input, "position_ids"))
+    nodes = [
+        onnx.helper.make_node("Shape", ["past_key_values.0.key"], ["past_length"], start=2, end=3),
+        onnx.helper.make_node("Shape", ["input_ids"], ["new_length"], start=1, end=2),
+        onnx.helper.make_node("Shape", ["input_ids"], ["ids_shape"]),
+        onnx.helper.make_node("Add", ["past_length", "new_length"], ["whole_length"]),
+        onnx.helper.make_node("Squeeze", ["past_length"], ["range_start"]),
+        onnx.helper.make_node("Squeeze", ["whole_length"], ["range_end"]),
+        onnx.helper.make_node("Constant", [], ["range_step"], value_int=1),
+        onnx.helper.make_node("Range", ["range_start", "range_end", "range_step"], ["range"]),
+        onnx.helper.make_node("Expand", ["range", "ids_shape"], ["position_ids"]),
+    ]
+    rest = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*nodes, *rest])
+
+
+def test_a_graph_whose_padded_rows_would_be_wrong_is_refused(changed, request_of, tmp_path):
+    with pytest.raises(ParityError, match=r"expected the exported graph to agree with .*, different tokens"):
+        build(request_of(changed(counting_positions)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_graph_of_the_fast_flavour_is_refused(workshop, request_of, tmp_path):
+    fast = Bundle.open(workshop.bundle("gpt2", (3,))).graph_path
+    with pytest.raises((ParityError, ExportError, ProviderError)):
+        build(request_of(fast))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_graph_that_counts_positions_takes_no_prefix_that_they_ignore(changed, request_of):
+    bundle = build(replace(request_of(changed(counting_positions)), verify=False)).bundle
+    engine = prefix_runtime.load(bundle.root)
+    engine.add_task("still", replace(bundle.prefix("p20"), position_base=0))
+    with pytest.raises(PrefixMismatchError, match="as the graph counts positions itself, found one"):
+        engine.generate(token_ids=[5], task="still")
+
+
+def test_a_folder_in_place_of_a_graph_is_told(portable, request_of):
+    with pytest.raises(ExportError, match="expected an ONNX file, found a folder"):
+        build(request_of(portable.parent))

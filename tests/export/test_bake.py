@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -261,11 +264,23 @@ class TestRefused:
         assert not list(tmp_path.iterdir())
 
     def test_prefixes_of_different_base_models(self, workshop, tmp_path):
-        adapters = {f"t{seed}": workshop.adapter(workshop.model(seed=seed), 3) for seed in (0, 1)}
+        adapters = {name: tmp_path / name for name in ("left", "right")}
+        for name, folder in adapters.items():
+            shutil.copytree(workshop.adapter(workshop.model(), 3), folder)
+            config = json.loads((folder / "adapter_config.json").read_text())
+            config["base_model_name_or_path"] = f"{name}/gpt2"
+            (folder / "adapter_config.json").write_text(json.dumps(config))
         request = BuildRequest(str(workshop.model()), adapters, tmp_path / "out", mode="bake")
-        with pytest.raises(ExportError, match=r"of one base model, found 'gpt2-0' .*, 'gpt2-1' \(task"):
+        with pytest.raises(ExportError, match=r"of one base model, found 'left/gpt2' \(task 'left'\), 'right/gpt2'"):
             build(request)
-        assert not list(tmp_path.iterdir())
+        assert not (tmp_path / "out").exists()
+
+    def test_another_folders_name_is_a_doubt_and_no_refusal(self, workshop, tmp_path):
+        # A copy of a model is the model, whatever its folder is called.
+        adapters = {f"t{seed}": workshop.adapter(workshop.model(seed=seed), 3) for seed in (0, 1)}
+        request = BuildRequest(str(workshop.model()), adapters, tmp_path / "out", mode="bake", verify=False)
+        (warning,) = [line for line in build(request).warnings if "trained on" in line]
+        assert "'gpt2-1', not on 'gpt2-0'" in warning
 
     def test_no_task_for_the_runtime(self, bank):
         engine = prefix_runtime.load(bank.root)

@@ -49,7 +49,10 @@ def stop_in_the_middle(process, place, number):
     return process.returncode
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 1)])
+POLITE = [(number, 128 + number) for number in (signal.SIGTERM, signal.SIGHUP)]
+
+
+@pytest.mark.parametrize(("number", "status"), [*POLITE, (signal.SIGINT, 1)])
 def test_a_build_that_is_asked_to_end_leaves_nothing_behind(gpt2, gpt2_adapter, place, number, status):
     assert stop_in_the_middle(start(gpt2, gpt2_adapter, place), place, number) == status
     assert not list(place.iterdir())

@@ -538,7 +538,7 @@ class TestStaging:
     def test_what_exists_is_never_written_over(self, tmp_path, make):
         output = tmp_path / "bundle"
         make(output)
-        with pytest.raises(BundleError, match=f"^{output}: expected a folder that does not exist yet"), staged(output):
+        with pytest.raises(BundleError, match=f"^{output}: expected nothing there yet"), staged(output):
             pytest.fail("the block must not be entered")
         assert list(tmp_path.iterdir()) == [output]
 
@@ -550,13 +550,13 @@ class TestStaging:
                 output.mkdir()
                 (output / "file").write_text("another's")
 
-        with pytest.raises(BundleError, match="does not exist yet"):
+        with pytest.raises(BundleError, match="expected nothing there yet"):
             make_another()
         assert content(tmp_path) == {"bundle/file": b"another's"}
         assert list(tmp_path.iterdir()) == [output]
 
     def test_the_folder_that_it_is_to_stand_in_must_be_there(self, tmp_path):
-        with pytest.raises(BundleError, match=f"^{tmp_path / 'no'}: expected a folder to write the bundle into"):
+        with pytest.raises(BundleError, match=f"^{tmp_path / 'no'}: expected a folder to write into"):
             check_output(tmp_path / "no" / "bundle")
 
     def test_a_relative_output_stands_in_the_working_folder(self, tmp_path, monkeypatch):
