@@ -78,7 +78,7 @@ class Shape:
         """
         for site, layers in prefix.sites.items():
             named = where if len(self.sites) == 1 else f"{where}: {site}"
-            check_layers(self.site(site, where), layers, named)
+            check_layers(self.site(site, where), layers, named, are_all_there=False)
 
 
 def _sites(config: PreTrainedConfig, text: Any) -> tuple[str, dict[str, tuple[LayerGeometry, ...]]]:

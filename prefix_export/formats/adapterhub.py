@@ -18,7 +18,7 @@ import numpy as np
 
 from prefix_export.errors import CheckpointError
 from prefix_export.shape import BOTH, Shape
-from prefix_runtime import PrefixMismatchError, Source
+from prefix_runtime import LayerPrefix, PrefixMismatchError, Source
 
 from .checkpoint import Checkpoint
 from .reparameterised import through_mlp
@@ -59,7 +59,8 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     for location, start in _locations(checkpoint).items():
         site = _site(checkpoint, location, shape)
         where = f"{checkpoint.weights}: {start}"
-        sites[site] = folded(_matrix(checkpoint, start, config, activation), shape.site(site, where), where)
+        matrix = _matrix(checkpoint, start, config, activation)
+        sites[site] = _with_left_out(matrix, shape, site, _left_out(checkpoint, config), where)
     prefix = make_prefix(
         sites,
         moves_positions=False,
@@ -92,13 +93,36 @@ def _refuse_what_is_more_than_a_prefix(checkpoint: Checkpoint, config: Mapping[s
         "gates, which depend on the text": config.get("use_gating")
         or any("gates." in name for name in checkpoint.shapes),
         "other adapters beside the prefix": any(".adapters." in name for name in checkpoint.shapes),
-        "layers without a prefix (leave_out); every layer of a graph sees as many positions": config.get("leave_out"),
     }
     for what, is_there in reasons.items():
         if is_there:
             raise CheckpointError(
                 f"{checkpoint.weights}: expected a prefix for every layer and nothing else, found {what}"
             )
+
+
+def _left_out(checkpoint: Checkpoint, config: Mapping[str, Any]) -> set[int]:
+    """Layers without a prefix, by their number in the whole model: a decoder's are counted on from the encoder's."""
+    found = config.get("leave_out") or []
+    if not isinstance(found, list) or not all(isinstance(index, int) for index in found):
+        raise CheckpointError(
+            f"{checkpoint.config_path(_CONFIG_NAME)}: leave_out: expected numbers of layers, found {found!r}"
+        )
+    return set(found)
+
+
+def _with_left_out(
+    matrix: np.ndarray, shape: Shape, site: str, left_out: set[int], where: str
+) -> tuple[LayerPrefix, ...]:
+    """A site's layers, those that were left out with nothing: the matrix has no slots for them."""
+    layers = shape.site(site, where)
+    first = len(shape.sites["encoder"]) if shape.kind == BOTH and site != "encoder" else 0
+    kept = [index for index in range(len(layers)) if first + index not in left_out]
+    if not kept:
+        raise CheckpointError(f"{where}: expected a prefix for at least one layer, found all left out")
+    found = dict(zip(kept, folded(matrix, [layers[index] for index in kept], where), strict=True))
+    nothing = [np.empty((layer.key_value_heads, 0, layer.head_dim), np.float32) for layer in layers]
+    return tuple(found.get(index, LayerPrefix(nothing[index], nothing[index])) for index in range(len(layers)))
 
 
 def _site(checkpoint: Checkpoint, location: str, shape: Shape) -> str:

@@ -88,7 +88,7 @@ def make_prefix(
     Raises:
         PrefixError: naming the file `weights`.
     """
-    length = next(iter(sites.values()))[0].key.shape[1]
+    length = max(layer.key.shape[1] for layers in sites.values() for layer in layers)
     try:
         return Prefix(
             sites={site: tuple(layers) for site, layers in sites.items()},

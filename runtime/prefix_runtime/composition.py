@@ -75,8 +75,9 @@ def check_composable(prefixes: Sequence[Prefix]) -> None:
             raise CompositionError(f"{where}: expected one base model, found another than the first one's")
 
 
-def _shapes(prefix: Prefix) -> dict[str, list[tuple[int, int]]]:
-    """Heads and head size of each layer of each site."""
+def _shapes(prefix: Prefix) -> dict[str, list[tuple[int, int, bool]]]:
+    """Heads and head size of each layer of each site, and whether it has a prefix at all."""
     return {
-        site: [(layer.key.shape[0], layer.key.shape[2]) for layer in layers] for site, layers in prefix.sites.items()
+        site: [(layer.key.shape[0], layer.key.shape[2], layer.key.shape[1] > 0) for layer in layers]
+        for site, layers in prefix.sites.items()
     }

@@ -78,8 +78,10 @@ class Geometry:
             )
 
 
-def check_layers(expected: Sequence[LayerGeometry], found: Sequence[LayerPrefix], where: str) -> None:
-    """Refuse the keys and values of other layers than a model's at one attention site.
+def check_layers(
+    expected: Sequence[LayerGeometry], found: Sequence[LayerPrefix], where: str, *, are_all_there: bool = True
+) -> None:
+    """Refuse the keys and values of other layers than a model's at one attention site, and layers without any.
 
     Raises:
         PrefixMismatchError
@@ -87,6 +89,11 @@ def check_layers(expected: Sequence[LayerGeometry], found: Sequence[LayerPrefix]
     if len(found) != len(expected):
         raise PrefixMismatchError(f"{where}: expected {len(expected)} layers, found {len(found)}")
     for index, (geometry, layer) in enumerate(zip(expected, found, strict=True)):
+        if layer.key.shape[1] == 0 and are_all_there:
+            raise PrefixMismatchError(
+                f"{where}: layer {index}: expected a prefix at every layer, as all layers of a graph see the same "
+                "positions, found one that was left out"
+            )
         for tensor, array in (("key", layer.key), ("value", layer.value)):
             _check_layer(geometry, array.shape, f"{where}: layer {index}, {tensor}")
 

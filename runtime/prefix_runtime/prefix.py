@@ -24,6 +24,7 @@ SITES = ("decoder", "cross", "encoder")
 FORMAT = "prefix-export.prefix"
 FORMAT_VERSION = 1
 _EMBEDDINGS = "embeddings"
+_AXES = 3  # of a key or a value
 _TENSOR_NAME = re.compile(r"(decoder|cross|encoder)\.(0|[1-9][0-9]{0,3})\.(key|value)")
 
 
@@ -31,6 +32,7 @@ _TENSOR_NAME = re.compile(r"(decoder|cross|encoder)\.(0|[1-9][0-9]{0,3})\.(key|v
 class LayerPrefix:
     """One layer's prefix: `key` and `value`, each [num_key_value_heads, prefix_length, head_dim], read-only.
 
+    A layer that was left out when the others were trained has a length of 0.
     A key of a model with rotary positions is stored after rotation, as it was trained.
     """
 
@@ -100,12 +102,10 @@ class Prefix:
             raise PrefixError(f"expected at least one layer at the sites {', '.join(SITES)}, found {unknown or 'none'}")
         if self.embeddings is not None:
             _check_embeddings(self.embeddings)
-        arrays = dict(self._arrays())
-        for index, (name, array) in enumerate(arrays.items()):
-            if not index:
-                first = array
-                _check_first(name, first)
-            _check_array(name, array, first)
+        for name, array in self._arrays():
+            _check_axes(name, array)
+        for name, array in self._arrays():
+            _check_array(name, array, self.dtype, self.prefix_length)
         for name, array in self.head.items():
             _check_dtype(f"head.{name}", array)
             _check_finite(f"head.{name}", array)
@@ -130,7 +130,8 @@ class Prefix:
         if not self.sites:
             assert self.embeddings is not None
             return int(self.embeddings.shape[0])
-        return int(next(iter(self.sites.values()))[0].key.shape[1])
+        lengths = (int(array.shape[1]) for _, array in self._arrays())
+        return next(filter(None, lengths), 0)
 
     @property
     def dtype(self) -> np.dtype:
@@ -308,15 +309,6 @@ def _is_writable(array: np.ndarray) -> bool:
     return bool(array.flags.writeable) or (isinstance(array.base, np.ndarray) and _is_writable(array.base))
 
 
-def _check_first(name: str, array: np.ndarray) -> None:
-    if array.ndim != 3 or 0 in array.shape:
-        raise PrefixError(
-            f"{name}: expected shape [num_key_value_heads, prefix_length, head_dim], none of them 0, "
-            f"found {list(array.shape)}"
-        )
-    _check_dtype(name, array)
-
-
 def _check_embeddings(array: np.ndarray) -> None:
     if array.ndim != 2 or 0 in array.shape:
         raise PrefixError(
@@ -331,14 +323,26 @@ def _check_dtype(name: str, array: np.ndarray) -> None:
         raise PrefixError(f"{name}: expected float32 or float16, found {array.dtype}")
 
 
-def _check_array(name: str, array: np.ndarray, first: np.ndarray) -> None:
-    _check_first(name, array)
-    if array.dtype != first.dtype:
-        raise PrefixError(f"{name}: expected {first.dtype} as in the first layer, found {array.dtype}")
-    if array.shape[1] != first.shape[1]:
-        raise PrefixError(
-            f"{name}: expected prefix length {first.shape[1]} as in the first layer, found {array.shape[1]}"
-        )
+def _check_axes(name: str, array: np.ndarray) -> None:
+    if array.ndim != _AXES or 0 in (array.shape[0], array.shape[2]):
+        raise _misshapen(name, array)
+    _check_dtype(name, array)
+
+
+def _misshapen(name: str, array: np.ndarray) -> PrefixError:
+    return PrefixError(
+        f"{name}: expected shape [num_key_value_heads, prefix_length, head_dim], none of them 0, "
+        f"found {list(array.shape)}"
+    )
+
+
+def _check_array(name: str, array: np.ndarray, dtype: np.dtype, length: int) -> None:
+    if not length:  # of no layer
+        raise _misshapen(name, array)
+    if array.dtype != dtype:
+        raise PrefixError(f"{name}: expected {dtype} as in the first layer, found {array.dtype}")
+    if array.shape[1] not in (0, length):
+        raise PrefixError(f"{name}: expected prefix length {length} as in the first layer, found {array.shape[1]}")
     _check_finite(name, array)
 
 

@@ -84,6 +84,8 @@ class TensorFile:
                 f"{self.path}: tensor {name!r}: expected float32, float16 or bfloat16, found {info.dtype}"
             )
         count = (info.stop - info.start) // np.dtype(dtype).itemsize
+        if not count:
+            return np.empty(info.shape, np.float32 if info.dtype == "BF16" else dtype)  # of nothing there is no view
         flat = np.frombuffer(self._map, dtype=dtype, count=count, offset=info.start)
         if info.dtype == "BF16":
             flat = (flat.astype(np.uint32) << 16).view(np.float32)

@@ -337,7 +337,8 @@ class TestAdapterHub:
         ("config", "extra", "found"),
         [
             ({"use_gating": True}, {}, "gates, which depend on the text"),
-            ({"leave_out": [1]}, {}, "layers without a prefix"),
+            ({"leave_out": "1"}, {}, "leave_out: expected numbers of layers"),
+            ({"leave_out": [0, 1, 2]}, {}, "expected a prefix for at least one layer, found all left out"),
             ({}, {"bart.layer.0.adapters.e2e.weight": torch.zeros(1)}, "other adapters"),
         ],
     )
