@@ -23,7 +23,7 @@ LENGTHS = (3, 20)
 TOLERANCE = 1e-4
 VOCAB = 384
 # Tied weights and learned positions; rotary, grouped queries; a window that a prefix of 20 partly falls out of.
-ARCHITECTURES = ("gpt2", "llama", "mistral_windowed")
+ARCHITECTURES = ("gpt2", "opt", "llama", "mistral_windowed")
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -153,6 +153,16 @@ def test_rows_of_one_batch_belong_to_different_tasks(bank, peft_model):
         model = peft_model(length)
         for row in (index for index, other in enumerate(tasks) if other == task):
             np.testing.assert_array_equal(found[row][None], peft_tokens(model, [rows[row]], [[1] * len(rows[row])], 10))
+
+
+def test_baked_and_fed_agree(workshop, single, architecture):
+    fed = prefix_runtime.load(workshop.bundle(architecture, LENGTHS), threads=1)
+    baked = prefix_runtime.load(single.root, threads=1)
+    (task,) = baked.tasks
+    ids = rows_of(1)[0]
+    np.testing.assert_allclose(baked.logits(ids, task), fed.logits(ids, task), atol=TOLERANCE)
+    left, right = (engine.generate(token_ids=ids, task=task, max_new_tokens=12) for engine in (baked, fed))
+    assert left.token_ids == right.token_ids
 
 
 @pytest.mark.parametrize("task_id", [2, -1, 2**40])
