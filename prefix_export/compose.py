@@ -33,12 +33,18 @@ def average(prefixes: Sequence[Prefix], weights: Sequence[float] | None = None) 
     """
     check_composable(prefixes)
     shares = np.array([1.0] * len(prefixes) if weights is None else weights, np.float64)
-    if len(shares) != len(prefixes) or not np.isfinite(shares).all() or not shares.sum():
-        raise CompositionError(f"weights: expected {len(prefixes)} numbers whose sum is not 0, found {list(shares)}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        whole = shares.sum()
+    fits = len(shares) == len(prefixes) and np.isfinite([*shares, whole]).all() and whole != 0
+    if not fits:
+        raise CompositionError(
+            f"weights: expected {len(prefixes)} numbers whose sum is a number but not 0, found "
+            f"{', '.join(map(str, shares.tolist()))}"
+        )
     lengths = sorted({prefix.prefix_length for prefix in prefixes})
     if len(lengths) > 1:
         raise CompositionError(f"average: expected prefixes of one length, found {', '.join(map(str, lengths))}")
-    shares = shares / shares.sum()
+    shares = shares / whole
     first = prefixes[0]
 
     def mixed(part: Callable[[Prefix], np.ndarray]) -> np.ndarray:

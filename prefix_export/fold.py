@@ -15,7 +15,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, DynamicCache
 
-from prefix_runtime import Bundle, LayerPrefix, Prefix, Source
+from prefix_runtime import Bundle, LayerPrefix, Prefix, PrefixMismatchError, Source
+from prefix_runtime.geometry import LEAST_TEXT
+from prefix_runtime.prefix import TEXT_HAS_BEGUN
 
 from . import formats
 from .errors import CheckpointError, PrefixExportError
@@ -25,7 +27,7 @@ from .models import BaseModel
 from .shape import DECODER, Shape
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ["*.json", "*.safetensors", "*.bin"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.pt", "*.ckpt", "*.npy"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,14 @@ def fold(path: Path, shape: Shape, load: Callable[[], BaseModel], wanted: str | 
         ModelError: as `load`.
     """
     trained = formats.read(located(path), shape, wanted)
-    prefixes = {name: _as_prefix(part, shape, load) for name, part in trained.parts.items()}
+    prefixes = {name: _as_prefix(part, shape, load, path) for name, part in trained.parts.items()}
+    limit = shape.context_length
+    for prefix in prefixes.values():
+        if limit is not None and prefix.position_base > limit - LEAST_TEXT:
+            raise PrefixMismatchError(
+                f"{path}: expected a prefix that leaves {LEAST_TEXT} of the {limit} positions of {shape.name!r} for "
+                f"text, found one of length {prefix.prefix_length}"
+            )
     return Folded(prefixes, trained.warnings)
 
 
@@ -101,13 +110,18 @@ def fold_for_bundle(path: Path, bundle: Bundle) -> tuple[Prefix, tuple[str, ...]
     return prefix, (*folded.warnings, *lint(prefix, shape, bundle.manifest.max_length))
 
 
-def _as_prefix(part: Prefix | SoftPrompt, shape: Shape, load: Callable[[], BaseModel]) -> Prefix:
+def _as_prefix(part: Prefix | SoftPrompt, shape: Shape, load: Callable[[], BaseModel], path: Path) -> Prefix:
     if isinstance(part, Prefix):
         return part
+    if not np.isfinite(part.embeddings).all():
+        raise CheckpointError(f"{path}: soft prompt: expected finite numbers, found others")
     if shape.kind != DECODER:
         # In an encoder what a soft prompt becomes depends on the text behind it.
         return Prefix({}, 0, source=part.source, head=part.head, metadata=part.metadata, embeddings=part.embeddings)
-    prefix = fold_soft_prompt(part.embeddings, load())
+    try:
+        prefix = fold_soft_prompt(part.embeddings, load())
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     return replace(prefix, source=part.source, head=part.head, metadata=part.metadata)
 
 
@@ -126,7 +140,8 @@ def fold_soft_prompt(embeddings: np.ndarray, base: BaseModel) -> Prefix:
 def fold_text(text: str, base: BaseModel) -> Prefix:
     """The keys and values of a text, so that it costs no prefill later; its tokens are those of the model's tokenizer.
 
-    Special tokens that the tokenizer puts before a text are part of it, those that it puts behind are not.
+    Special tokens that the tokenizer puts before a text are part of it, those that it puts behind are not; the runtime
+    puts none before a prompt that follows.
 
     Raises:
         PrefixExportError: the model has no tokenizer, or the text has no tokens.
@@ -138,7 +153,7 @@ def fold_text(text: str, base: BaseModel) -> Prefix:
     if not ids:
         raise PrefixExportError("text: expected at least one token, found none")
     prefix = _run(base, len(ids), input_ids=torch.tensor([ids]))
-    return replace(prefix, source=Source("text", _hash(ids)), metadata={"tokens": str(len(ids))})
+    return replace(prefix, source=Source("text", _hash(ids)), metadata={TEXT_HAS_BEGUN: "true"})
 
 
 def _tokens(text: str, base: BaseModel) -> list[int]:
@@ -156,10 +171,11 @@ def _hash(ids: list[int]) -> str:
 
 
 def _run(base: BaseModel, length: int, **inputs: torch.Tensor) -> Prefix:
-    if length >= base.geometry.context_length:
+    if length > base.geometry.context_length - LEAST_TEXT:
         raise CheckpointError(
-            f"expected a soft prompt or text shorter than the context of {base.geometry.context_length} positions, "
-            f"found {length}"
+            f"expected a soft prompt or text that leaves {LEAST_TEXT} of {base.geometry.context_length} positions, "
+            "found "
+            f"one of {length}"
         )
     cache = DynamicCache()
     with torch.no_grad():
@@ -174,4 +190,4 @@ def _run(base: BaseModel, length: int, **inputs: torch.Tensor) -> Prefix:
     for layer in cache.layers:
         held: Any = layer  # of no layer that attends are they None
         layers.append(LayerPrefix(held.keys[0].float().numpy(), held.values[0].float().numpy()))
-    return Prefix({"decoder": tuple(layers)}, position_base=length)
+    return Prefix({"decoder": tuple(layers)}, position_base=length, base_fingerprint=base.fingerprint)

@@ -65,7 +65,7 @@ def _head(prefix: Prefix, shape: Shape) -> Iterator[str]:
 def _degenerate(prefix: Prefix) -> Iterator[str]:
     """Positions that say the same in every layer, as those do that training never reached from one initial value."""
     arrays = [array for layers in prefix.sites.values() for layer in layers for array in (layer.key, layer.value)]
-    if prefix.prefix_length > 1 and all(_is_constant(array) for array in arrays):
+    if arrays and prefix.prefix_length > 1 and all(_is_constant(array) for array in arrays):
         yield "all positions of the prefix are alike: it may have been trained hardly or not"
 
 

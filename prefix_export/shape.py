@@ -28,6 +28,7 @@ class Shape:
         sites: the layers of each attention site that it has (`prefix_runtime.prefix.SITES`).
         hidden_size: of its embeddings.
         context_length: its positions, or None where they have no end.
+        architecture: as transformers names it, such as "bert".
         sliding_windows: tokens that a layer sees at the most, of each decoder layer that is limited.
     """
 
@@ -37,6 +38,7 @@ class Shape:
     hidden_size: int
     context_length: int | None = None
     sliding_windows: tuple[int, ...] = ()
+    architecture: str = ""
 
     @classmethod
     def of_config(cls, name: str, config: PreTrainedConfig) -> Shape:
@@ -55,7 +57,7 @@ class Shape:
                 f"model {name!r}: expected a configuration that tells layers, heads and hidden size, found {error}"
             ) from error
         context = getattr(text, "max_position_embeddings", None)
-        return cls(shown, kind, MappingProxyType(sites), hidden_size, context, _windows(text))
+        return cls(shown, kind, MappingProxyType(sites), hidden_size, context, _windows(text), config.model_type)
 
     def site(self, site: str, where: str) -> tuple[LayerGeometry, ...]:
         """The layers of a site.

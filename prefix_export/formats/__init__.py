@@ -7,6 +7,7 @@ it is of its family; `describe(checkpoint)`, what it says of itself; `read(check
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +41,9 @@ READERS: tuple[ModuleType, ...] = (
     li_liang,
     soft_prompt,
 )
+_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+"""What a part may be called: it becomes a file's name, and a task's."""
+
 FORMATS = tuple(reader.NAME for reader in READERS)
 
 __all__ = ["FORMATS", "READERS", "SoftPrompt", "Trained", "describe", "find_reader", "read"]
@@ -82,7 +86,13 @@ def describe(path: Path, wanted: str | None = None) -> Mapping[str, str]:
         CheckpointError, PrefixError
     """
     reader, checkpoint = find_reader(path, wanted)
-    return {"format": reader.TITLE, **reader.describe(checkpoint)}
+    found: Mapping[str, str] = reader.describe(checkpoint)
+    return {"format": reader.TITLE, **{_printable(name): _printable(text) for name, text in found.items()}}
+
+
+def _printable(text: str) -> str:
+    """A text from outside, without what would steer a terminal or is no text."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def read(path: Path, shape: Shape, wanted: str | None = None) -> Trained:
@@ -99,4 +109,9 @@ def read(path: Path, shape: Shape, wanted: str | None = None) -> Trained:
     """
     reader, checkpoint = find_reader(path, wanted)
     trained: Trained = reader.read(checkpoint, shape)
+    for name in trained.parts:
+        if name and not _PART.fullmatch(name):
+            raise CheckpointError(
+                f"{checkpoint.weights}: expected names of letters, digits, '_', '-' and '.', found {name!r:.60}"
+            )
     return trained

@@ -30,6 +30,7 @@ TITLE = "AdapterHub prefix tuning"
 _NAME = re.compile(r"(?P<start>(?:.*\.)?prefix_tunings\.(?P<task>[^.]+)\.(?P<location>[a-z_]+_prefix))\.(?P<part>.+)")
 _SITES = {"self_prefix": "decoder", "cross_prefix": "cross", "encoder_prefix": "encoder"}
 _CONFIG_NAME = "adapter_config.json"
+_METHOD = "prefix_tuning"
 
 
 def matches(checkpoint: Checkpoint) -> bool:
@@ -56,7 +57,13 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     _refuse_what_is_more_than_a_prefix(checkpoint, config)
     activation = str(config.get("non_linearity", "tanh")).lower()
     sites = {}
-    for location, start in _locations(checkpoint).items():
+    locations = _locations(checkpoint)
+    if len(locations) > len(shape.sites):
+        raise PrefixMismatchError(
+            f"{checkpoint.weights}: holds prefixes for {', '.join(locations)}: expected a model with as many kinds of "
+            f"attention, found {shape.name!r} ({shape.kind})"
+        )
+    for location, start in locations.items():
         site = _site(checkpoint, location, shape)
         where = f"{checkpoint.weights}: {start}"
         matrix = _matrix(checkpoint, start, config, activation)
@@ -84,15 +91,24 @@ def _locations(checkpoint: Checkpoint) -> dict[str, str]:
         raise CheckpointError(f"{checkpoint.weights}: expected one prefix tuning, found {', '.join(tasks)}")
     starts: dict[str, str] = {}
     for match in found:
-        starts.setdefault(match["location"], match["start"])
+        first = f"{starts.setdefault(match['location'], match['start'])}.{match['part']}"
+        if first not in checkpoint.shapes or not _is_same(checkpoint, first, match.string):
+            raise CheckpointError(
+                f"{checkpoint.weights}: {match.string}: expected the same at every layer, found another"
+            )
     return starts
+
+
+def _is_same(checkpoint: Checkpoint, left: str, right: str) -> bool:
+    return left == right or np.array_equal(checkpoint.array(left), checkpoint.array(right), equal_nan=True)
 
 
 def _refuse_what_is_more_than_a_prefix(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     reasons = {
         "gates, which depend on the text": config.get("use_gating")
         or any("gates." in name for name in checkpoint.shapes),
-        "other adapters beside the prefix": any(".adapters." in name for name in checkpoint.shapes),
+        "other adapters beside the prefix": any(not _NAME.fullmatch(name) for name in checkpoint.shapes)
+        or config.get("architecture", _METHOD) != _METHOD,
     }
     for what, is_there in reasons.items():
         if is_there:
@@ -141,7 +157,13 @@ def _matrix(checkpoint: Checkpoint, start: str, config: Mapping[str, Any], activ
     if flat in checkpoint.shapes:
         length = config.get("prefix_length")
         numbers = checkpoint.array(flat)
-        if not isinstance(length, int) or length < 1 or numbers.ndim != 1 or numbers.size % length:
+        if (
+            not isinstance(length, int)
+            or isinstance(length, bool)
+            or length < 1
+            or numbers.ndim != 1
+            or numbers.size % length
+        ):
             raise CheckpointError(
                 f"{checkpoint.config_path(_CONFIG_NAME)}: prefix_length: expected one that divides the {numbers.size} "
                 f"numbers of {flat}, found {length!r}"

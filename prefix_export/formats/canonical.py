@@ -30,5 +30,5 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     prefix = Prefix.load(checkpoint.weights)
     shape.check(prefix, str(checkpoint.weights))
     if prefix.embeddings is not None:
-        check_hidden_size(prefix.embeddings, shape, str(checkpoint.weights))
+        check_hidden_size(prefix.embeddings.shape, shape, str(checkpoint.weights))
     return Trained({"": prefix})

@@ -195,10 +195,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     found = named or others
     if not found:
         raise CheckpointError(f"{path}: expected a folder with a trained prefix, found no file of tensors in it")
-    if not named and len(others) > 1:
-        raise CheckpointError(
-            f"{path}: expected one file of tensors, found {', '.join(each.name for each in others[:5])}; name the file"
-        )
+    if len(named or others) > 1:
+        shown = ", ".join(each.name for each in (named or others)[:5])
+        raise CheckpointError(f"{path}: expected one file of tensors, found {shown}; name the file")
     return Checkpoint(path, found[0])
 
 
@@ -234,7 +233,7 @@ def _kind(path: Path) -> str | None:
 
 def _open_tensors(path: Path) -> Tensors:
     kind = _kind(path)
-    if kind == "safetensors" or path.suffix == ".safetensors":
+    if kind == "safetensors" or (kind is None and path.suffix == ".safetensors"):
         return _Mapped(path)
     if kind == "numpy":
         return _Array(path)
@@ -254,6 +253,9 @@ def _unpickled(path: Path, *, is_zip: bool) -> Any:
             _scan(path, [_pickle_of_zip(path)])
         else:
             _scan_legacy(path)
+        if path.suffix == ".safetensors":  # by whose name torch would go
+            with path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except CheckpointError:
         raise
@@ -270,8 +272,10 @@ def _pickle_of_zip(path: Path) -> bytes:
             raise CheckpointError(f"{path}: expected entries as torch.save stores them, found compressed ones")
         if sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise CheckpointError(f"{path}: expected entries as large as the file at the most, found larger ones")
-        pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
-        if len(pickles) != 1:
+        # torch finds entries whatever the case of their names: what is scanned has to be what it finds.
+        names = [entry.filename.lower() for entry in entries]
+        pickles = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
+        if len(pickles) != 1 or not pickles[0].filename.endswith("/data.pkl") or len(set(names)) < len(names):
             raise CheckpointError(f"{path}: expected a checkpoint of torch.save's, found a zip file of another kind")
         if pickles[0].file_size > _MOST_PICKLE_BYTES:
             raise CheckpointError(
@@ -336,4 +340,5 @@ def _named(path: Path, content: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _reason(error: Exception) -> str:
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text[:200]
+    # torch's own advice is to load it with code and all.
+    return "a damaged pickle" if "weights_only" in text else text[:200]

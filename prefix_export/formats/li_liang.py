@@ -16,6 +16,7 @@ of the seq2seq module; Li and Liang, "Prefix-Tuning", ACL 2021.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -76,26 +77,26 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
             f"{wanted}, "
             f"found {shape.name!r} ({shape.kind})"
         )
-    if len(present) > 1:
-        _check_length(checkpoint, start)
+    warnings = _check_length(checkpoint, start) if len(present) > 1 else ()
     sites = {
         table.site: site_layers(checkpoint, shape, table.site, matrix(checkpoint, start, table), table.mlp)
         for table in present
     }
-    return _trained(checkpoint, sites, moves_positions=shape.kind == DECODER)
+    return replace(_trained(checkpoint, sites, moves_positions=shape.kind == DECODER), warnings=warnings)
 
 
-def _check_length(checkpoint: Checkpoint, start: str) -> None:
+def _check_length(checkpoint: Checkpoint, start: str) -> tuple[str, ...]:
     """Refuse a table of other rows than its config tells: those of Control Prefixes' attributes lie in one like it."""
     config = checkpoint.config("config.json")
-    rows = checkpoint.shapes[f"{start}wte.weight"][0]
-    said = (config or {}).get("preseqlen")
-    if isinstance(said, int) and said != rows:
+    if config is None:
+        return ("no config.json is beside it: rows of Control Prefixes' attributes cannot be told from the prefix'",)
+    rows, said = checkpoint.shapes[f"{start}wte.weight"][:1], config.get("preseqlen")
+    if isinstance(said, int) and (said,) != tuple(rows):
         raise CheckpointError(
-            f"{checkpoint.weights}: wte.weight: expected {said} rows, the preseqlen of config.json, found {rows}; "
-            "attributes of "
-            "Control Prefixes may be among them"
+            f"{checkpoint.weights}: wte.weight: expected {said} rows, the preseqlen of config.json, found "
+            f"{', '.join(map(str, rows)) or 'none'}; attributes of Control Prefixes may be among them"
         )
+    return ()
 
 
 def _trained(checkpoint: Checkpoint, sites: Mapping[str, list[LayerPrefix]], *, moves_positions: bool) -> Trained:
@@ -145,7 +146,17 @@ def _stacked(numbers: np.ndarray, layers: tuple[LayerGeometry, ...], where: str)
 
 
 def _refuse_what_depends_on_text(checkpoint: Checkpoint, start: str, present: list[Table]) -> None:
-    names = checkpoint.shapes
+    names, config = checkpoint.shapes, checkpoint.config("config.json") or {}
+    table = names.get(f"{start}wte.weight", ())
+    if (
+        config.get("optim_prefix") in (False, "no")
+        or config.get("use_infix") is True
+        or (table[:1] and table[0] == config.get("vocab_size"))
+    ):
+        raise CheckpointError(
+            f"{checkpoint.weights}: expected a prefix of its own, found a mode of config.json whose prefix is computed "
+            "from the text (optim_prefix, use_infix); it has no keys and values of its own"
+        )
     if f"{start}wte2.weight" in names and not any(table.site == "cross" for table in present):
         raise CheckpointError(
             f"{checkpoint.weights}: wte2: expected a prefix, found an infix, which is computed from the text; it has "
@@ -163,10 +174,10 @@ def _refuse_what_depends_on_text(checkpoint: Checkpoint, start: str, present: li
 def _is_soft_prompt(checkpoint: Checkpoint, start: str, shape: Shape) -> bool:
     """Whether the MLP ends in embeddings (`PrefixEmbTuning`), not in keys and values."""
     last = max(name for name in checkpoint.shapes if name.startswith(f"{start}control_trans.") and "weight" in name)
-    return shape.kind == DECODER and checkpoint.shapes[last][0] == shape.hidden_size
+    return shape.kind == DECODER and checkpoint.shapes[last][:1] == (shape.hidden_size,)
 
 
 def _read_soft_prompt(checkpoint: Checkpoint, start: str, shape: Shape) -> Trained:
     embeddings = matrix(checkpoint, start, TABLES[0])
-    check_hidden_size(embeddings, shape, f"{checkpoint.weights}: control_trans")
+    check_hidden_size(embeddings.shape, shape, f"{checkpoint.weights}: control_trans")
     return Trained({"": SoftPrompt(embeddings, Source(f"{NAME}-embedding", checkpoint.sha256))})

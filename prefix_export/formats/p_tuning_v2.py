@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from prefix_export.errors import CheckpointError
-from prefix_export.shape import Shape
+from prefix_export.shape import ENCODER, Shape
 from prefix_runtime import PrefixMismatchError, Source
 
 from .checkpoint import Checkpoint
@@ -58,9 +58,9 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     numbers = checkpoint.array(f"{start}{_EMBEDDING}")
     if any(name.startswith(f"{start}prefix_encoder.trans.") for name in checkpoint.shapes):
         numbers = through_mlp(checkpoint, f"{start}prefix_encoder.trans", numbers)
-    if len(shape.sites) != 1:
+    if shape.kind != ENCODER or shape.architecture.startswith("deberta"):
         raise PrefixMismatchError(
-            f"{checkpoint.weights}: expected an encoder, as P-tuning v2 trains, found {shape.name!r} ({shape.kind})"
+            f"{checkpoint.weights}: expected an encoder of plain attention, found {shape.name!r} ({shape.kind})"
         )
     ((site, layers),) = shape.sites.items()
     prefix = make_prefix(

@@ -33,6 +33,7 @@ KEYS_AND_VALUES = ("PREFIX_TUNING", "CARTRIDGE")
 EMBEDDINGS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 _TENSOR = "prompt_embeddings"
 _COLUMNS, _ROWS = "prefix_task_cols", "prefix_task_rows"
+_EMBEDDING_NAMES = ("wte.", "wpe.", "embed_", "embeddings.", "lm_head.", "embed_tokens.")
 _TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
@@ -69,6 +70,11 @@ class _Adapter:
     def head(self) -> dict[str, np.ndarray]:
         """The task's own head, by its names in the base model."""
         names = [name for name in self.checkpoint.shapes if name not in (_TENSOR, _COLUMNS, _ROWS)]
+        if embeddings := [name for name in names if any(part in name for part in _EMBEDDING_NAMES)]:
+            raise CheckpointError(
+                f"{self.checkpoint.weights}: expected a prefix and a head at the most, found embeddings of the model, "
+                f"{embeddings[0]}, which were trained or saved too; a prefix cannot carry them"
+            )
         return {_head_name(name): self.checkpoint.array(name) for name in names}
 
     def metadata(self) -> dict[str, str]:
@@ -94,7 +100,11 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     """What the adapter's config and tensors say."""
     adapter = _open(checkpoint)
     prompt = checkpoint.shapes[_TENSOR]
-    tasks = {"tasks": str(checkpoint.shapes[_COLUMNS][0])} if adapter.kind == "MULTITASK_PROMPT_TUNING" else {}
+    tasks = (
+        {"tasks": str((checkpoint.shapes.get(_COLUMNS) or ("unknown",))[0])}
+        if adapter.kind == "MULTITASK_PROMPT_TUNING"
+        else {}
+    )
     head = ", ".join(sorted(map(_head_name, checkpoint.shapes.keys() - {_TENSOR, _COLUMNS, _ROWS})))
     shown = {
         "task_type": "task type",
@@ -214,19 +224,21 @@ def _paired_layers(
 def _read_embeddings(adapter: _Adapter, shape: Shape) -> Trained:
     prompt, length = adapter.prompt(), adapter.config.get("num_virtual_tokens")
     count = 2 if shape.kind == BOTH else 1
-    if not isinstance(length, int) or len(prompt) not in (length, count * length):
+    if not isinstance(length, int) or isinstance(length, bool) or len(prompt) not in (length, count * length):
         raise CheckpointError(
             f"{adapter.config_path}: num_virtual_tokens: expected {len(prompt) // count}, as the tensor in "
             f"{adapter.checkpoint.weights.name} has, found {length!r}"
         )
-    check_hidden_size(prompt, shape, adapter.where)
+    check_hidden_size(prompt.shape, shape, adapter.where)
     if adapter.kind == "MULTITASK_PROMPT_TUNING":
         if len(prompt) > length:
             raise CheckpointError(
                 f"{adapter.where}: expected a prompt of the encoder alone, found one of the decoder too, which goes "
                 "through the decoder with the text and has no keys and values of its own; it cannot be folded"
             )
-        prompts = {str(task): prompt * factor for task, factor in enumerate(_factors(adapter, prompt))}
+        prompts = {
+            str(task): prompt.astype(np.float32) * factor for task, factor in enumerate(_factors(adapter, prompt))
+        }
     else:
         prompts = {"": prompt[:length]}
     unread = len(prompt) - length
@@ -247,7 +259,8 @@ def _factors(adapter: _Adapter, prompt: np.ndarray) -> np.ndarray:
             f"{adapter.checkpoint.weights}: expected {_COLUMNS} [tasks, {len(prompt)}, rank] and {_ROWS} [tasks, rank, "
             f"{prompt.shape[1]}], found {list(columns)} and {list(rows)}"
         )
-    factors: np.ndarray = adapter.checkpoint.array(_COLUMNS) @ adapter.checkpoint.array(_ROWS)
+    left, right = (adapter.checkpoint.array(name).astype(np.float32) for name in (_COLUMNS, _ROWS))
+    factors: np.ndarray = left @ right
     return factors
 
 

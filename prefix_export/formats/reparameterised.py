@@ -57,7 +57,10 @@ def through_mlp(checkpoint: Checkpoint, stem: str, inputs: np.ndarray, activatio
     layers = []
     for index in range(0, _DEEPEST + 1, 2):
         names = [f"{stem}.{index}.{part}" for part in ("weight", "bias")]
-        if all(name in checkpoint.shapes for name in names):
+        there = [name for name in names if name in checkpoint.shapes]
+        if len(there) == 1:
+            raise CheckpointError(f"{checkpoint.weights}: expected {' and '.join(names)}, found {there[0]} alone")
+        if there:
             weight, bias = map(checkpoint.array, names)
             layers.append((weight, bias))
     if not layers:

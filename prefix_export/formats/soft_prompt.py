@@ -36,11 +36,13 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
 
 def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     """See `formats.read`."""
-    embeddings, where = checkpoint.array(""), str(checkpoint.weights)
-    check_hidden_size(embeddings, shape, where)
-    if len(embeddings) > _LONGEST:
+    where = str(checkpoint.weights)
+    # Before anything is read: a file may be a hole of any size.
+    check_hidden_size(checkpoint.shapes[""], shape, where)
+    if (length := checkpoint.shapes[""][0]) > _LONGEST:
         raise CheckpointError(
-            f"{where}: expected a soft prompt of at most {_LONGEST} positions, found {len(embeddings)}, as a table of "
+            f"{where}: expected a soft prompt of at most {_LONGEST} positions, found {length}, as a table of "
             "embeddings has"
         )
+    embeddings = checkpoint.array("")
     return Trained({"": SoftPrompt(embeddings.astype("float32"), Source(NAME, checkpoint.sha256))})

@@ -13,6 +13,7 @@ from prefix_export.shape import Shape
 from prefix_runtime import LayerGeometry, LayerPrefix, Prefix, PrefixError, PrefixMismatchError, Source
 
 _AXES = 2  # of a matrix
+_MOST_HEAD_BYTES = 256 << 20
 _ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     "tanh": np.tanh,
     "relu": lambda array: np.maximum(array, 0),
@@ -89,6 +90,9 @@ def make_prefix(
         PrefixError: naming the file `weights`.
     """
     length = max(layer.key.shape[1] for layers in sites.values() for layer in layers)
+    most = sum(array.nbytes for array in (head or {}).values())
+    if most > _MOST_HEAD_BYTES:
+        raise CheckpointError(f"{weights}: expected a head of at most {_MOST_HEAD_BYTES} bytes, found {most}")
     try:
         return Prefix(
             sites={site: tuple(layers) for site, layers in sites.items()},
@@ -135,19 +139,19 @@ def _check_linear(weight: np.ndarray, bias: np.ndarray, inputs: np.ndarray, wher
     is_linear = weight.ndim == inputs.ndim == _AXES and bias.shape == weight.shape[:1]
     if not is_linear or inputs.shape[1] != weight.shape[1]:
         raise CheckpointError(
-            f"{where}: expected a weight of {inputs.shape[-1]} inputs and a bias of its outputs, found shapes "
-            f"{list(weight.shape)} and {list(bias.shape)}"
+            f"{where}: expected a weight for inputs of shape {list(inputs.shape)} and a bias of its outputs, found "
+            f"shapes {list(weight.shape)} and {list(bias.shape)}"
         )
 
 
-def check_hidden_size(embeddings: np.ndarray, shape: Shape, where: str) -> None:
-    """Refuse a soft prompt of another width than the model's embeddings.
+def check_hidden_size(found: Sequence[int], shape: Shape, where: str) -> None:
+    """Refuse a soft prompt whose shape is of another width than the model's embeddings.
 
     Raises:
         PrefixMismatchError
     """
-    if embeddings.ndim != 2 or 0 in embeddings.shape or embeddings.shape[1] != shape.hidden_size:
+    if len(found) != _AXES or 0 in found or found[1] != shape.hidden_size:
         raise PrefixMismatchError(
             f"{where}: expected [prefix_length, {shape.hidden_size}] as the embeddings of {shape.name!r} have, found "
-            f"shape {list(embeddings.shape)}"
+            f"shape {list(found)}"
         )

@@ -13,6 +13,9 @@ SEPARATOR = "+"
 """Between the tasks in a name that stands for several; no task's own name has it."""
 
 
+_BIAS = "relative_position_bias"
+
+
 def concatenated(prefixes: Sequence[Prefix]) -> Prefix:
     """Prefixes of one model one after another along their length, the first one first.
 
@@ -69,6 +72,8 @@ def check_composable(prefixes: Sequence[Prefix]) -> None:
                 f"{where}: expected text to begin {place}, as with the first one, found otherwise; trained so, they "
                 "have no position in common"
             )
+        if prefix.metadata.get(_BIAS) != first.metadata.get(_BIAS):
+            raise CompositionError(f"{where}: expected relative positions counted as the first one's, found otherwise")
         fingerprints = {each.base_fingerprint for each in (first, prefix)} - {None}
         bases = {each.metadata.get("base_model") for each in (first, prefix)} - {None}
         if len(fingerprints) > 1 or (not fingerprints and len(bases) > 1):

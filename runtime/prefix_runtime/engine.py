@@ -30,7 +30,7 @@ from .errors import BundleError, ContextOverflowError, PrefixError, ProviderErro
 from .generation import GrowingAnswer, Request
 from .growing_cache import GrowingCache
 from .kv_cache import KeyValueCache
-from .prefix import Prefix
+from .prefix import TEXT_HAS_BEGUN, Prefix
 from .prepared import prepared_graph
 from .results import Chunk, GenerationResult
 from .session import Session
@@ -186,7 +186,8 @@ class Engine:
         """Answer a prompt, or each of a list of prompts, which are decoded together, as if each were alone.
 
         Args:
-            prompt: text, encoded with the special tokens that the model's tokenizer adds by itself.
+            prompt: text, encoded with the special tokens that the model's tokenizer adds by itself; with none behind a
+                prefix that is a text itself.
             token_ids: in place of text, taken as they are.
             task: whose prefix to use; None runs the bare model. For a list of prompts one task, or one for each. Tasks
                 joined by `+` are composed: their prefixes stand one after another.
@@ -300,7 +301,8 @@ class Engine:
         selecting = time.perf_counter()
         prefix = None if task is None else self._store.get(task)
         selected = time.perf_counter() - selecting
-        ids = self._encode(prompt)
+        has_begun = prefix is not None and prefix.metadata.get(TEXT_HAS_BEGUN) == "true"
+        ids = self._encode(prompt, has_begun=has_begun)
         return Request(
             prompt=ids,
             task=task,
@@ -313,11 +315,11 @@ class Engine:
             preparation=time.perf_counter() - started,
         )
 
-    def _encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+    def _encode(self, prompt: str | Sequence[int], *, has_begun: bool) -> tuple[int, ...]:
         if isinstance(prompt, str):
             if self._codec is None:
                 raise RequestError(f"prompt: {self.bundle.root} has no tokenizer: expected token_ids, found text")
-            ids = tuple(self._codec.encode(prompt)) if prompt else ()
+            ids = tuple(self._codec.encode(prompt, with_special_tokens=not has_begun)) if prompt else ()
         else:
             ids = tuple(int(token_id) for token_id in prompt)
         if not ids:

@@ -21,6 +21,9 @@ from .tensor_file import TensorFile
 SITES = ("decoder", "cross", "encoder")
 """Decoder self-attention, decoder-to-encoder attention, encoder self-attention."""
 
+TEXT_HAS_BEGUN = "text_has_begun"
+"""Metadata, "true" where a prefix is a text's own keys and values: what follows begins without special tokens."""
+
 FORMAT = "prefix-export.prefix"
 FORMAT_VERSION = 1
 _EMBEDDINGS = "embeddings"

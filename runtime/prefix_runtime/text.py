@@ -29,8 +29,8 @@ class TextCodec:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
-    def encode(self, text: str) -> list[int]:
-        """The text's token ids, with the special tokens that the tokenizer's own post-processor adds.
+    def encode(self, text: str, *, with_special_tokens: bool = True) -> list[int]:
+        """The text's token ids, with the special tokens that the tokenizer's own post-processor adds, or without.
 
         Raises:
             RequestError: the text is none: what a terminal makes of bytes that are not UTF-8.
@@ -41,7 +41,7 @@ class TextCodec:
             raise RequestError(
                 f"prompt: expected Unicode text, found {error.object[error.start]!a} at {error.start}"
             ) from error
-        ids: list[int] = self._tokenizer.encode(text).ids
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=with_special_tokens).ids
         return ids
 
     def growing_text(self, stop: Sequence[str]) -> GrowingText:

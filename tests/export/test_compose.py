@@ -30,8 +30,9 @@ def test_the_average_is_weighed(weights, shares):
     ("others", "weights", "message"),
     [
         ([prefix(5)], None, "average: expected prefixes of one length, found 4, 5"),
-        ([prefix()], (1,), "weights: expected 2 numbers whose sum is not 0"),
-        ([prefix()], (1, -1), "weights: expected 2 numbers whose sum is not 0"),
+        ([prefix()], (1,), "weights: expected 2 numbers"),
+        ([prefix()], (1, -1), "weights: expected 2 numbers whose sum is a number but not 0"),
+        ([prefix()], (1e308, 1e308), r"weights: expected 2 numbers .* found 1e\+308, 1e\+308"),
         ([prefix()], (1, float("nan")), "weights: expected 2 numbers"),
         ([prefix(base=0)], None, "expected text to begin behind the prefix"),
         ([], None, "expected at least two prefixes"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -150,6 +151,25 @@ class TestLiAndLiang:
         with pytest.raises(CheckpointError, match="computed from the text"):
             read(saved(tmp_path / "run", mlp("control_trans")), GPT2)
 
+    @pytest.mark.parametrize("config", [{"optim_prefix": False}, {"use_infix": True}, {"vocab_size": LENGTH}])
+    def test_a_mode_of_the_config_that_computes_from_text_is_refused(self, tmp_path, config):
+        state = tensors(wte__weight=(LENGTH, HIDDEN)) | mlp("control_trans")
+        with pytest.raises(CheckpointError, match="whose prefix is computed from the text"):
+            read(saved(tmp_path / "run", state, config), GPT2)
+
+    def test_a_linear_layer_without_its_bias_is_refused(self, tmp_path):
+        state = tensors(wte__weight=(LENGTH, HIDDEN)) | mlp("control_trans", deep=True)
+        del state["control_trans.2.bias"]
+        with pytest.raises(CheckpointError, match=r"found control_trans\.2\.weight alone"):
+            read(saved(tmp_path / "run", state), GPT2)
+
+    def test_without_a_config_the_doubt_is_said(self, tmp_path):
+        state = tensors(**{f"{name}__weight": (LENGTH, HIDDEN) for name in ("wte", "wte2", "wte_enc")})
+        for stem in ("control_trans", "control_trans2", "control_trans_enc"):
+            state |= mlp(stem)
+        (warning,) = formats.read(saved(tmp_path / "run", state), BART).warnings
+        assert "Control Prefixes" in warning
+
     def test_another_kind_of_model_is_refused(self, tmp_path):
         state = tensors(wte__weight=(LENGTH, HIDDEN)) | mlp("control_trans")
         with pytest.raises(PrefixMismatchError, match=r"expected a decoder-only model, found 'bart'"):
@@ -157,7 +177,7 @@ class TestLiAndLiang:
 
     def test_an_mlp_that_does_not_fit_is_refused(self, tmp_path):
         state = tensors(wte__weight=(LENGTH, HIDDEN + 1)) | mlp("control_trans")
-        with pytest.raises(CheckpointError, match=r"layer 0 of the MLP: expected a weight of 65 inputs"):
+        with pytest.raises(CheckpointError, match=r"expected a weight for inputs of shape \[5, 65\]"):
             read(saved(tmp_path / "run", state), GPT2)
 
 
@@ -227,6 +247,12 @@ class TestPTuningV2:
         assert set(prefix.head) == set(names)
         for name, full in names.items():
             np.testing.assert_array_equal(prefix.head[name], state[full].numpy())
+
+    @pytest.mark.parametrize("shape", [GPT2, replace(BERT, architecture="deberta-v2")])
+    def test_another_model_is_refused(self, tmp_path, shape):
+        state = {"prefix_encoder.embedding.weight": torch.randn(LENGTH, WIDTH)}
+        with pytest.raises(PrefixMismatchError, match="expected an encoder of plain attention"):
+            read(saved(tmp_path / "run", state), shape)
 
     def test_with_projection(self, tmp_path):
         state = {"prefix_encoder.embedding.weight": torch.randn(LENGTH, HIDDEN)} | mlp("prefix_encoder.trans")
@@ -340,11 +366,23 @@ class TestAdapterHub:
             ({"leave_out": "1"}, {}, "leave_out: expected numbers of layers"),
             ({"leave_out": [0, 1, 2]}, {}, "expected a prefix for at least one layer, found all left out"),
             ({}, {"bart.layer.0.adapters.e2e.weight": torch.zeros(1)}, "other adapters"),
+            ({}, {"bart.layer.0.loras.e2e.lora_A": torch.zeros(1)}, "other adapters"),
+            ({"architecture": "union"}, {}, "other adapters"),
+            (
+                {},
+                {"a.pool.prefix_tunings.e2e.self_prefix.control_trans": torch.zeros(LENGTH * WIDTH)},
+                "expected the same at every layer",
+            ),
         ],
     )
     def test_more_than_a_prefix_is_refused(self, tmp_path, config, extra, found):
         folder = self.folder(tmp_path / "adapter", self.state(self_prefix=True) | extra, **config)
         with pytest.raises(CheckpointError, match=found):
+            read(folder, GPT2)
+
+    def test_locations_that_the_model_has_not_are_refused(self, tmp_path):
+        folder = self.folder(tmp_path / "adapter", self.state(self_prefix=True, cross_prefix=True))
+        with pytest.raises(PrefixMismatchError, match="expected a model with as many kinds of attention"):
             read(folder, GPT2)
 
 

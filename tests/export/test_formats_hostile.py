@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from prefix_export import formats
 from prefix_export.errors import CheckpointError, PrefixExportError
-from prefix_runtime import LayerPrefix, Prefix, PrefixRuntimeError
+from prefix_runtime import LayerPrefix, Prefix, PrefixMismatchError, PrefixRuntimeError
 from prefix_runtime.machine import peak_memory
 from tests.export.test_formats_families import BART, BERT, GPT2, HEAD_DIM, HEADS, HIDDEN, LAYERS, LENGTH, WIDTH, mlp
 
@@ -79,6 +79,50 @@ class TestPickles:
         torch.save({"control_trans": torch.ones(LENGTH * WIDTH, dtype=torch.int64)}, tmp_path / "ints.bin")
         refused(tmp_path / "ints.bin", "expected floating point, found torch.int64")
 
+    def test_what_is_scanned_is_what_torch_would_find(self, tmp_path):
+        # torch looks entries up whatever the case of their names.
+        torch.save({"a": torch.ones(1)}, tmp_path / "plain.bin")
+        with torch.sparse.check_sparse_tensor_invariants(enable=False):
+            torch.save({"a": torch.eye(2).to_sparse()}, tmp_path / "sparse.bin")
+        with zipfile.ZipFile(tmp_path / "both.bin", "w") as both:
+            for name, cased in (("plain", str.lower), ("sparse", str.upper)):
+                with zipfile.ZipFile(tmp_path / f"{name}.bin") as source:
+                    pickled = next(entry for entry in source.namelist() if entry.endswith("data.pkl"))
+                    both.writestr(f"both/{cased('data.pkl')}", source.read(pickled))
+        refused(tmp_path / "both.bin", "found a zip file of another kind")
+
+    def test_a_damaged_pickle_gives_no_advice_to_run_it(self, tmp_path):
+        torch.save({"control_trans": torch.ones(4)}, tmp_path / "x.bin")
+        whole = (tmp_path / "x.bin").read_bytes()
+        at = whole.index(b"_rebuild_tensor_v2")
+        (tmp_path / "x.bin").write_bytes(whole[: at + 25] + b"\xff" + whole[at + 26 :])
+        with pytest.raises(CheckpointError) as caught:
+            formats.read(tmp_path / "x.bin", GPT2)
+        assert "weights_only" not in str(caught.value)
+
+    def test_a_name_that_misleads_does_not(self, tmp_path):
+        torch.save({"control_trans": torch.ones(LENGTH * WIDTH)}, tmp_path / "pickle.safetensors")
+        save_file({"control_trans": torch.ones(LENGTH * WIDTH)}, tmp_path / "safe.bin")
+        left, right = (formats.read(tmp_path / name, GPT2).parts[""] for name in ("pickle.safetensors", "safe.bin"))
+        assert left.sites["decoder"][0].key.tolist() == right.sites["decoder"][0].key.tolist()
+
+
+class TestNames:
+    @pytest.mark.parametrize("category", ["/tmp/away", "../away", "a/b", "a\0b", "a b", ""])
+    def test_a_label_leads_nowhere(self, tmp_path, category):
+        content, configs, shape = SEEDS["control-prefixes"]
+        named = {name.replace("cats", category): tensor for name, tensor in content.items()}
+        torch.save(named, tmp_path / "pytorch_model.bin")
+        for name, config in configs.items():
+            (tmp_path / name).write_text(json.dumps(config))
+        refused(tmp_path, "expected names of letters, digits", shape=shape)
+
+    def test_what_a_file_says_cannot_steer_a_terminal(self, tmp_path):
+        content, configs, _ = SEEDS["peft"]
+        config = configs["adapter_config.json"] | {"base_model_name_or_path": "\x1b[31m\ud800"}
+        path = write(tmp_path, content, {"adapter_config.json": config}, "safetensors")
+        assert formats.describe(path)["base model"] == "\\x1b[31m\\ud800"
+
 
 class TestArrays:
     def test_objects_are_never_unpickled(self, tmp_path, trap):
@@ -93,6 +137,26 @@ class TestArrays:
         )
         (tmp_path / "absurd.npy").write_bytes(header.getvalue() + b"\0" * 64)
         refused(tmp_path / "absurd.npy", "expected a whole .npy file")
+
+
+def test_a_hole_in_a_file_is_refused_before_it_is_read(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (1 << 20, 2048)})
+    with (tmp_path / "hole.npy").open("wb") as file:
+        file.write(header.getvalue())
+        file.truncate(len(header.getvalue()) + (8 << 30))
+    before = peak_memory()
+    with pytest.raises(PrefixMismatchError, match=r"expected \[prefix_length, 64\]"):
+        formats.read(tmp_path / "hole.npy", GPT2)
+    assert peak_memory() - before < MOST_BYTES
+
+
+def test_a_head_of_many_names_for_one_tensor_is_refused(tmp_path):
+    weight = torch.ones(1024, 1024)
+    content = {f"base_model.head{number}.weight": weight for number in range(100)}
+    _, configs, shape = SEEDS["peft"]
+    path = write(tmp_path, content | SEEDS["peft"][0], configs, "zip")
+    refused(path, "expected a head of at most 268435456 bytes, found 419430400", shape=shape)
 
 
 def test_a_folder_with_several_files_asks_for_one(tmp_path):
@@ -194,6 +258,59 @@ def test_no_bytes_do_more_than_raise_a_typed_error(tmp_path, name, how):
     assert peak_memory() - before < MOST_BYTES
     assert longest < MOST_SECONDS
     assert read < MUTATED, "nothing was refused: the mutations would show nothing"
+
+
+def odd_shape(random):
+    return tuple(int(size) for size in random.choice([0, 1, 2, 5, 8, 24, 64, 127, 384], size=random.integers(0, 5)))
+
+
+def unsound(content, random):
+    """Tensors of which one or two are gone, of another shape, cut, or there once more under another name."""
+    tensors = {"": content} if isinstance(content, torch.Tensor) else dict(content)
+    for _ in range(random.integers(1, 3)):
+        victim = str(random.choice(list(tensors)))
+        kind = random.integers(4)
+        if kind == 0 and len(tensors) > 1:
+            del tensors[victim]
+        elif kind == 1:
+            tensors[victim] = torch.randn(odd_shape(random))
+        elif kind == 2:
+            tensors[victim + str(random.choice(["x", ".0.weight", ".bias"]))] = tensors[victim].clone()
+        elif tensors[victim].ndim:
+            tensors[victim] = tensors[victim][: random.integers(tensors[victim].shape[0] + 1)].clone()
+    return tensors
+
+
+def with_odd_value(config, random):
+    """A configuration of which every other time one setting is nonsense."""
+    if random.integers(2):
+        return config
+    key = str(random.choice([*config, "config", "leave_out", "preseqlen", "prefix_length", "peft_type"]))
+    return {**config, key: ODD_VALUES[random.integers(len(ODD_VALUES))]}
+
+
+ODD_VALUES = (None, True, False, 0, 1, -1, 3.5, 10**30, "", "x", "\ud800", [], [0], ["a"], {}, {"config": []})
+
+
+@pytest.mark.parametrize("name", sorted(SEEDS))
+def test_no_shapes_names_or_settings_do_more_than_raise_a_typed_error(tmp_path, name):
+    """Sound files of unsound content, which random bytes hardly ever are."""
+    content, configs, shape = SEEDS[name]
+    if isinstance(content, Prefix):
+        content = {each: torch.from_numpy(np.array(array)) for each, array in content._tensors().items()}
+    random = np.random.default_rng(0)
+    wrong = 0
+    for number in range(600):
+        tensors = unsound(content, random)
+        changed = {each: with_odd_value(config, random) for each, config in configs.items()}
+        path = write(tmp_path, tensors, changed, ("zip", "safetensors")[number % 2])
+        for verb in (lambda path: formats.read(path, shape), formats.describe):
+            try:
+                verb(path)
+            except (PrefixExportError, PrefixRuntimeError) as error:
+                assert "\n" not in str(error)  # noqa: PT017  # what is read may be sound
+                wrong += 1
+    assert wrong > 100
 
 
 @settings(deadline=None, max_examples=50)

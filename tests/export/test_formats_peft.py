@@ -139,9 +139,9 @@ def test_pickled_weights_are_refused_and_never_unpickled(adapter, gpt2, base, tr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_pickle_that_is_called_safetensors_is_never_unpickled(adapter, base, trap):
+def test_a_pickle_that_is_called_safetensors_is_never_run(adapter, base, trap):
     trap.set(adapter / WEIGHTS)
-    refused(PrefixError, adapter, base.shape, str(adapter / WEIGHTS), "expected a whole safetensors file")
+    refused(CheckpointError, adapter, base.shape, str(adapter / WEIGHTS), "expected a pickle of dense tensors alone")
     assert not trap.sprung
 
 

@@ -40,6 +40,10 @@ class TestConcatenation:
     @pytest.mark.parametrize(
         ("change", "found"),
         [
+            (
+                lambda prefix: replace(prefix, metadata={"relative_position_bias": "zero"}),
+                "expected relative",
+            ),
             (lambda prefix: replace(prefix, position_base=0), "expected text to begin behind the prefix"),
             (lambda prefix: replace(prefix, base_fingerprint="sha256:other"), "expected one base model"),
             (lambda prefix: replace(prefix, head={"score": np.ones((2, 2), np.float32)}), "found a head"),
