@@ -181,7 +181,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in a file or folder; of a folder, the one file of tensors that is in it.
+    """The checkpoint in a file or folder; of a folder, the one file of tensors in it, safetensors before pickles.
 
     Raises:
         CheckpointError: nothing is there, or nothing that could be one.
@@ -192,11 +192,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(path, path)
     named = [path / name for name in _WEIGHTS_NAMES if (path / name).is_file()]
     others = [each for each in sorted(path.iterdir()) if each.is_file() and _kind(each) is not None]
-    found = named or others
+    # As Hugging Face's libraries do: a pickle beside safetensors is the same once more, for older ones.
+    found = [each for each in named if each.suffix == ".safetensors"] or named or others
     if not found:
         raise CheckpointError(f"{path}: expected a folder with a trained prefix, found no file of tensors in it")
-    if len(named or others) > 1:
-        shown = ", ".join(each.name for each in (named or others)[:5])
+    if len(found) > 1:
+        shown = ", ".join(each.name for each in found[:5])
         raise CheckpointError(f"{path}: expected one file of tensors, found {shown}; name the file")
     return Checkpoint(path, found[0])
 
