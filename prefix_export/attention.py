@@ -122,6 +122,19 @@ def probe(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
     return tuple(found[index] for index in range(layers))
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """What an `AttentionFunction` is given, with the layer's number and its scale."""
+
+    index: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
 class PastAttention(ABC):
     """An attention function over a past, which makes a present; every layer is run once.
 
@@ -152,20 +165,10 @@ class PastAttention(ABC):
         _refuse_unknown(type(module).__name__, kwargs)
         index = int(module.layer_idx)  # type: ignore[arg-type]  # torch types every attribute of a module as a tensor
         scale = scaling or query.shape[3] ** -0.5
-        return self._attend(index, query, key, value, scale=scale, window=sliding_window, softcap=softcap)
+        return self._attend(_Layer(index, query, key, value, scale, sliding_window, softcap))
 
     @abstractmethod
-    def _attend(
-        self,
-        index: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
+    def _attend(self, layer: _Layer) -> torch.Tensor:
         """A layer's attention, [batch, sequence, heads, head_dim], and its present."""
 
 
@@ -192,28 +195,18 @@ class GroupQueryAttention(PastAttention):
         super().__init__(past)
         self._lengths, self._total, self._scales = lengths, total, scales
 
-    def _attend(
-        self,
-        index: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
-        past_key, past_value = self._past[index]
-        batch, heads, sequence, head_dim = query.shape
-        attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": key.shape[1], "scale": scale}
-        if window:
-            attributes["local_window_size"] = window
-        if softcap:
-            attributes["softcap"] = softcap
+    def _attend(self, layer: _Layer) -> torch.Tensor:
+        past_key, past_value = self._past[layer.index]
+        batch, heads, sequence, head_dim = layer.query.shape
+        attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": layer.key.shape[1], "scale": layer.scale}
+        if layer.window:
+            attributes["local_window_size"] = layer.window
+        if layer.softcap:
+            attributes["softcap"] = layer.softcap
         inputs: list[torch.Tensor | None] = [
-            _packed(query),
-            _packed(key),
-            _packed(value),
+            _packed(layer.query),
+            _packed(layer.key),
+            _packed(layer.value),
             past_key,
             past_value,
             self._lengths,
@@ -221,16 +214,16 @@ class GroupQueryAttention(PastAttention):
         ]
         if self._scales is not None:
             attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-            inputs += [None] * (_KEY_SCALE - len(inputs)) + list(self._scales[index])
+            inputs += [None] * (_KEY_SCALE - len(inputs)) + list(self._scales[layer.index])
         output, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
             inputs,
             attrs=attributes,
-            dtypes=(query.dtype, past_key.dtype, past_value.dtype),
+            dtypes=(layer.query.dtype, past_key.dtype, past_value.dtype),
             shapes=((batch, sequence, heads * head_dim), past_key.shape, past_value.shape),
             version=1,
         )
-        self.present[index] = (present_key, present_value)
+        self.present[layer.index] = (present_key, present_value)
         return output.view(batch, sequence, heads, head_dim)
 
 
@@ -260,30 +253,21 @@ class PortableAttention(PastAttention):
         self._seen, self._prefixes, self._prefix_seen = seen, prefixes, prefix_seen
         self._masks: dict[int | None, torch.Tensor] = {}  # by sliding window
 
-    def _attend(
-        self,
-        index: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
+    def _attend(self, layer: _Layer) -> torch.Tensor:
+        index, query, key = layer.index, layer.query, layer.key
         past_key, past_value = self._past[index]
-        self.present[index] = torch.cat((past_key, key), 2), torch.cat((past_value, value), 2)
+        self.present[index] = torch.cat((past_key, key), 2), torch.cat((past_value, layer.value), 2)
         sources = [self.present[index]] if self._prefixes is None else [self._prefixes[index], self.present[index]]
         batch, heads, sequence, head_dim = query.shape
         groups = heads // key.shape[1]
         # Heads that share a key are rows of one product: no key is repeated.
-        rows = (query * scale).reshape(batch, key.shape[1], groups * sequence, head_dim)
+        rows = (query * layer.scale).reshape(batch, key.shape[1], groups * sequence, head_dim)
         scores = torch.cat([rows @ keys.transpose(2, 3) for keys, _ in sources], 3).float()
-        if softcap:
-            scores = torch.tanh(scores / softcap) * softcap
+        if layer.softcap:
+            scores = torch.tanh(scores / layer.softcap) * layer.softcap
         scores = scores.reshape(batch, key.shape[1] * groups, sequence, -1)
         # A finite number: a row of padding, which sees nothing, shall be garbage and not NaN.
-        scores = scores.masked_fill(~self._mask(sequence, window), torch.finfo(torch.float32).min)
+        scores = scores.masked_fill(~self._mask(sequence, layer.window), torch.finfo(torch.float32).min)
         weights = scores.softmax(3).to(query.dtype).reshape(batch, key.shape[1], groups * sequence, -1)
         output = _weighted(weights, [values for _, values in sources])
         return output.reshape(batch, heads, sequence, head_dim).transpose(1, 2)

@@ -27,7 +27,7 @@ from .calibrate import cache_scales, save_scales
 from .clients import GENAI_CONFIG_NAME, genai_config, save_adapters, save_configs, write_json
 from .decoder import Decoder, FastDecoder, PortableDecoder
 from .errors import ExportError, ModelError
-from .fold import fold
+from .fold import fold, located
 from .graph import export_graph
 from .lint import lint
 from .models import BaseModel, load_base_model
@@ -185,22 +185,25 @@ class _Sourced:
 
 def _fold_all(request: BuildRequest, plan: targets.Plan, base: BaseModel, max_length: int) -> _Sourced:
     """Every prefix of every source, checked against the model and marked as made for it."""
-    found, warnings = _Sourced({}, {}, ()), []
-    for task, path in request.prefixes.items():
+    prefixes: dict[str, Prefix] = {}
+    sources: dict[str, PrefixSource] = {}
+    warnings: list[str] = []
+    for task, named in request.prefixes.items():
+        path = located(named)  # once: what is on the Hub is asked for over the network
         folded = fold(path, base.shape, lambda: base)
         warnings += [f"task {task!r}: {line}" for line in folded.warnings]
         for part, prefix in folded.prefixes.items():
             name = f"{task}-{part}" if part else task
-            check_new_task_name(name, found.prefixes)
+            check_new_task_name(name, prefixes)
             base.geometry.check_prefix(prefix, f"{path}{f', {part}' if part else ''}", base.fingerprint, max_length)
             own = replace(prefix, base_fingerprint=base.fingerprint)
-            found.prefixes[name] = _in_float16(own) if plan.cache == "fp16" else own
-            found.sources[name] = PrefixSource(path, part)
+            prefixes[name] = _in_float16(own) if plan.cache == "fp16" else own
+            sources[name] = PrefixSource(path, part)
             if prefix.head:
                 warnings.append(f"task {name!r}: its head ({', '.join(sorted(prefix.head))}) is not exported")
     if plan.mode == "bake":
-        _check_one_base(found.prefixes)
-    return replace(found, warnings=tuple(warnings))
+        _check_one_base(prefixes)
+    return _Sourced(prefixes, sources, tuple(warnings))
 
 
 def _check_one_base(prefixes: Mapping[str, Prefix]) -> None:

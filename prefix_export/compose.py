@@ -1,24 +1,13 @@
-"""Several prefixes of one model to one: one after another, or their weighted average."""
+"""The weighted average of prefixes; `prefix_runtime.composition`, which a device needs too, concatenates them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from prefix_runtime import CompositionError, LayerPrefix, Prefix
-from prefix_runtime.composition import check_composable, concatenated
-
-__all__ = ["average", "concatenate"]
-
-
-def concatenate(prefixes: Sequence[Prefix]) -> Prefix:
-    """Prefixes one after another along their length; see `prefix_runtime.composition.concatenated`.
-
-    Raises:
-        CompositionError: they are of different models, sites or kinds.
-    """
-    return concatenated(prefixes)
+from prefix_runtime import CompositionError, Prefix
+from prefix_runtime.composition import check_composable, combined
 
 
 def average(prefixes: Sequence[Prefix], weights: Sequence[float] | None = None) -> Prefix:
@@ -45,26 +34,9 @@ def average(prefixes: Sequence[Prefix], weights: Sequence[float] | None = None) 
     if len(lengths) > 1:
         raise CompositionError(f"average: expected prefixes of one length, found {', '.join(map(str, lengths))}")
     shares = shares / whole
-    first = prefixes[0]
 
-    def mixed(part: Callable[[Prefix], np.ndarray]) -> np.ndarray:
-        arrays = [part(prefix).astype(np.float64) for prefix in prefixes]
-        found: np.ndarray = np.einsum("i,i...->...", shares, np.stack(arrays)).astype(first.dtype)
-        return found
+    def mixed(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        found: np.ndarray = np.einsum("i,i...->...", shares, np.stack(arrays).astype(np.float64))
+        return found.astype(arrays[0].dtype)
 
-    sites = {
-        site: tuple(
-            LayerPrefix(
-                mixed(lambda prefix, site=site, index=index: prefix.sites[site][index].key),  # type: ignore[misc]
-                mixed(lambda prefix, site=site, index=index: prefix.sites[site][index].value),  # type: ignore[misc]
-            )
-            for index in range(len(layers))
-        )
-        for site, layers in first.sites.items()
-    }
-    return Prefix(
-        sites,
-        first.position_base,
-        base_fingerprint=next((each.base_fingerprint for each in prefixes if each.base_fingerprint), None),
-        metadata=first.metadata,
-    )
+    return combined(prefixes, mixed, lengths[0])

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from . import formats
 from .errors import CheckpointError, PrefixExportError
 from .formats import SoftPrompt
 from .lint import lint
-from .models import BaseModel
+from .models import BaseModel, cached
 from .shape import DECODER, Shape
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -174,8 +173,7 @@ def _run(base: BaseModel, length: int, **inputs: torch.Tensor) -> Prefix:
     if length > base.geometry.context_length - LEAST_TEXT:
         raise CheckpointError(
             f"expected a soft prompt or text that leaves {LEAST_TEXT} of {base.geometry.context_length} positions, "
-            "found "
-            f"one of {length}"
+            f"found one of {length}"
         )
     cache = DynamicCache()
     with torch.no_grad():
@@ -186,8 +184,5 @@ def _run(base: BaseModel, length: int, **inputs: torch.Tensor) -> Prefix:
             past_key_values=cache,
             use_cache=True,
         )
-    layers = []
-    for layer in cache.layers:
-        held: Any = layer  # of no layer that attends are they None
-        layers.append(LayerPrefix(held.keys[0].float().numpy(), held.values[0].float().numpy()))
-    return Prefix({"decoder": tuple(layers)}, position_base=length, base_fingerprint=base.fingerprint)
+    layers = tuple(LayerPrefix(key, value) for key, value in cached(cache))
+    return Prefix({"decoder": layers}, position_base=length, base_fingerprint=base.fingerprint)

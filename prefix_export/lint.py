@@ -55,7 +55,7 @@ def _context(prefix: Prefix, shape: Shape, max_length: int | None) -> Iterator[s
 
 def _head(prefix: Prefix, shape: Shape) -> Iterator[str]:
     for name, array in prefix.head.items():
-        if array.ndim == 2 and array.shape[1] != shape.hidden_size:  # a weight, [outputs, inputs]
+        if array.ndim == 2 and array.shape[1] != shape.hidden_size:  # of a weight, [outputs, inputs]
             yield (
                 f"head {name}: takes {array.shape[1]} numbers, where {shape.name!r} has a hidden size of "
                 f"{shape.hidden_size}: it does not belong to this model"
@@ -64,7 +64,8 @@ def _head(prefix: Prefix, shape: Shape) -> Iterator[str]:
 
 def _degenerate(prefix: Prefix) -> Iterator[str]:
     """Positions that say the same in every layer, as those do that training never reached from one initial value."""
-    arrays = [array for layers in prefix.sites.values() for layer in layers for array in (layer.key, layer.value)]
+    both = [array for layers in prefix.sites.values() for layer in layers for array in (layer.key, layer.value)]
+    arrays = [array for array in both if array.size]  # of a layer that was left out there are none
     if arrays and prefix.prefix_length > 1 and all(_is_constant(array) for array in arrays):
         yield "all positions of the prefix are alike: it may have been trained hardly or not"
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from optimum.exporters.tasks import TasksManager
@@ -14,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    DynamicCache,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -51,7 +56,7 @@ class BaseModel:
     fingerprint: str
     tokenizer: PreTrainedTokenizerBase | None
 
-    @property
+    @cached_property
     def shape(self) -> Shape:
         """What a prefix has to fit; its layers are those that were found by running the model."""
         found = Shape.of_config(self.name, self.model.config)
@@ -81,6 +86,13 @@ def load_base_model(name: str) -> BaseModel:
     )
     shown = Path(name).resolve().name if Path(name).is_dir() else name
     return BaseModel(shown, model, layers, geometry, fingerprint(model), _load_tokenizer(name))
+
+
+def cached(cache: DynamicCache) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each layer's keys and values of a cache's first row, [num_key_value_heads, length, head_dim] float32."""
+    for layer in cache.layers:
+        held: Any = layer  # of no layer that attends are they None
+        yield held.keys[0].float().numpy(), held.values[0].float().numpy()
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -21,10 +21,9 @@ from prefix_runtime import Engine, Prefix
 
 from . import formats
 from .errors import CheckpointError, ParityError, PrefixExportError
-from .fold import located
 from .formats import peft as peft_format
 from .formats.checkpoint import Checkpoint
-from .models import BaseModel
+from .models import BaseModel, cached
 
 ABSOLUTE_TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.5, "fp16 weights": 5e-2}
 """Largest difference of a logit that is accepted, by what keys and values are kept in; or where all is float16."""
@@ -104,9 +103,7 @@ class CacheReference:
         """Each layer's keys and values of prefix and text, [num_key_value_heads, length, head_dim] float32, rotated."""
         cache, base = self._cache()
         self._forward(token_ids, cache, base)
-        for layer in cache.layers:
-            held: Any = layer  # of no layer that attends are they None
-            yield held.keys[0].numpy(), held.values[0].numpy()
+        yield from cached(cache)
 
     def _cache(self) -> tuple[DynamicCache, int]:
         cache = DynamicCache()
@@ -133,7 +130,7 @@ class CacheReference:
 
 @dataclass(frozen=True)
 class PrefixSource:
-    """Where a prefix was folded from: a checkpoint, and which of its parts; a single one's name is empty."""
+    """Where a prefix was folded from: a file or folder, and which of its parts; a single one's name is empty."""
 
     path: Path
     part: str = ""
@@ -188,7 +185,7 @@ def _reference(
     base: BaseModel, prefix: Prefix | None, source: PrefixSource | None
 ) -> AbstractContextManager[Reference]:
     if source is not None:
-        reader, checkpoint = formats.find_reader(located(source.path))
+        reader, checkpoint = formats.find_reader(source.path)
         if reader is peft_format and peft_format.is_causal(checkpoint):
             return _peft_reference(base.model, checkpoint, source.part)
     return nullcontext(CacheReference(base.model, prefix))

@@ -50,9 +50,7 @@ def inspect(path: Path, model: str | None, wanted: str | None, as_json: bool) ->
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path), required=False)
 @click.option("--text", help="In place of SOURCE: keys and values of this text.")
-@click.option(
-    "--text-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The same, from a file."
-)
+@click.option("--text-file", type=_TEXT_FILE, help="The same, from a file.")
 @click.option("--model", required=True, help="Hub id or folder of the base model.")
 @click.option(
     "--output",
@@ -98,13 +96,14 @@ def fold(source: Path | None, model: str, output: Path, **options: Any) -> None:
 def compose(prefixes: tuple[Path, ...], is_average: bool, weights: tuple[float, ...], output: Path) -> None:
     """Make one prefix file of several: one after another, or their average."""
     from prefix_runtime import Prefix
+    from prefix_runtime.composition import concatenated
 
-    from .compose import average, concatenate
+    from .compose import average
 
     if weights and not is_average:
         raise click.UsageError("--weight: expected --average with it, found none")
     loaded = [Prefix.load(path) for path in prefixes]
-    _write({"": average(loaded, weights or None) if is_average else concatenate(loaded)}, output)
+    _write({"": average(loaded, weights or None) if is_average else concatenated(loaded)}, output)
 
 
 def _folded(source: Path, model: str, wanted: str | None) -> Folded:

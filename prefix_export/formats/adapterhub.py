@@ -19,6 +19,7 @@ import numpy as np
 from prefix_export.errors import CheckpointError
 from prefix_export.shape import BOTH, Shape
 from prefix_runtime import LayerPrefix, PrefixMismatchError, Source
+from prefix_runtime.checks import is_whole
 
 from .checkpoint import Checkpoint
 from .reparameterised import through_mlp
@@ -157,13 +158,7 @@ def _matrix(checkpoint: Checkpoint, start: str, config: Mapping[str, Any], activ
     if flat in checkpoint.shapes:
         length = config.get("prefix_length")
         numbers = checkpoint.array(flat)
-        if (
-            not isinstance(length, int)
-            or isinstance(length, bool)
-            or length < 1
-            or numbers.ndim != 1
-            or numbers.size % length
-        ):
+        if not is_whole(length, 1) or numbers.ndim != 1 or numbers.size % length:
             raise CheckpointError(
                 f"{checkpoint.config_path(_CONFIG_NAME)}: prefix_length: expected one that divides the {numbers.size} "
                 f"numbers of {flat}, found {length!r}"

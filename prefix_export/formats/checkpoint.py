@@ -27,7 +27,6 @@ from prefix_runtime.tensor_file import TensorFile
 if TYPE_CHECKING:
     import torch
 
-CONFIG_NAMES = ("adapter_config.json", "config.json")
 _WEIGHTS_NAMES = (
     "adapter_model.safetensors",
     "adapter.safetensors",

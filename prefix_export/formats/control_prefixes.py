@@ -20,10 +20,11 @@ import numpy as np
 from prefix_export.errors import CheckpointError
 from prefix_export.shape import Shape
 from prefix_runtime import Source
+from prefix_runtime.checks import is_whole
 
 from .checkpoint import Checkpoint
 from .li_liang import TABLES
-from .reparameterised import Table, lead, matrix, site_layers, through_mlp
+from .reparameterised import Table, described, lead, matrix, site_layers, through_mlp
 from .trained import Trained, make_prefix
 
 NAME = "control-prefixes"
@@ -56,8 +57,7 @@ def matches(checkpoint: Checkpoint) -> bool:
 
 def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     """The general prefix' length and the attributes."""
-    names = [name for name in checkpoint.shapes if "wte" in name]
-    return {name: " x ".join(map(str, checkpoint.shapes[name])) for name in names if "seq2seq_model." not in name}
+    return described(checkpoint, lambda name: "wte" in name and "seq2seq_model." not in name)
 
 
 def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
@@ -89,7 +89,7 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
 
 def _of_tables(checkpoint: Checkpoint, start: str) -> Iterator[_Block]:
     rows = (checkpoint.config("config.json") or {}).get("m_prefix_len")
-    if not isinstance(rows, int) or rows < 1:
+    if not is_whole(rows, 1):
         raise CheckpointError(
             f"{checkpoint.config_path('config.json')}: m_prefix_len: expected the rows of a label, found {rows!r}"
         )
@@ -133,4 +133,4 @@ def _categories(checkpoint: Checkpoint, start: str) -> list[str]:
 
 def _general_length(checkpoint: Checkpoint) -> int | None:
     length = (checkpoint.config("config.json") or {}).get("preseqlen")
-    return length if isinstance(length, int) and length > 0 else None
+    return length if is_whole(length, 1) else None

@@ -25,7 +25,7 @@ from prefix_export.shape import BOTH, DECODER, Shape
 from prefix_runtime import LayerGeometry, LayerPrefix, PrefixMismatchError, Source
 
 from .checkpoint import Checkpoint
-from .reparameterised import Table, lead, matrix, site_layers
+from .reparameterised import Table, described, lead, matrix, sites_of
 from .trained import SoftPrompt, Trained, check_hidden_size, folded, make_prefix
 
 NAME = "li-liang"
@@ -50,11 +50,7 @@ def matches(checkpoint: Checkpoint) -> bool:
 
 def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     """The tensors of the prefix and their shapes."""
-    shown = {
-        name: " x ".join(map(str, shape))
-        for name, shape in checkpoint.shapes.items()
-        if "control_trans" in name or "wte" in name
-    }
+    shown = described(checkpoint, lambda name: "control_trans" in name or "wte" in name)
     config = checkpoint.config("config.json") or {}
     said = {key: str(config[key]) for key in ("preseqlen", "mid_dim", "prefix_dropout") if key in config}
     return {**shown, **said}
@@ -74,14 +70,10 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
         wanted = "an encoder-decoder" if len(present) > 1 else "a decoder-only model"
         raise PrefixMismatchError(
             f"{checkpoint.weights}: holds prefixes for {', '.join(table.site for table in present)}: expected "
-            f"{wanted}, "
-            f"found {shape.name!r} ({shape.kind})"
+            f"{wanted}, found {shape.name!r} ({shape.kind})"
         )
     warnings = _check_length(checkpoint, start) if len(present) > 1 else ()
-    sites = {
-        table.site: site_layers(checkpoint, shape, table.site, matrix(checkpoint, start, table), table.mlp)
-        for table in present
-    }
+    sites = sites_of(checkpoint, shape, start, present)
     return replace(_trained(checkpoint, sites, moves_positions=shape.kind == DECODER), warnings=warnings)
 
 
@@ -160,14 +152,12 @@ def _refuse_what_depends_on_text(checkpoint: Checkpoint, start: str, present: li
     if f"{start}wte2.weight" in names and not any(table.site == "cross" for table in present):
         raise CheckpointError(
             f"{checkpoint.weights}: wte2: expected a prefix, found an infix, which is computed from the text; it has "
-            "no "
-            "keys and values of its own"
+            "no keys and values of its own"
         )
     if f"{start}wte.weight" not in names:
         raise CheckpointError(
             f"{checkpoint.weights}: expected embeddings wte.weight before control_trans, found none: a mode whose "
-            "prefix "
-            "is computed from the text (optim_prefix no) has no keys and values of its own"
+            "prefix is computed from the text (optim_prefix no) has no keys and values of its own"
         )
 
 

@@ -16,7 +16,7 @@ from prefix_export.shape import BOTH, DECODER, Shape
 from prefix_runtime import PrefixMismatchError, Source
 
 from .checkpoint import Checkpoint
-from .reparameterised import Table, lead, matrix
+from .reparameterised import Table, described, lead, matrix
 from .trained import Trained, folded, make_prefix
 
 NAME = "openprompt"
@@ -37,29 +37,26 @@ def matches(checkpoint: Checkpoint) -> bool:
 
 def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     """The tensors of the prefix and their shapes."""
-    names = [name for name in checkpoint.shapes if "control_trans" in name or name.endswith("wte.weight")]
-    return {name: " x ".join(map(str, checkpoint.shapes[name])) for name in names if "plm." not in name}
+    return described(
+        checkpoint, lambda name: ("control_trans" in name or name.endswith("wte.weight")) and "plm." not in name
+    )
 
 
 def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     """See `formats.read`."""
-    found = {table: lead(checkpoint, f"{table.mlp}.0.weight") for table in (_DECODER, _ENCODER)}
-    tables = [table for table, start in found.items() if start is not None]
-    if not tables:
+    starts = {table: lead(checkpoint, f"{table.mlp}.0.weight") for table in (_DECODER, _ENCODER)}
+    found = {table: start for table, start in starts.items() if start is not None}
+    if not found:
         raise CheckpointError(f"{checkpoint.weights}: expected {_DECODER.mlp}.0, the first layer of an MLP, found none")
-    if tables == [_ENCODER] and shape.kind == DECODER:
-        found, tables = {_OLD: found[_ENCODER]}, [_OLD]
-    if shape.kind != (BOTH if _ENCODER in tables else DECODER) and tables != [_DECODER]:
+    if list(found) == [_ENCODER] and shape.kind == DECODER:
+        found = {_OLD: found[_ENCODER]}
+    if shape.kind != (BOTH if _ENCODER in found else DECODER) and list(found) != [_DECODER]:
         raise PrefixMismatchError(
-            f"{checkpoint.weights}: holds prefixes for {', '.join(table.site for table in tables)}: expected T5 or "
-            "GPT-2, "
-            f"found {shape.name!r} ({shape.kind})"
+            f"{checkpoint.weights}: holds prefixes for {', '.join(table.site for table in found)}: expected T5 or "
+            f"GPT-2, found {shape.name!r} ({shape.kind})"
         )
     sites = {}
-    for table in tables:
-        start = found[table]
-        if start is None:
-            raise CheckpointError(f"{checkpoint.weights}: expected {table.mlp}, found none")
+    for table, start in found.items():
         layers = shape.site(table.site, str(checkpoint.weights))
         sites[table.site] = folded(
             matrix(checkpoint, start, table), layers, f"{checkpoint.weights}: {start}{table.mlp}"

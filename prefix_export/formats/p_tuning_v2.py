@@ -21,7 +21,7 @@ from prefix_export.shape import ENCODER, Shape
 from prefix_runtime import PrefixMismatchError, Source
 
 from .checkpoint import Checkpoint
-from .reparameterised import lead, through_mlp
+from .reparameterised import described, lead, through_mlp
 from .trained import Trained, folded, make_prefix
 
 NAME = "p-tuning-v2"
@@ -41,9 +41,7 @@ def matches(checkpoint: Checkpoint) -> bool:
 
 def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     """The prefix encoder's tensors, and the head."""
-    parts = {
-        name: " x ".join(map(str, shape)) for name, shape in checkpoint.shapes.items() if "prefix_encoder." in name
-    }
+    parts = described(checkpoint, lambda name: "prefix_encoder." in name)
     head = ", ".join(_head(checkpoint))
     return {**parts, **({"head": head} if head else {})}
 

@@ -21,6 +21,7 @@ import numpy as np
 from prefix_export.errors import CheckpointError
 from prefix_export.shape import BOTH, Shape
 from prefix_runtime import LayerGeometry, LayerPrefix, PrefixMismatchError, Source
+from prefix_runtime.checks import is_whole
 
 from .checkpoint import Checkpoint
 from .trained import SoftPrompt, Trained, check_hidden_size, folded, make_prefix
@@ -224,7 +225,7 @@ def _paired_layers(
 def _read_embeddings(adapter: _Adapter, shape: Shape) -> Trained:
     prompt, length = adapter.prompt(), adapter.config.get("num_virtual_tokens")
     count = 2 if shape.kind == BOTH else 1
-    if not isinstance(length, int) or isinstance(length, bool) or len(prompt) not in (length, count * length):
+    if not is_whole(length) or len(prompt) not in (length, count * length):
         raise CheckpointError(
             f"{adapter.config_path}: num_virtual_tokens: expected {len(prompt) // count}, as the tensor in "
             f"{adapter.checkpoint.weights.name} has, found {length!r}"

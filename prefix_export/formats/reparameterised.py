@@ -7,6 +7,7 @@ and stand behind whatever module holds them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +67,19 @@ def through_mlp(checkpoint: Checkpoint, stem: str, inputs: np.ndarray, activatio
     if not layers:
         raise CheckpointError(f"{checkpoint.weights}: expected an MLP {stem}.0, {stem}.2, found none")
     return evaluated(inputs, layers, f"{checkpoint.weights}: {stem}", activation)
+
+
+def described(checkpoint: Checkpoint, is_shown: Callable[[str], bool]) -> dict[str, str]:
+    """The shapes of some of the tensors, by name, for people."""
+    return {name: " x ".join(map(str, shape)) for name, shape in checkpoint.shapes.items() if is_shown(name)}
+
+
+def sites_of(checkpoint: Checkpoint, shape: Shape, start: str, tables: Iterable[Table]) -> dict[str, list[LayerPrefix]]:
+    """The keys and values of each table's site; see `matrix` and `site_layers`."""
+    return {
+        table.site: site_layers(checkpoint, shape, table.site, matrix(checkpoint, start, table), table.mlp)
+        for table in tables
+    }
 
 
 def site_layers(checkpoint: Checkpoint, shape: Shape, site: str, numbers: np.ndarray, stem: str) -> list[LayerPrefix]:

@@ -16,7 +16,7 @@ from prefix_export.shape import Shape
 from prefix_runtime import Source
 
 from .checkpoint import Checkpoint
-from .reparameterised import Table, lead, matrix, site_layers
+from .reparameterised import Table, described, lead, sites_of
 from .trained import Trained, make_prefix
 
 NAME = "unified-skg"
@@ -40,9 +40,9 @@ def matches(checkpoint: Checkpoint) -> bool:
 
 def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     """The tensors of the prefix and their shapes."""
-    names = [name for name in checkpoint.shapes if "control_trans" in name or "wte" in name]
-    own = [name for name in names if "pretrain_model." not in name]
-    return {name: " x ".join(map(str, checkpoint.shapes[name])) for name in own}
+    return described(
+        checkpoint, lambda name: ("control_trans" in name or "wte" in name) and "pretrain_model." not in name
+    )
 
 
 def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
@@ -52,10 +52,7 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     for part, what in _DEPENDS_ON_TEXT.items():
         if any(part in name for name in checkpoint.shapes):
             raise CheckpointError(f"{checkpoint.weights}: expected a prefix alone, found {what}; it cannot be folded")
-    sites = {
-        table.site: site_layers(checkpoint, shape, table.site, matrix(checkpoint, start, table), table.mlp)
-        for table in _TABLES
-    }
+    sites = sites_of(checkpoint, shape, start, _TABLES)
     prefix = make_prefix(
         sites,
         moves_positions=False,
@@ -65,7 +62,6 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     )
     warning = (
         "a run with descriptions (use_description) leaves no trace in a checkpoint and cannot be told from one "
-        "without; "
-        "its prefix depended on the text"
+        "without; its prefix depended on the text"
     )
     return Trained({"": prefix}, (warning,))

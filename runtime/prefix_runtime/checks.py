@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 import numpy as np
 
 
-def is_whole(value: object, least: float = 0, most: float = math.inf) -> bool:
+def is_whole(value: object, least: float = 0, most: float = math.inf) -> TypeGuard[int]:
     """Whether it is a whole number in a range; True and False are none."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(least <= value <= most)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -11,7 +11,6 @@ from .prefix import LayerPrefix, Prefix
 
 SEPARATOR = "+"
 """Between the tasks in a name that stands for several; no task's own name has it."""
-
 
 _BIAS = "relative_position_bias"
 
@@ -27,21 +26,33 @@ def concatenated(prefixes: Sequence[Prefix]) -> Prefix:
     Raises:
         CompositionError: they are of different models, sites or kinds.
     """
+    length = sum(prefix.prefix_length for prefix in prefixes)
+    return combined(prefixes, lambda arrays: np.concatenate(arrays, 1), length)
+
+
+def combined(prefixes: Sequence[Prefix], combine: Callable[[Sequence[np.ndarray]], np.ndarray], length: int) -> Prefix:
+    """Prefixes that go together made one, layer by layer.
+
+    Args:
+        prefixes: of one model.
+        combine: one array of the same key, or value, of each prefix, [num_key_value_heads, prefix_length, head_dim].
+        length: of the result; its text begins behind it, or at 0 where it does with each.
+
+    Raises:
+        CompositionError: see `check_composable`.
+    """
     check_composable(prefixes)
     first = prefixes[0]
     sites = {
         site: tuple(
-            LayerPrefix(
-                np.concatenate([prefix.sites[site][index].key for prefix in prefixes], 1),
-                np.concatenate([prefix.sites[site][index].value for prefix in prefixes], 1),
-            )
-            for index in range(len(layers))
+            LayerPrefix(combine([layer.key for layer in layers]), combine([layer.value for layer in layers]))
+            for layers in zip(*(prefix.sites[site] for prefix in prefixes), strict=True)
         )
-        for site, layers in first.sites.items()
+        for site in first.sites
     }
     return Prefix(
         sites,
-        sum(prefix.prefix_length for prefix in prefixes) if first.position_base else 0,
+        length if first.position_base else 0,
         base_fingerprint=next((each.base_fingerprint for each in prefixes if each.base_fingerprint), None),
         metadata=first.metadata,
     )
@@ -54,7 +65,7 @@ def check_composable(prefixes: Sequence[Prefix]) -> None:
         CompositionError: fewer than two; soft prompts or heads among them; different models, shapes, types or places of
             the first token of text.
     """
-    if len(prefixes) < 2:  # as the word says
+    if len(prefixes) < 2:
         raise CompositionError(f"expected at least two prefixes to compose, found {len(prefixes)}")
     first = prefixes[0]
     for index, prefix in enumerate(prefixes):

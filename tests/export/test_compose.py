@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prefix_export.compose import average, concatenate
+from prefix_export.compose import average
 from prefix_runtime import CompositionError, LayerPrefix, Prefix
+from prefix_runtime.composition import concatenated
 
 
 def prefix(length=4, seed=0, base=None):
@@ -44,4 +45,4 @@ def test_what_cannot_be_averaged_is_refused(others, weights, message):
 
 
 def test_concatenation_is_the_runtimes():
-    assert concatenate([prefix(), prefix(5)]).prefix_length == 9
+    assert concatenated([prefix(), prefix(5)]).prefix_length == 9

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 
 from prefix_export import formats
 from prefix_export.fold import fold
+from prefix_export.lint import lint
 from prefix_export.shape import Shape
 from prefix_runtime import Geometry, LayerGeometry, Prefix, PrefixMismatchError
 
@@ -82,3 +83,9 @@ def test_a_graph_has_no_layer_without_a_prefix():
     geometry = Geometry((LayerGeometry(2, 8),) * 2, 24, 24)
     with pytest.raises(PrefixMismatchError, match=r"^here: layer 1: expected a prefix at every layer"):
         geometry.check_prefix(prefix_of("gpt2", "leave_out"), "here")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_that_were_left_out_do_not_trouble_the_linter(name):
+    shape = Shape.of_config(name, AutoConfig.from_pretrained(RECORDED / name))
+    assert lint(prefix_of(name, "leave_out"), shape) == []
