@@ -164,9 +164,11 @@ def test_the_runtimes_project_folder_is_no_package():
 
 @pytest.mark.parametrize("project", [".", "runtime"])
 def test_a_distribution_declares_what_it_imports(project):
-    # Of the modules' own names; the standard library and the siblings aside.
+    # Of the modules' own names, but for distributions of another; the standard library and the siblings aside.
+    modules = {"cuda_bindings": "cuda"}
     declared = tomllib.loads((ROOT / project / "pyproject.toml").read_text())["project"]
     listed = [*declared["dependencies"], *chain(*declared["optional-dependencies"].values())]
     names = {re.match(r"[A-Za-z0-9-]+", line)[0].replace("-", "_").lower() for line in listed}
+    names |= {modules[name] for name in names & modules.keys()}
     used = set().union(*map(imported_roots, EXPORTER if project == "." else RUNTIME))
     assert used - set(sys.stdlib_module_names) - {"prefix_export", "prefix_runtime"} <= names

@@ -27,6 +27,7 @@ from .errors import (
 from .geometry import Geometry, LayerGeometry
 from .manifest import Manifest
 from .prefix import LayerPrefix, Prefix, Source
+from .provider import Cuda
 from .results import Chunk, GenerationResult, Metrics
 from .sampling import Sampling
 
@@ -40,6 +41,7 @@ __all__ = [
     "Chunk",
     "CompositionError",
     "ContextOverflowError",
+    "Cuda",
     "DuplicateTaskError",
     "Engine",
     "GenerationOptions",

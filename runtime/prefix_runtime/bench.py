@@ -8,18 +8,21 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
 from . import machine
-from .bandwidth import BandwidthProbe
+from .bandwidth import BandwidthProbe, CopyProbe, Probe
 from .bench_inputs import free_name, random_prefix, random_prompts
 from .bench_plan import Plan, Row, plan_rows
 from .bundle import Bundle
 from .engine import Engine, load
 from .measurements import BenchReport, BenchRequest, Cell, Opening, Sample, Subject, Switch
 from .openings import run_in_fresh_process
+
+if TYPE_CHECKING:
+    from .device import Device
 
 StepListener = Callable[[int, int, str], None]
 """Told what begins, before it begins: steps done, steps in all, and what it is."""
@@ -66,11 +69,15 @@ def bench_together(
     progress.total = len(plans) * (_openings_of(plans) + 1) + (sum(map(_steps_of, plans)) + 1) * (request.rounds + 1)
     openings = _openings(plans, request, progress)
     contestants = [_Contestant(plan, request, progress) for plan in plans]
-    probe = BandwidthProbe(request.threads)
-    bandwidth = _Step("read bandwidth", probe.measure)
+    bandwidth = _Step("read bandwidth", _probe(request, contestants[0]).measure)
     _run_rounds([bandwidth, *(step for each in contestants for step in each.steps)], request.rounds, progress)
     measured = tuple(bandwidth.samples)
     return [each.report(measured, opened) for each, opened in zip(contestants, openings, strict=True)]
+
+
+def _probe(request: BenchRequest, contestant: _Contestant) -> Probe:
+    device = contestant.device
+    return BandwidthProbe(request.threads) if device is None else CopyProbe(device)
 
 
 def _steps_of(plan: Plan) -> int:
@@ -133,6 +140,11 @@ class _Contestant:
             self._names[row] = row.task or self._add_random(row.prefix_length)
         self._generations = {row: self._generation(row) for row in plan.rows}
         self._selections = {row: self._selection(row) for row in plan.selections}
+
+    @property
+    def device(self) -> Device | None:
+        """The GPU that it runs on."""
+        return self._engine.device
 
     @property
     def steps(self) -> list[_Step[Any]]:

@@ -65,7 +65,7 @@ _OPTIONS = (
     click.option("--new-tokens", type=int, help="Of each generation, 2 or more. Default: 32."),
     click.option("--rounds", type=int, help="In which every row runs once, in shuffled order. Default: 7."),
     click.option("--threads", type=int, help="Of one run. Default: onnxruntime's choice."),
-    click.option("--provider", help="Execution provider. Default: cpu."),
+    click.option("--provider", help="Execution provider: cpu or cuda. Default: cpu."),
     click.option("--against", type=_PATH, help="Another bundle, measured in the same rounds, or a report's JSON."),
     click.option("--json", type=_PATH, help="Write the report there as JSON, for --against and for programs."),
     click.option("--csv", type=_PATH, help="Write the rows there as CSV."),

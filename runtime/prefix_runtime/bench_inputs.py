@@ -22,6 +22,8 @@ def random_prefix(bundle: Bundle, length: int, seed: int | None = None) -> Prefi
         # Within what 8 bits reach, each channel by its own scale.
         layers = zip(pairs, scales, strict=True)
         pairs = [LayerPrefix(_within(pair.key, scale.key), _within(pair.value, scale.value)) for pair, scale in layers]
+    if manifest.cache == "fp16":  # as `build` keeps them
+        pairs = [LayerPrefix(pair.key.astype(np.float16), pair.value.astype(np.float16)) for pair in pairs]
     return Prefix({"decoder": tuple(pairs)}, position_base=length)
 
 

@@ -42,6 +42,9 @@ class Cache(ABC):
         is_wanted: whether it is to be kept for another request.
     """
 
+    is_seeded_at_once = False
+    """Whether letting a row hold a prefix costs so little that any cache of the right size will do."""
+
     def __init__(self, rows: int, capacity: int, nbytes: int) -> None:
         self.capacity, self.nbytes = capacity, nbytes
         self.rows = tuple(Row() for _ in range(rows))
@@ -50,6 +53,14 @@ class Cache(ABC):
     @abstractmethod
     def seed(self, row: int, prefix: Prefix | None) -> None:
         """Let a row hold a prefix, or none, and forget everything else."""
+
+    def let_go(self, prefix: Prefix) -> bool:
+        """Forget a prefix that rows hold; returns whether the cache is worth keeping."""
+        if self.is_seeded_at_once:
+            for row, held in enumerate(self.rows):
+                if held.prefix is prefix:
+                    self.seed(row, None)
+        return self.is_seeded_at_once
 
     @abstractmethod
     def reset(self, row: int) -> None:
@@ -79,6 +90,19 @@ class Cache(ABC):
         Raises:
             ContextOverflowError: there is no room in one of them.
         """
+
+    def choose(self, token_ids: Sequence[int], *, is_last: bool) -> list[int]:  # noqa: ARG002  # some caches run ahead
+        """Run a step as `step` does, and return the most likely next token of each row; of equal ones the first.
+
+        Args:
+            token_ids: one for each of the first rows.
+            is_last: whether no step of the same rows follows.
+
+        Raises:
+            ContextOverflowError: there is no room in one of them.
+        """
+        chosen: list[int] = self.step(token_ids).argmax(1).tolist()
+        return chosen
 
     def _check_room(self, held: Row, count: int) -> None:
         if held.length + count > self.capacity:

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from .cache import Cache
 from .prefix import Prefix
 
-# Buffers grow in steps, so that requests of about the same length find each other's buffers.
-_CAPACITY_STEP = 64
+CAPACITY_STEP = 64
+"""Positions by which buffers grow, so that requests of about the same length find each other's."""
+
 CacheMaker = Callable[[int, int], Cache]
 """Rows and capacity to a cache."""
 
@@ -27,10 +28,13 @@ class CachePool:
         position_bytes: that the keys and values of one position take.
         max_length: positions that a row may take.
         budget: bytes of keys and values, of all caches together.
+        step: positions by which caches grow.
     """
 
-    def __init__(self, make: CacheMaker, position_bytes: int, max_length: int, budget: int) -> None:
-        self._make, self._position_bytes = make, position_bytes
+    def __init__(
+        self, make: CacheMaker, position_bytes: int, max_length: int, budget: int, step: int = CAPACITY_STEP
+    ) -> None:
+        self._make, self._position_bytes, self._step = make, position_bytes, step
         self._max_length, self._budget = max_length, budget
         self._lock = threading.Lock()
         self._idle: list[Cache] = []  # the least recently used first
@@ -54,13 +58,13 @@ class CachePool:
     def forget(self, prefix: Prefix) -> None:
         """Drop the caches that hold a prefix, those of running requests as soon as they end."""
         with self._lock:
-            self._idle = [cache for cache in self._idle if not _holds(cache, prefix)]
+            self._idle = [cache for cache in self._idle if not _holds(cache, prefix) or cache.let_go(prefix)]
             for cache in self._lent:
                 cache.is_wanted = cache.is_wanted and not _holds(cache, prefix)
 
     def _capacity(self, length: int) -> int:
-        steps = -(-length // _CAPACITY_STEP)
-        return max(length, min(steps * _CAPACITY_STEP, self._max_length))
+        steps = -(-length // self._step)
+        return max(length, min(steps * self._step, self._max_length))
 
     def _take(self, prefixes: Sequence[Prefix | None], capacity: int) -> Cache:
         needed = len(prefixes) * capacity * self._position_bytes
@@ -94,7 +98,7 @@ class CachePool:
         # When a new cache would go over the budget, the oldest that is large enough is seeded anew: this spares
         # the allocation. Otherwise a new one leaves the others' prefixes where they are; but a batch's is too large for
         # one of each combination.
-        if len(prefixes) > 1:
+        if len(prefixes) > 1 or best.is_seeded_at_once:
             return best
         in_use = self._lent_bytes + sum(cache.nbytes for cache in self._idle)
         return fitting[0] if in_use + needed > self._budget else None

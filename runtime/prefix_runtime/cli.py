@@ -78,9 +78,8 @@ def verify(bundle: Path) -> None:
 
 @main.command()
 @click.argument("bundle", type=BUNDLE)
-@click.option("--provider", default="cpu", show_default=True, help="Execution provider.")
 @click.option("--remove", is_flag=True, help="Remove what was kept instead.")
-def prepare(bundle: Path, provider: str, remove: bool) -> None:
+def prepare(bundle: Path, remove: bool) -> None:
     """Keep BUNDLE's graph as onnxruntime packs it for this processor, so that it opens faster from now on.
 
     It is kept in the user's cache folder, or in PREFIX_RUNTIME_CACHE, and takes about twice the bundle's size.
@@ -90,10 +89,10 @@ def prepare(bundle: Path, provider: str, remove: bool) -> None:
 
     opened = Bundle.open(bundle)
     if remove:
-        click.echo(f"removed what was kept of {bundle}" if prepared.forget(opened, provider) else "nothing was kept")
+        click.echo(f"removed what was kept of {bundle}" if prepared.forget(opened) else "nothing was kept")
         return
     with cleaning_up_when_terminated():
-        graph = prepared.prepare(opened, provider)
+        graph = prepared.prepare(opened)
     size = sum(path.stat().st_size for path in graph.parent.iterdir())
     click.echo(f"{graph.parent}: {size / 1e6:.1f} MB")
 
@@ -152,7 +151,7 @@ def remove_task(bundle: Path, task: str) -> None:
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 discourages. Default: 1.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--stop", multiple=True, help="End before this text; repeatable.")
-@click.option("--provider", default="cpu", show_default=True, help="Execution provider.")
+@click.option("--provider", default="cpu", show_default=True, help="Execution provider: cpu or cuda.")
 @click.option("--threads", type=int, help="Of one run. Default: onnxruntime's choice.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a task when it is done, do not stream.")
 @click.option("--metrics/--no-metrics", default=None, help="Print latencies to stderr. Default: on a terminal.")

@@ -27,8 +27,19 @@ class Generation(Protocol):
     def is_finished(self) -> bool:
         """Whether there is no more to come."""
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it takes the most likely token, whatever else there is."""
+
+    @property
+    def tokens_left(self) -> int:
+        """That may come at the most."""
+
     def take(self, logits: np.ndarray) -> None:
         """Choose the next token by its logits [vocab] float32, which are left as they are."""
+
+    def accept(self, token_id: int) -> None:
+        """Go on with a token that was chosen."""
 
     def note_time(self, seconds: float) -> None:
         """Seconds that went by, in this batch, until the newest token was there."""
@@ -57,13 +68,23 @@ def decode(cache: Cache, rows: Sequence[int], generations: Sequence[Generation])
         yield generation
     while _leave(cache, active):
         started = time.perf_counter()
-        logits = cache.step([generation.last_token for generation in active])
-        for row, generation in enumerate(active):
-            generation.take(logits[row])
+        _step(cache, active)
         seconds += time.perf_counter() - started
         for generation in active:
             generation.note_time(seconds)
         yield from active
+
+
+def _step(cache: Cache, active: Sequence[Generation]) -> None:
+    """A token more for each row; where all take the most likely one, the cache chooses it where the logits are."""
+    tokens = [generation.last_token for generation in active]
+    if all(generation.is_greedy for generation in active):
+        is_last = any(generation.tokens_left == 1 for generation in active)
+        for generation, token_id in zip(active, cache.choose(tokens, is_last=is_last), strict=True):
+            generation.accept(token_id)
+        return
+    for generation, logits in zip(active, cache.step(tokens), strict=True):
+        generation.take(logits)
 
 
 def _leave(cache: Cache, active: list[Generation]) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Unpack, cast, overload
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from .arguments import (
 )
 from .bundle import Bundle
 from .cache_format import CacheFormat
-from .cache_pool import CacheMaker, CachePool
+from .cache_pool import CAPACITY_STEP, CacheMaker, CachePool
 from .checks import is_whole
 from .decoding import decode
 from .errors import BundleError, ContextOverflowError, PrefixError, ProviderError, RequestError
@@ -32,10 +33,15 @@ from .growing_cache import GrowingCache
 from .kv_cache import KeyValueCache
 from .prefix import TEXT_HAS_BEGUN, Prefix
 from .prepared import prepared_graph
+from .provider import Cuda
 from .results import Chunk, GenerationResult
-from .session import Session
+from .session import Session, check_provider
 from .tasks import TaskStore
 from .text import TextCodec
+
+if TYPE_CHECKING:
+    from .device import Device
+    from .resident import ResidentPrefixes
 
 DEFAULT_MAX_NEW_TOKENS = 256
 DEFAULT_CACHE_BYTES = 2 << 30
@@ -45,7 +51,7 @@ DEFAULT_MAX_BATCH = 8
 def load(
     path: str | Path,
     *,
-    provider: str = "cpu",
+    provider: str | Cuda = "cpu",
     threads: int | None = None,
     max_length: int | None = None,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
@@ -56,7 +62,7 @@ def load(
 
     Args:
         path: the bundle.
-        provider: the execution provider: "cpu".
+        provider: the execution provider: "cpu" or "cuda"; a `Cuda` chooses a GPU, its stream and its memory.
         threads: of one run; None leaves the choice to onnxruntime.
         max_length: positions that prefix and text may take together; at most, and by default, the bundle's own.
         cache_bytes: that key/value buffers may take before idle ones are dropped.
@@ -81,9 +87,26 @@ def load(
         raise RequestError(f"cache_bytes: expected a whole number, 0 or more, found {cache_bytes!r}")
     if not is_whole(max_batch, 1):
         raise RequestError(f"max_batch: expected a whole number, 1 or more, found {max_batch!r}")
-    # A kept graph has no hashes: who asks for verification gets what was verified.
-    kept = None if verify else prepared_graph(bundle, provider)
-    return Engine(bundle, _open(bundle, kept, provider, threads), max_length or limit, cache_bytes, max_batch)
+    if provider == "cuda":
+        provider = Cuda()
+    if isinstance(provider, Cuda):
+        session = _open_on_gpu(bundle, provider)
+    else:
+        # A kept graph has no hashes: who asks for verification gets what was verified.
+        kept = None if verify else prepared_graph(bundle, provider)
+        session = _open(bundle, kept, provider, threads)
+    return Engine(bundle, session, max_length or limit, cache_bytes, max_batch)
+
+
+def _open_on_gpu(bundle: Bundle, options: Cuda) -> Session:
+    check_provider("cuda")
+    try:
+        from .device import Device
+    except ImportError as error:
+        raise ProviderError(str(error)) from error
+    if bundle.manifest.flavour == "portable":  # what it is bound to is another in every step
+        options = replace(options, uses_graphs=False)
+    return Session(bundle.graph_path, "cuda", device=Device(options))
 
 
 def _open(bundle: Bundle, kept: Path | None, provider: str, threads: int | None) -> Session:
@@ -110,19 +133,34 @@ class Engine:
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         max_batch: int = DEFAULT_MAX_BATCH,
     ) -> None:
-        self.bundle = bundle
+        self.bundle, self._session = bundle, session
         self._geometry = bundle.manifest.geometry
         self._max_length, self._max_batch = max_length, max_batch
         self._store = TaskStore(bundle)
         cache_format = CacheFormat.of_bundle(bundle.root, bundle.manifest.cache, self._geometry)
         make: CacheMaker = partial(KeyValueCache, session, self._geometry, cache_format=cache_format)
+        step = CAPACITY_STEP
+        self._resident: ResidentPrefixes | None = None
+        if session.device is not None and bundle.manifest.flavour == "fast":
+            from .device_cache import DeviceCache
+            from .resident import ResidentPrefixes
+
+            budget = session.device.options.prefix_bytes
+            self._resident = ResidentPrefixes(session.device, self._geometry, cache_format, budget)
+            make = partial(DeviceCache, session, self._geometry, cache_format=cache_format, prefixes=self._resident)
+            step = DeviceCache.CAPACITY_STEP
         if bundle.manifest.flavour == "portable":
             task_id = self._store.place if bundle.manifest.mode == "bake" else None
             make = partial(GrowingCache, session, self._geometry, cache_format=cache_format, task_id=task_id)
         position_bytes = cache_format.dtype.itemsize * self._geometry.values_per_position
-        self._pool = CachePool(make, position_bytes, max_length, cache_bytes)
+        self._pool = CachePool(make, position_bytes, max_length, cache_bytes, step)
         self._codec = _read_codec(bundle)
         self._end_tokens = _read_end_tokens(bundle)
+
+    @property
+    def device(self) -> Device | None:
+        """The GPU that it runs on."""
+        return self._session.device
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -153,7 +191,7 @@ class Engine:
             BundleError: the bundle's graph holds its prefixes.
         """
         for prefix in self._store.remove(name):
-            self._pool.forget(prefix)
+            self._forget(prefix)
 
     @overload
     def generate(
@@ -282,7 +320,12 @@ class Engine:
         """Let go of the buffers of tasks that were removed after these requests had found them."""
         for request in requests:
             if request.prefix and request.task and not self._store.holds(request.task, request.prefix):
-                self._pool.forget(request.prefix)
+                self._forget(request.prefix)
+
+    def _forget(self, prefix: Prefix) -> None:
+        self._pool.forget(prefix)
+        if self._resident is not None:
+            self._resident.forget(prefix)
 
     def _request(
         self, prompt: str | Sequence[int], task: str | None, options: GenerationOptions, least_new_tokens: int = 1

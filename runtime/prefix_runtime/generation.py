@@ -75,9 +75,22 @@ class GrowingAnswer:
         """Whether there is no more to come."""
         return self._reason is not None
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it takes the most likely token, whatever else there is."""
+        return self._request.sampling.is_plain_greedy
+
+    @property
+    def tokens_left(self) -> int:
+        """That may come at the most."""
+        return self._request.max_new_tokens - len(self._token_ids)
+
     def take(self, logits: np.ndarray) -> None:
         """Choose the next token by its logits [vocab] float32."""
-        token_id = self._sampler(logits, self._history)
+        self.accept(self._sampler(logits, self._history))
+
+    def accept(self, token_id: int) -> None:
+        """Go on with a token that was chosen."""
         self._token_ids.append(token_id)
         self._history.append(token_id)
         self._piece = self._text.push(token_id) if self._text else ""

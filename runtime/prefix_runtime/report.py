@@ -41,12 +41,13 @@ def headline(report: BenchReport) -> list[str]:
     machine, request = report.machine, report.request
     threads = f"threads {request.threads}" if request.threads else "onnxruntime's choice of threads"
     found = quartiles(report.bandwidth)
+    read = "memory is read" if request.provider == "cpu" else "a copy on the GPU reads and writes"
     return [
         f"{report.subject.label} ({report.subject.name}), {report.subject.weight_bytes / 1e6:.1f} MB of weights a step",
         f"{', '.join(machine.values())}; {threads}, provider {request.provider}",
         ", ".join(f"{name} {version}" for name, version in report.versions.items()),
         f"{request.rounds} interleaved rounds of {request.new_tokens} new tokens; median [first, third quartile]",
-        f"memory is read at {_spread(found, 1e-9, 1)} GB/s",
+        f"{read} at {_spread(found, 1e-9, 1)} GB/s",
     ]
 
 

@@ -50,6 +50,11 @@ class Sampling:
         _check("repetition_penalty", penalty, "0.001 to 1000", is_finite(penalty) and 1e-3 <= penalty <= 1e3)
         _check("seed", self.seed, "None or a whole number, 0 or more", self.seed is None or is_whole(self.seed))
 
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the most likely token is taken as it is."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
 
 def make_sampler(sampling: Sampling) -> Sampler:
     """A sampler with a random state of its own."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,11 +23,16 @@ except ImportError as error:
 from .checks import is_whole
 from .errors import ProviderError
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider"}
+if TYPE_CHECKING:
+    from .device import Device
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ERROR_SEVERITY = 3
 # The accuracy levels of MatMulNBits, which onnxruntime makes of a blockwise DequantizeLinear and a MatMul.
 _FLOAT_ACTIVATIONS, _ROUNDED_ACTIVATIONS = "1", "4"
 _MOST_THREADS = 512  # onnxruntime makes as many as it is told, for minutes
+_WITHOUT_GRAPH = -1  # a run that is neither captured nor replayed
+_BFLOAT16 = 16  # in ONNX; numpy has none, so that its bits are kept as uint16
 
 
 class Session:
@@ -33,40 +40,73 @@ class Session:
 
     Args:
         path: the graph; its external weights lie beside it.
-        provider: the execution provider: "cpu".
+        provider: the execution provider: "cpu" or "cuda".
         threads: of one run; None leaves the choice to onnxruntime (one a physical core).
         is_exact: compute with activations in float32 where weights in standard operators are rounded; slower.
+        device: the GPU, for "cuda".
 
     Attributes:
         inputs: the names of the graph's inputs, those that may be left out included.
+        outputs: the names of its outputs.
+        device: as given.
 
     Raises:
         ProviderError: the provider is unknown or not installed, or onnxruntime refuses the graph.
     """
 
     def __init__(
-        self, path: Path, provider: str = "cpu", threads: int | None = None, *, is_exact: bool = False
+        self,
+        path: Path,
+        provider: str = "cpu",
+        threads: int | None = None,
+        *,
+        is_exact: bool = False,
+        device: Device | None = None,
     ) -> None:
         options = ort.SessionOptions()
         level = _FLOAT_ACTIVATIONS if is_exact else _ROUNDED_ACTIVATIONS
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
+        if provider == "cuda":
+            # Of cuBLAS' kernel and onnxruntime's own for a few rows the faster one, measured once for each shape.
+            options.add_session_config_entry("ep.cuda.enable_gemm_auto_tune", "1")
         if threads is not None:
             check_threads(threads)
             options.intra_op_num_threads = int(threads)
-        self._session = _open(path, provider, options)
+        self._session = _open(path, provider, options, device)
+        self.device = device
         given = (*self._session.get_inputs(), *self._session.get_overridable_initializers())
         self.inputs = frozenset(each.name for each in given)
+        self.outputs = frozenset(each.name for each in self._session.get_outputs())
+        self._graphs = count(1)
 
-    def binding(self) -> Binding:
-        """A new, empty binding."""
-        return Binding(self._session)
+    def binding(self, *, is_replayed: bool = False) -> Binding:
+        """A new, empty binding.
+
+        Args:
+            is_replayed: capture its first run as a CUDA graph and replay that from then on: what is bound, and where,
+                must not change, but its content may. On other providers it is run as any other.
+        """
+        return Binding(self._session, self.device, next(self._graphs) if is_replayed else _WITHOUT_GRAPH)
 
 
 class Binding:
-    """Arrays bound to a graph's inputs and outputs: a run reads and writes them where they are, nothing is copied."""
+    """Arrays bound to a graph's inputs and outputs: a run reads and writes them where they are, nothing is copied.
 
-    def __init__(self, session: ort.InferenceSession) -> None:
-        self._session = session
+    With a GPU, what lies there is bound by its address. With an output there, a run has been asked of the GPU's stream
+    when it returns, and may not be over. Arrays of the host are copied by onnxruntime.
+    """
+
+    def __init__(
+        self, session: ort.InferenceSession, device: Device | None = None, graph: int = _WITHOUT_GRAPH
+    ) -> None:
+        self._session, self._device = session, device
+        self._lock: AbstractContextManager[object] = device.lock if device is not None else nullcontext()
+        self._options, self._waiting_options = ort.RunOptions(), ort.RunOptions()
+        self._is_waiting = True
+        if device is not None:
+            self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+            for options in (self._options, self._waiting_options):
+                options.add_run_config_entry("gpu_graph_id", str(graph))
         self._binding = session.io_binding()
         # onnxruntime is given addresses: the arrays must live as long as they are bound.
         self._arrays: dict[str, np.ndarray] = {}
@@ -91,6 +131,25 @@ class Binding:
             raise ProviderError(f"the graph has no output {name!r} as the manifest describes it: {error}") from error
         self._arrays[name] = array
 
+    def input_at(self, name: str, address: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        """Bind memory of the GPU to an input, which must stay where it is as long as it is bound; errors as `input`."""
+        try:
+            self._binding.bind_input(name, *self._place(address, shape, dtype))
+        except Exception as error:  # as above
+            raise ProviderError(f"the graph has no input {name!r} as the manifest describes it: {error}") from error
+
+    def output_at(self, name: str, address: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        """Bind memory of the GPU to an output; see `input_at`."""
+        try:
+            self._binding.bind_output(name, *self._place(address, shape, dtype))
+        except Exception as error:  # as above
+            raise ProviderError(f"the graph has no output {name!r} as the manifest describes it: {error}") from error
+        self._is_waiting = False  # nothing comes back to the host
+
+    def _place(self, address: int, shape: tuple[int, ...], dtype: np.dtype) -> tuple[Any, ...]:
+        assert self._device is not None
+        return self._device.kind, self._device.index, _BFLOAT16 if dtype == np.uint16 else dtype.type, shape, address
+
     def run(self) -> None:
         """Run the graph on what is bound.
 
@@ -98,7 +157,10 @@ class Binding:
             ProviderError: the run fails.
         """
         try:
-            self._session.run_with_iobinding(self._binding)
+            with self._lock:
+                self._session.run_with_iobinding(
+                    self._binding, self._waiting_options if self._is_waiting else self._options
+                )
         except Exception as error:  # as above
             raise ProviderError(f"onnxruntime {ort.__version__} cannot run the graph: {error}") from error
 
@@ -166,13 +228,36 @@ def onnxruntime_version() -> str:
     return version
 
 
-def _open(path: Path, provider: str, options: ort.SessionOptions) -> ort.InferenceSession:
+def _open(path: Path, provider: str, options: ort.SessionOptions, device: Device | None = None) -> ort.InferenceSession:
     options.log_severity_level = _ERROR_SEVERITY
-    providers = [_provider_name(provider)]
+    name = _provider_name(provider)
+    if provider == "cuda":
+        if device is None:
+            raise ProviderError("provider 'cuda': expected a GPU to open the graph on, found none")
+        ort.preload_dlls()  # CUDA's libraries where pip put them
     try:
-        return ort.InferenceSession(str(path), options, providers=providers)
+        session = ort.InferenceSession(str(path), options, providers=[(name, _provider_options(device))])
     except Exception as error:  # onnxruntime's own errors share no base but Exception.
         raise ProviderError(f"{path}: onnxruntime {ort.__version__} cannot open the graph: {error}") from error
+    if name not in session.get_providers():
+        raise ProviderError(
+            f"provider {provider!r}: onnxruntime {ort.__version__} cannot load it: it needs CUDA 13 and cuDNN 9: "
+            "pip install 'prefix-runtime[gpu]'"
+        )
+    return session
+
+
+def _provider_options(device: Device | None) -> dict[str, str]:
+    if device is None or device.kind != "cuda":
+        return {}
+    chosen = {
+        "device_id": str(device.index),
+        "user_compute_stream": str(device.stream.handle),
+        "enable_cuda_graph": str(int(device.options.uses_graphs)),
+        "arena_extend_strategy": "kSameAsRequested",
+    }
+    limit = device.options.memory_limit
+    return chosen if limit is None else chosen | {"gpu_mem_limit": str(limit)}
 
 
 def _provider_name(provider: str) -> str:

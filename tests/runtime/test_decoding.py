@@ -24,15 +24,19 @@ class Recorder:
         self.asked.append(("step", list(token_ids)))
         return np.eye(VOCAB, dtype=np.float32)[np.array(token_ids) + 1]
 
+    def choose(self, token_ids, *, is_last):
+        self.asked.append(("last" if is_last else "choose", list(token_ids)))
+        return [token_id + 1 for token_id in token_ids]
+
     def move(self, source, target):
         self.asked.append(("move", source, target))
 
 
 class Counting:
-    """A generation that takes so many tokens, the most likely ones."""
+    """A generation that takes so many tokens, the most likely ones; greedy, it lets the cache choose them."""
 
-    def __init__(self, prompt, tokens):
-        self.prompt, self._left = prompt, tokens
+    def __init__(self, prompt, tokens, is_greedy=False):
+        self.prompt, self.tokens_left, self.is_greedy = prompt, tokens, is_greedy
         self.tokens, self.times = [], []
 
     @property
@@ -41,11 +45,14 @@ class Counting:
 
     @property
     def is_finished(self):
-        return self._left == 0
+        return self.tokens_left == 0
 
     def take(self, logits):
-        self._left -= 1
-        self.tokens.append(int(logits.argmax()))
+        self.accept(int(logits.argmax()))
+
+    def accept(self, token_id):
+        self.tokens_left -= 1
+        self.tokens.append(token_id)
 
     def note_time(self, seconds):
         self.times.append(seconds)
@@ -99,6 +106,19 @@ def test_every_row_gets_its_own_tokens_whoever_leaves_first(counts):
     for row, (generation, count) in enumerate(zip(generations, counts, strict=True)):
         assert generation.tokens == [10 * row + 1 + index for index in range(count)]
         assert given.count(generation) == count
+
+
+def test_tokens_are_chosen_where_the_logits_are_while_all_rows_are_greedy():
+    cache, generations = Recorder(), [Counting([5], 4, is_greedy=True), Counting([20], 2)]
+    list(decode(cache, [0, 1], generations))
+    assert cache.asked[2:] == [("step", [6, 21]), ("choose", [7]), ("last", [8])]
+    assert [generation.tokens for generation in generations] == [[6, 7, 8, 9], [21, 22]]
+
+
+def test_a_cache_is_told_when_a_row_is_about_to_leave():
+    cache, generations = Recorder(), [Counting([5], 4, is_greedy=True), Counting([20], 3, is_greedy=True)]
+    list(decode(cache, [0, 1], generations))
+    assert cache.asked[2:] == [("choose", [6, 21]), ("last", [7, 22]), ("last", [8])]
 
 
 def test_time_goes_on():

@@ -1,0 +1,297 @@
+"""Keys and values on a GPU, and the state of decode steps beside them: a greedy step needs nothing from the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .cache import Cache, Row
+from .cache_format import CacheFormat
+from .device_buffer import DeviceBuffer
+from .errors import ProviderError
+from .geometry import Geometry
+from .prefix import Prefix
+from .resident import ResidentPrefixes
+from .session import Binding, Session
+
+if TYPE_CHECKING:
+    from .device import Device, Stream
+
+_INT64, _FLOAT32 = np.dtype(np.int64), np.dtype(np.float32)
+_STATE = ("input_ids", "position_ids", "attention_mask")
+"""Inputs of a step, which the graph returns for the next one as `next_…`."""
+
+
+class DeviceCache(Cache):
+    """A cache for graphs of the target "cuda", whose buffers lie on a GPU.
+
+    The graph returns what the next step is given: the most likely token, the next position, the mask with one more
+    position. These are copied over its inputs on the GPU, so that the next step can be asked for before the host has
+    read the token. Steps are captured as CUDA graphs, one for each number of rows; rows that have left are run along
+    until fewer than half of them are left, so that there are few of these.
+
+    Args:
+        session: of the graph, with its device.
+        geometry: the model's.
+        rows: of the batch.
+        capacity: positions of each row.
+        cache_format: of the graph's past and present.
+        prefixes: on the GPU.
+
+    Raises:
+        ProviderError: the graph was made for another target, or the GPU has no room.
+    """
+
+    is_seeded_at_once = True
+    CAPACITY_STEP = 256
+    """As `cache_pool.CAPACITY_STEP`: each length is captured once."""
+
+    def __init__(
+        self,
+        session: Session,
+        geometry: Geometry,
+        rows: int,
+        capacity: int,
+        *,
+        cache_format: CacheFormat,
+        prefixes: ResidentPrefixes,
+    ) -> None:
+        assert session.device is not None
+        if not session.outputs.issuperset(f"next_{name}" for name in _STATE):
+            raise ProviderError(
+                "provider 'cuda': expected a graph in float16 or bfloat16 that was made for GPUs, found another; "
+                "build the bundle with --target cuda"
+            )
+        self._session, self._device, self._prefixes, self._format = session, session.device, prefixes, cache_format
+        self._stream = self._device.stream
+        self._geometry = geometry
+        self._buffer = DeviceBuffer(self._device, geometry, cache_format.dtype.itemsize, rows, capacity)
+        super().__init__(rows, capacity, self._buffer.nbytes)
+        self._state = _State(self._device, rows, capacity)
+        self._prompt_state = _State(self._device, 1, capacity, sequence=capacity)
+        self._vocab_size = geometry.vocab_size
+        self._logits = self._device.allocate(rows * geometry.vocab_size * _FLOAT32.itemsize)
+        self._host_logits = self._device.pinned((rows, geometry.vocab_size), _FLOAT32)
+        self._chosen = self._device.pinned((rows,), _INT64)
+        self._is_chosen = self._device.new_event()
+        self._prompt = session.binding()
+        self._steps: dict[int, Binding] = {}
+        self._running: list[int] | None = None
+        """The tokens that a step is under way for, which was asked for ahead of the host."""
+        self._ready = _Ready()
+
+    def seed(self, row: int, prefix: Prefix | None) -> None:
+        """See `Cache`: the prefix is copied on the GPU."""
+        held = self.rows[row]
+        held.prefix = None  # until the new one is whole
+        if prefix is not None:
+            resident = self._prefixes.get(prefix)
+            with self._device.lock:
+                self._stream.wait_for(resident.arrived)
+                self._buffer.copy_row(row, resident.buffer, 0, prefix.prefix_length)
+        held.prefix = prefix
+        held.offset = prefix.position_base - prefix.prefix_length if prefix is not None else 0
+        self.reset(row)
+
+    def reset(self, row: int) -> None:
+        """See `Cache`."""
+        held = self.rows[row]
+        self._fill(row, held.prefix.prefix_length if held.prefix is not None else 0)
+
+    def move(self, source: int, target: int) -> None:
+        """See `Cache`."""
+        left, right = self.rows[source], self.rows[target]
+        with self._device.lock:
+            self._buffer.copy_row(target, self._buffer, source, left.length)
+        right.prefix, right.offset = left.prefix, left.offset
+        self._fill(target, left.length)
+
+    def prefill(self, row: int, token_ids: Sequence[int], keep_all_logits: bool = False) -> np.ndarray:
+        """See `Cache`."""
+        held, count = self.rows[row], len(token_ids)
+        self._check_room(held, count)
+        kept = count if keep_all_logits else 1
+        found = self._host_logits[:1]
+        logits = self._logits
+        if keep_all_logits:
+            found = self._device.pinned((kept, self._vocab_size), _FLOAT32)
+            logits = self._device.allocate(found.nbytes)
+        self._run_prompt(row, token_ids, logits.address, kept)
+        self._fill(row, held.length + count)
+        self._read(found, logits.address)
+        return found if keep_all_logits else found[0]
+
+    def step(self, token_ids: Sequence[int]) -> np.ndarray:
+        """See `Cache`."""
+        count = len(token_ids)
+        self._begin(token_ids)
+        self._launch()
+        self._end(count)
+        self._read(self._host_logits[:count], self._logits.address)
+        return self._host_logits[:count]
+
+    def choose(self, token_ids: Sequence[int], *, is_last: bool) -> list[int]:
+        """See `Cache`: unless this is the last step, the GPU begins the next one before the host has this one's."""
+        tokens = list(token_ids)
+        if self._running != tokens:
+            self._begin(tokens)
+            self._launch()
+        self._running = None
+        self._is_chosen.wait()
+        chosen: list[int] = self._chosen[: len(tokens)].tolist()
+        self._end(len(tokens))
+        self._ready.token_ids = chosen
+        if not is_last and all(held.length < self.capacity for held in self.rows[: len(tokens)]):
+            self._launch()
+            self._running = chosen
+        return chosen
+
+    def _begin(self, token_ids: Sequence[int]) -> None:
+        """Let the GPU hold what a step of the first rows is given; mostly it does, and a token is all that it needs."""
+        count = len(token_ids)
+        for held in self.rows[:count]:
+            self._check_room(held, 1)
+        given, self._running = list(token_ids), None
+        if self._ready.lengths == [held.length for held in self.rows[:count]]:
+            if self._ready.token_ids != given:
+                self._state.put_ids(self._stream, given)
+        else:
+            together = _run_together(count, len(self.rows))
+            for held in self.rows[count:together]:
+                # It has left, and is run along from an empty beginning, over what it held.
+                held.prefix, held.length, held.offset = None, 0, 0
+            self._state.put(self._stream, given, self.rows[:together])
+            self._ready = _Ready(together, [held.length for held in self.rows[:count]])
+        self._ready.token_ids = given
+
+    def _launch(self) -> None:
+        """Ask for a step, for its outputs as the next one's inputs, and for the tokens."""
+        together = self._ready.together
+        if together not in self._steps:
+            self._steps[together] = self._bound_step(together)
+        with self._device.lock:
+            self._steps[together].run()
+            self._state.advance(self._stream)
+            self._stream.download(self._chosen, self._state.address("input_ids"))
+            self._stream.record(self._is_chosen)
+        self._ready.lengths = [length + 1 for length in self._ready.lengths or ()]
+        self._ready.token_ids = None
+
+    def _end(self, count: int) -> None:
+        for held in self.rows[:count]:
+            held.length += 1
+
+    def _fill(self, row: int, length: int) -> None:
+        self.rows[row].length = length
+        self._ready, self._running = _Ready(), None
+
+    def _read(self, array: np.ndarray, address: int) -> None:
+        with self._device.lock:
+            self._stream.download(array, address)
+        self._stream.synchronize()
+
+    def _bound_step(self, rows: int) -> Binding:
+        binding = self._session.binding(is_replayed=True)
+        for name, width in zip(_STATE, (1, 1, self.capacity), strict=True):
+            binding.input_at(name, self._state.address(name), (rows, width), _INT64)
+            binding.output_at(f"next_{name}", self._state.address(name, following=True), (rows, width), _INT64)
+        binding.input("num_logits_to_keep", np.array(1, np.int64))
+        binding.output_at("logits", self._logits.address, (rows, 1, self._vocab_size), _FLOAT32)
+        self._bind_layers(binding, 0, rows)
+        return binding
+
+    def _run_prompt(self, row: int, token_ids: Sequence[int], logits: int, kept: int) -> None:
+        held, count = self.rows[row], len(token_ids)
+        binding, state = self._prompt, self._prompt_state
+        with self._device.lock:
+            state.put_prompt(self._stream, token_ids, held)
+            for name, width in zip(_STATE, (count, count, held.length + count), strict=True):
+                binding.input_at(name, state.address(name), (1, width), _INT64)
+            binding.input("num_logits_to_keep", np.array(0 if kept > 1 else 1, np.int64))
+            binding.output_at("logits", logits, (1, kept, self._vocab_size), _FLOAT32)
+            self._bind_layers(binding, row, 1)
+            binding.run()
+
+    def _bind_layers(self, binding: Binding, row: int, rows: int) -> None:
+        for index, layer in enumerate(self._geometry.layers):
+            shape = (rows, layer.key_value_heads, self.capacity, layer.head_dim)
+            for part, name in enumerate(("key", "value")):
+                address = self._buffer.address(index, part, row)
+                binding.input_at(f"past_key_values.{index}.{name}", address, shape, self._format.dtype)
+                binding.output_at(f"present.{index}.{name}", address, shape, self._format.dtype)
+
+
+class _Ready:
+    """What the GPU holds for the next step, as far as the host knows.
+
+    Attributes:
+        together: rows that are run.
+        lengths: filled positions of those of them that count; None where the GPU holds nothing of use.
+        token_ids: that these are given.
+    """
+
+    def __init__(self, together: int = 0, lengths: list[int] | None = None) -> None:
+        self.together, self.lengths = together, lengths
+        self.token_ids: list[int] | None = None
+
+
+class _State:
+    """The small inputs of a run, [rows, sequence], [rows, sequence] and [rows, capacity] int64, one behind the other.
+
+    Args:
+        device: the GPU.
+        rows: of the batch.
+        capacity: positions of each row.
+        sequence: tokens of each row.
+    """
+
+    def __init__(self, device: Device, rows: int, capacity: int, sequence: int = 1) -> None:
+        self._width, self._capacity = rows * sequence, capacity
+        self._held = device.pinned((2 * self._width + rows * capacity,), _INT64)
+        self._held[:] = 0
+        self._current, self._following = device.allocate(self._held.nbytes), device.allocate(self._held.nbytes)
+
+    def address(self, name: str, *, following: bool = False) -> int:
+        """Where an input lies, or where the run leaves it for the next one."""
+        memory = self._following if following else self._current
+        return memory.address + _STATE.index(name) * self._width * _INT64.itemsize
+
+    def put(self, stream: Stream, token_ids: Sequence[int], rows: Sequence[Row]) -> None:
+        """Let the GPU hold a step of some rows; those without a token are given the first of the vocabulary."""
+        ids, positions, mask = self._parts()
+        ids[: len(token_ids)], ids[len(token_ids) :] = token_ids, 0
+        mask = mask.reshape(-1, self._capacity)
+        for row, held in enumerate(rows):
+            positions[row] = held.position
+            mask[row, : held.length + 1], mask[row, held.length + 1 :] = 1, 0
+        stream.upload(self._current.address, self._held)
+
+    def put_ids(self, stream: Stream, token_ids: Sequence[int]) -> None:
+        """Let the GPU hold other tokens for the same step."""
+        ids = self._parts()[0][: len(token_ids)]
+        ids[:] = token_ids
+        stream.upload(self._current.address, ids)
+
+    def put_prompt(self, stream: Stream, token_ids: Sequence[int], held: Row) -> None:
+        """Let the GPU hold a row's prompt."""
+        ids, positions, mask = self._parts()
+        count = len(token_ids)
+        ids[:count] = token_ids
+        positions[:count] = np.arange(held.position, held.position + count)
+        mask[: held.length + count] = 1
+        stream.upload(self._current.address, self._held)
+
+    def advance(self, stream: Stream) -> None:
+        """Let what the run left be the next one's."""
+        stream.copy(self._current.address, self._following.address, self._held.nbytes)
+
+    def _parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        width = self._width
+        return self._held[:width], self._held[width : 2 * width], self._held[2 * width :]
+
+
+def _run_together(count: int, rows: int) -> int:
+    """How many rows are run where so many count: the next power of two, or all."""
+    return min(1 << (count - 1).bit_length(), rows)

@@ -1,0 +1,44 @@
+"""Where a graph runs, and what an application may choose of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .checks import is_whole
+from .errors import ProviderError
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """The execution provider "cuda", with what an application may choose of it.
+
+    Attributes:
+        device: the GPU's number; an engine runs on one, and a process may have an engine for each.
+        memory_limit: bytes that onnxruntime may take there for weights and intermediate results; None for no limit.
+            Buffers of keys and values are bounded by `load`'s `cache_bytes`, resident prefixes by `prefix_bytes`.
+        stream: the address of a `cudaStream_t` on that GPU that outlives the engine and that all is ordered on; None
+            for one of the engine's own.
+        prefix_bytes: that prefixes may take on the GPU; beyond, the least recently used are on the host alone.
+        uses_graphs: whether decode steps are captured as CUDA graphs and replayed.
+
+    Raises:
+        ProviderError: a setting out of its range.
+    """
+
+    device: int = 0
+    memory_limit: int | None = None
+    stream: int | None = None
+    prefix_bytes: int = 4 << 30
+    uses_graphs: bool = True
+
+    def __post_init__(self) -> None:
+        _check("device", self.device, 0)
+        _check("prefix_bytes", self.prefix_bytes, 0)
+        for name in ("memory_limit", "stream"):
+            if (value := getattr(self, name)) is not None:
+                _check(name, value, 1)
+
+
+def _check(name: str, value: object, least: int) -> None:
+    if not is_whole(value, least):
+        raise ProviderError(f"cuda: {name}: expected a whole number, {least} or more, found {value!r}")
