@@ -74,6 +74,7 @@ def load(
     bundle = Bundle.open(path)
     if verify:
         bundle.verify()
+    _check_provider(bundle, provider)
     limit = bundle.manifest.max_length
     if max_length is not None and not is_whole(max_length, 1, limit):
         raise RequestError(f"max_length: expected 1 to the bundle's {limit}, found {max_length!r}")
@@ -84,6 +85,14 @@ def load(
     # A kept graph has no hashes: who asks for verification gets what was verified.
     kept = None if verify else prepared_graph(bundle, provider)
     return Engine(bundle, _open(bundle, kept, provider, threads), max_length or limit, cache_bytes, max_batch)
+
+
+def _check_provider(bundle: Bundle, provider: str) -> None:
+    if bundle.manifest.cache == "bf16" and provider == "cpu":
+        raise ProviderError(
+            f"{bundle.root}: provider: expected cuda for a bundle in bfloat16, which onnxruntime does not run on a "
+            "CPU, found 'cpu'; build it with --precision fp16 for both"
+        )
 
 
 def _open(bundle: Bundle, kept: Path | None, provider: str, threads: int | None) -> Session:
