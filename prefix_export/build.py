@@ -26,18 +26,19 @@ from .bake import PrefixBank
 from .calibrate import cache_scales, save_scales
 from .clients import GENAI_CONFIG_NAME, genai_config, save_adapters, save_configs, write_json
 from .decoder import Decoder, FastDecoder, PortableDecoder
+from .device import DeviceDecoder
 from .errors import ExportError, ModelError
 from .fold import fold, located
 from .graph import export_graph
 from .lint import lint
-from .models import BaseModel, load_base_model
+from .models import BaseModel, cast_weights, load_base_model
 from .parity import PrefixSource, TaskParity
 from .progress import StepListener
 from .quality import HeldOut, TaskQuality, read_held_out
 from .quantize import Quantization, QuantizedModel, quantization
-from .verification import answer_all, assess_all, certificate, compare_all, observe_all
+from .verification import answer_all, assess_all, certificate, check_can_run, compare_all, observe_all
 
-CACHES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
+CACHES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 """What keys and values may be kept in."""
 
 
@@ -55,10 +56,10 @@ class BuildRequest:
         opset: of ONNX' own operators; None takes the target's.
         graph: of the model, a decoder-with-past in float32 that was exported before, to be used as it is.
         adapters: "onnx" writes an adapter file of onnxruntime's for each task, and a graph that takes them.
-        precision: of the weights: "fp32", "fp16", "int8" or "int4"; None takes the target's first.
+        precision: of the weights: "fp32", "fp16", "bf16", "int8" or "int4"; None takes the target's first.
         block_size: weights that share a scale; None takes `quantize.DEFAULT_BLOCK_SIZES`.
         quantizer: how weights are rounded: "rtn" or "hqq".
-        cache: what keys and values are kept in: "fp32", "fp16" or "int8"; None takes the target's.
+        cache: what keys and values are kept in: "fp32", "fp16", "bf16" or "int8"; None takes the target's.
         held_out: text files, a text a line, on which float32 and what is rounded are compared, by task; the one under
             None is for tasks without one of their own and for the bare model. Where there is none, the demo's.
         verify: compare the graph with the source framework before the bundle is moved into place.
@@ -109,7 +110,6 @@ def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> B
     """
     started = time.perf_counter()
     check_output(request.output)
-    _check_names(request.prefixes)
     plan = _plan(request)
     request = replace(request, precision=plan.precision, cache=plan.cache)
     settings = quantization(plan.precision, request.block_size, request.quantizer)
@@ -122,7 +122,7 @@ def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> B
     on_step("folding prefixes")
     sourced = _fold_all(request, plan, base, max_length)
     prefixes, sources = sourced.prefixes, sourced.sources
-    warnings = (*sourced.warnings, *_warnings(request, plan.target.flavour, base, prefixes, max_length))
+    warnings = (*sourced.warnings, *_warnings(request, plan.target, base, prefixes, max_length))
     _check_held_out_tasks(request, prefixes)
     measured, compared = _split(request, _held_out(request, base, prefixes, max_length))
     in_float = answer_all(base, prefixes, sources, compared, on_step) if request.verify else {}
@@ -161,7 +161,12 @@ def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> B
 
 
 def _plan(request: BuildRequest) -> targets.Plan:
-    """What is to be made."""
+    """What is to be made.
+
+    Raises:
+        PrefixExportError, PrefixRuntimeError: the request contradicts itself, or asks for what cannot be done here.
+    """
+    _check_names(request.prefixes)
     target = "portable" if request.graph is not None and request.target is None else request.target
     plan = targets.plan(
         target, request.mode, request.precision, request.cache, request.opset, adapters=request.adapters
@@ -171,6 +176,8 @@ def _plan(request: BuildRequest) -> targets.Plan:
     if plan.has_adapters and not request.prefixes:
         raise ExportError("adapters: expected at least one prefix to write as an adapter file, found none")
     _check_graph(request, plan)
+    if request.verify:
+        check_can_run(plan.precision)
     return plan
 
 
@@ -247,18 +254,18 @@ def _export(
     scales: tuple[LayerPrefix, ...] | None,
 ) -> int:
     """Write the graph, and return the bytes of weights that a decode step reads."""
-    is_portable = plan.target.flavour == "portable"
-    if plan.precision == "fp16":
-        base.model.half()
+    cast_weights(base.model, CACHES[plan.activations])
     decoder: Decoder
-    if is_portable:
+    if plan.target.flavour == "portable":
         bank = PrefixBank.of(prefixes) if plan.mode == "bake" else None
         decoder = PortableDecoder(base.model, base.layers, CACHES[plan.cache], bank, takes_prefix=plan.has_adapters)
+    elif plan.target.is_for_gpu:
+        decoder = DeviceDecoder(base.model, base.layers, CACHES[plan.cache])
     else:
         decoder = FastDecoder(base.model, base.layers, CACHES[plan.cache], scales)
     path = folder / plan.graph
     path.parent.mkdir(exist_ok=True)
-    with quantized.packed(in_standard_operators=is_portable) if quantized else nullcontext():
+    with quantized.packed(plan.target) if quantized else nullcontext():
         return export_graph(
             decoder,
             base.geometry.context_length,
@@ -423,7 +430,7 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def _warnings(
-    request: BuildRequest, flavour: str, base: BaseModel, prefixes: Mapping[str, Prefix], max_length: int
+    request: BuildRequest, target: targets.Target, base: BaseModel, prefixes: Mapping[str, Prefix], max_length: int
 ) -> list[str]:
     found = []
     positions = base.model.config.get_text_config().max_position_embeddings
@@ -432,7 +439,7 @@ def _warnings(
             f"{request.model}: the context is {base.geometry.context_length} of {positions} positions: beyond, the "
             "model's rotary scaling changes what is cached"
         )
-    if request.cache == "fp16" and flavour == "fast":
+    if request.cache == "fp16" and target.flavour == "fast" and not target.is_for_gpu:
         found.append("cache fp16: on a CPU onnxruntime widens the whole buffer in every step: slower than fp32, int8")
     if base.tokenizer is None:
         found.append(f"{request.model} has no tokenizer: the bundle takes token ids, not text")

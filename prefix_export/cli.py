@@ -55,7 +55,7 @@ def main() -> None:
     show_default=True,
     help="feed: prefixes are the graph's first past, tasks come and go. bake: the graph holds them, for other clients.",
 )
-@click.option("--target", help="cpu, portable or web. Default: cpu; with --mode bake portable.")
+@click.option("--target", help="cpu, cuda, portable or web. Default: cpu; with --mode bake portable.")
 @click.option("--opset", type=int, help="Of ONNX' own operators, 18 to 23. Default: 21.")
 @click.option(
     "--graph",
@@ -65,10 +65,15 @@ def main() -> None:
 @click.option(
     "--adapters", metavar="onnx", help="Also write onnxruntime's adapter file for each task; portable graphs."
 )
-@click.option("--precision", help="Of the weights: fp32, fp16, int8 or int4. Default: fp32; for the web int8.")
+@click.option(
+    "--precision",
+    help="Of the weights: fp32, fp16, bf16, int8 or int4. Default: fp32; for cuda fp16, for the web int8.",
+)
 @click.option("--block-size", type=int, help="Weights that share a scale. Default: 128 for int8, 32 for int4.")
 @click.option("--quantizer", default="rtn", show_default=True, help="rtn rounds to nearest; hqq searches zero points.")
-@click.option("--cache", help="Keys and values are kept in: fp32, fp16 or int8. Default: fp32, or fp16 as the weights.")
+@click.option(
+    "--cache", help="Keys and values are kept in: fp32, fp16, bf16 or int8. Default: fp32, or as the weights."
+)
 @click.option(
     "--held-out",
     metavar="[TASK=]TEXT_FILE",

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from prefix_runtime import LayerPrefix
 
 from .attention import AttentionLayer, GroupQueryAttention, PastAttention, PortableAttention, attention
 from .bake import PrefixBank
+from .stand_ins import plain_projection, stand_ins
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values of each layer."""
@@ -47,6 +47,15 @@ class Decoder(torch.nn.Module):
             *self.pairs("past_key_values"),
             "num_logits_to_keep",
         ]
+
+    @property
+    def outputs(self) -> list[str]:
+        """The outputs' names, in order."""
+        return ["logits", *self.pairs("present")]
+
+    def stand_ins(self) -> AbstractContextManager[None]:
+        """Put in place of the model's modules, for the trace, what computes the same in fewer nodes."""
+        return stand_ins(self.model, plain_projection)
 
     def pairs(self, name: str) -> list[str]:
         """Names for each layer's keys and values."""
@@ -115,10 +124,19 @@ class Decoder(torch.nn.Module):
                 input_ids=input_ids,
                 position_ids=position_ids,
                 use_cache=False,
-                logits_to_keep=_kept(num_logits_to_keep, input_ids.shape[1]),
+                logits_to_keep=self._kept(num_logits_to_keep, input_ids),
             )
         present = [tensor for index in range(len(self.layers)) for tensor in function.present[index]]
         return (output.logits.float(), *present)
+
+    def _kept(self, count: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor | slice:
+        """The positions whose logits are wanted: the last `count`, or all for 0."""
+        sequence = input_ids.shape[1]
+        first = torch.where(count == 0, 0, sequence - count).item()
+        # The trace knows nothing of this number: what it may be has to be said.
+        torch._check(first >= 0)  # noqa: SLF001  # torch documents it for torch.export
+        torch._check(first <= sequence)  # noqa: SLF001
+        return torch.arange(first, sequence)
 
 
 class FastDecoder(Decoder):
@@ -264,31 +282,6 @@ class PortableDecoder(Decoder):
         return chosen, seen.index_select(0, place), bases.index_select(0, place)
 
 
-class _Projection(torch.nn.Module):
-    """What transformers' `Conv1D` computes, without the reshapes that it puts around."""
-
-    def __init__(self, original: Conv1D) -> None:
-        super().__init__()
-        self.weight, self.bias = original.weight, original.bias
-
-    def forward(self, activation: torch.Tensor) -> torch.Tensor:
-        """[..., inputs] to [..., outputs]."""
-        return activation @ self.weight + self.bias
-
-
-@contextmanager
-def plain_projections(model: PreTrainedModel) -> Iterator[None]:
-    """Trace `Conv1D` (GPT-2's linear layer) as a `MatMul` and an `Add`."""
-    before = {name: module for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    try:
-        for name, module in before.items():
-            model.set_submodule(name, _Projection(module))
-        yield
-    finally:
-        for name, module in before.items():
-            model.set_submodule(name, module)
-
-
 def _size(tensor: torch.Tensor, axis: int) -> torch.Tensor:
     """An axis' size, a scalar int64 of the graph: `tensor.shape[axis]` would be a number of the trace."""
     shape = torch.onnx.ops.symbolic(
@@ -303,12 +296,3 @@ def _as_bool(mask: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
         "Cast", (mask,), attrs={"to": 9}, dtype=torch.bool, shape=shape, version=19
     )
     return found
-
-
-def _kept(count: torch.Tensor, sequence: int) -> torch.Tensor:
-    """The positions whose logits are wanted: the last `count` of `sequence`, or all for 0."""
-    first = torch.where(count == 0, 0, sequence - count).item()
-    # The trace knows nothing of this number: what it may be has to be said.
-    torch._check(first >= 0)  # noqa: SLF001  # torch documents it for torch.export
-    torch._check(first <= sequence)  # noqa: SLF001
-    return torch.arange(first, sequence)

@@ -14,6 +14,11 @@ operators, they are past and new tokens, and `num_logits_to_keep` may be left ou
 the client's own tokens alone, in past, mask and positions; with several it has an input `task_id` `[batch_size]` int64.
 So does a graph that takes a prefix as inputs of its own, which may be left out, as its past may be: onnxruntime's
 adapter files give them.
+
+A graph for a GPU (fast flavour) has three outputs more, which keep greedy decode steps on the device: `next_input_ids`,
+`next_position_ids` `[batch_size, 1]` and `next_attention_mask` `[batch_size, total_sequence_length]` int64, a step's
+inputs behind the one that made them: the token of the largest logit of the last position, the lowest of several; the
+last position's successor; and, of a mask of ones and then zeros, one with a one more.
 """
 
 from __future__ import annotations
@@ -30,8 +35,10 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from .decoder import Decoder, PortableDecoder, plain_projections
+from .decoder import Decoder, PortableDecoder
+from .device import DeviceDecoder
 from .errors import ExportError
+from .fuse import fuse
 from .simplify import simplify
 
 _MOST_IN_ONE_FILE = 2_000_000_000
@@ -63,12 +70,14 @@ def export_graph(decoder: Decoder, positions: int, path: Path, *, opset: int, ha
         ExportError: torch cannot trace the model, or the trace breaks the contract.
         OSError: the disk is full or not writable.
     """
-    with plain_projections(decoder.model):
+    with decoder.stand_ins():
         program = _trace(decoder.eval(), opset)
     graph = program.model
     _name_axes(graph)
     with _quiet():
         simplify(graph, positions)
+        if isinstance(decoder, DeviceDecoder):
+            fuse(graph)
     _drop_traces_of_the_machine(graph)
     if isinstance(decoder, PortableDecoder):
         _check_operators(graph)
@@ -110,7 +119,7 @@ def _trace(decoder: Decoder, opset: int) -> torch.onnx.ONNXProgram:
                 kwargs=decoder.example(),
                 dynamic_shapes=decoder.dynamic_shapes(),
                 input_names=decoder.names,
-                output_names=["logits", *decoder.pairs("present")],
+                output_names=decoder.outputs,
                 opset_version=opset,
                 dynamo=True,
                 verbose=False,

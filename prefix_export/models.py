@@ -112,6 +112,12 @@ def _digest(parameter: torch.nn.Parameter) -> str:
     return digest.hexdigest()
 
 
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Keep a model's weights in another type, in place; what it computes positions by stays in float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def load_config(name: str) -> PreTrainedConfig:
     """A model's configuration by its Hub id or folder.
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import save_file
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from prefix_runtime import Engine, Prefix
+from prefix_runtime import Engine, Manifest, Prefix
 
 from . import formats
 from .errors import CheckpointError, ParityError, PrefixExportError
@@ -25,10 +25,10 @@ from .formats import peft as peft_format
 from .formats.checkpoint import Checkpoint
 from .models import BaseModel, cached
 
-ABSOLUTE_TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.5, "fp16 weights": 5e-2}
+ABSOLUTE_TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.5, "fp16 weights": 5e-2, "bf16 weights": 0.4}
 """Largest difference of a logit that is accepted, by what keys and values are kept in; or where all is float16."""
 
-RELATIVE_TOLERANCES = {"fp32": 1e-5, "fp16": 2e-3, "int8": 0.1, "fp16 weights": 5e-3}
+RELATIVE_TOLERANCES = {"fp32": 1e-5, "fp16": 2e-3, "int8": 0.1, "fp16 weights": 5e-3, "bf16 weights": 4e-2}
 """The same as a part of the largest logit, for models whose logits go beyond 10, where float32 itself is coarser."""
 
 _PROMPT_LENGTHS = (1, 7, 33)
@@ -253,8 +253,8 @@ def compare(expectation: Expectation, engine: Engine, task: str | None) -> TaskP
     # Not Python's max, which drops a NaN.
     difference = float(np.max([np.abs(logits - engine.logits(prompt, task)).max() for prompt, logits, _ in expected]))
     largest = max(float(np.abs(logits).max()) for logits in expectation.logits)
-    cache = engine.bundle.manifest.cache
-    kind = "fp16 weights" if engine.bundle.manifest.precision == "fp16" else cache
+    manifest = engine.bundle.manifest
+    kind = _kind(manifest)
     tolerance = max(ABSOLUTE_TOLERANCES[kind], RELATIVE_TOLERANCES[kind] * largest)
     # Alone and together: what pads rows on the left may count positions and lengths otherwise.
     alone = [engine.generate(token_ids=prompt, task=task, max_new_tokens=len(tokens)) for prompt, _, tokens in expected]
@@ -268,8 +268,16 @@ def compare(expectation: Expectation, engine: Engine, task: str | None) -> TaskP
     ties = sum(0 < gap <= 2 * tolerance for gap in partings)
     equal = all(gap <= 2 * tolerance for gap in partings)
     result = TaskParity(expectation.reference, difference, tolerance, equal, ties, len(expected))
-    _refuse_disagreement(task, result, cache)
+    _refuse_disagreement(task, result, manifest.cache)
     return result
+
+
+def _kind(manifest: Manifest) -> str:
+    """What rounds in a bundle's graph, as tolerances are named."""
+    if manifest.precision == "bf16":
+        return "bf16 weights"
+    # For a GPU activations are of 16 bits whatever the weights are.
+    return "fp16 weights" if manifest.precision == "fp16" or manifest.target == "cuda" else manifest.cache
 
 
 def _parting(

@@ -8,9 +8,10 @@ float32: the source framework runs it as it is, and is what the graph is compare
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import ExportError
+from .targets import Target
 
 BITS = {"int8": 8, "int4": 4}
 METHODS = ("rtn", "hqq")
@@ -164,10 +166,13 @@ class QuantizedModel:
                 self._packed[name] = done[id(weight)]
 
     @contextmanager
-    def packed(self, *, in_standard_operators: bool = False) -> Iterator[None]:
-        """Put modules that emit onnxruntime's operators, or ONNX' own, in the place of linear layers, for the trace."""
+    def packed(self, target: Target) -> Iterator[None]:
+        """Put modules that emit a target's operators in the place of linear layers and embedding, for the trace."""
         before = {name: self._model.get_submodule(name) for name in self._packed}
-        emitted = _STANDARD if in_standard_operators else _ONNXRUNTIMES
+        if target.is_for_gpu and self.settings.method == "hqq":
+            # The operator takes zero points of 4 bits in other places there (onnxruntime 1.32): looked up as it is.
+            before = {name: module for name, module in before.items() if not isinstance(module, torch.nn.Embedding)}
+        emitted = _GPU if target.is_for_gpu else _ONNXRUNTIMES if target.flavour == "fast" else _STANDARD
         shared: dict[int, torch.nn.Module] = {}
         try:
             for name, module in before.items():
@@ -225,6 +230,8 @@ def _emitting(
 class _QuantizedLinear(torch.nn.Module):
     """Emits `com.microsoft::MatMulNBits` (onnxruntime 1.32, docs/ContribOperators.md)."""
 
+    _settings: Mapping[str, int] = MappingProxyType({"accuracy_level": _ACCURACY_LEVEL})
+
     def __init__(self, packed: _Packed, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.packed = packed
@@ -232,8 +239,11 @@ class _QuantizedLinear(torch.nn.Module):
 
     def forward(self, activation: torch.Tensor) -> torch.Tensor:
         """[..., inputs] to [..., outputs]."""
-        weight = self.packed.weight
-        inputs = [activation, self.packed.values, self.packed.scales, self.packed.zero_points, None, self.bias]
+        return self._product(activation, self.bias)
+
+    def _product(self, activation: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        weight, outputs = self.packed.weight, self.packed.values.shape[0]
+        inputs = [activation, self.packed.values, self.packed.scales, self.packed.zero_points, None, bias]
         while inputs[-1] is None:
             inputs.pop()
         output: torch.Tensor = torch.onnx.ops.symbolic(
@@ -241,13 +251,13 @@ class _QuantizedLinear(torch.nn.Module):
             inputs,
             attrs={
                 "K": weight.inputs,
-                "N": weight.outputs,
+                "N": outputs,
                 "bits": weight.settings.bits,
                 "block_size": weight.settings.block_size,
-                "accuracy_level": _ACCURACY_LEVEL,
+                **self._settings,
             },
             dtype=activation.dtype,
-            shape=(*activation.shape[:-1], weight.outputs),
+            shape=(*activation.shape[:-1], outputs),
             version=1,
         )
         return output
@@ -280,7 +290,7 @@ class _QuantizedEmbedding(torch.nn.Module):
             "com.microsoft::GatherBlockQuantized",
             inputs,
             attrs=attributes,
-            dtype=torch.float32,
+            dtype=self.packed.scales.dtype,
             shape=(*token_ids.shape, blocks, weight.settings.block_size),
             version=1,
         )
@@ -294,6 +304,33 @@ def _bytes_of_zero_points(weight: PackedWeight) -> torch.Tensor | None:
         return None
     zeros = _unpacked(weight.zero_points, weight.settings.bits)
     return zeros[:, : weight.scales.shape[1], None].contiguous()
+
+
+class _PackedForGpu(_Packed):
+    """The same with scales of float16, and as many rows as onnxruntime's kernel for one row of activations takes.
+
+    With a number of outputs that is no multiple of 8 it would widen the whole weight in every step (1.32).
+    """
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__(weight)
+        missing = -weight.outputs % 64 if weight.outputs % 8 else 0
+        self.scales = self.scales.half()
+        for name, tensor in list(self.named_buffers()):
+            setattr(self, name, torch.nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, missing)))
+
+
+class _GpuLinear(_QuantizedLinear):
+    """The same for CUDA, with the bias apart: the operator adds it in a kernel of its own, what follows for nothing."""
+
+    _settings: Mapping[str, int] = MappingProxyType({})
+
+    def forward(self, activation: torch.Tensor) -> torch.Tensor:
+        """[..., inputs] to [..., outputs]."""
+        output = self._product(activation, None)
+        outputs = self.packed.weight.outputs
+        output = output if output.shape[-1] == outputs else output[..., :outputs]
+        return output if self.bias is None else output + self.bias
 
 
 class _Rounded(torch.nn.Module):
@@ -359,6 +396,7 @@ class _RoundedEmbedding(torch.nn.Module):
 
 
 _ONNXRUNTIMES = (_Packed, _QuantizedLinear, _QuantizedEmbedding)
+_GPU = (_PackedForGpu, _GpuLinear, _QuantizedEmbedding)
 _STANDARD = (_Rounded, _RoundedLinear, _RoundedEmbedding)
 
 

@@ -8,7 +8,7 @@ one projection; rotary positions, which attention applies itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +18,8 @@ from onnxscript.rewriter.ort_fusions.rotary_embedding import fuse_rotary_embeddi
 
 _ATTENTION = "GroupQueryAttention"
 _TO_HEADS_FIRST = [0, 2, 1, 3]
+# The operators of a linear layer, with the axis of its outputs in their constants.
+_PRODUCTS = {"MatMul": 1, "FusedMatMul": 0, "MatMulNBits": 0}
 
 
 def simplify(model: ir.Model, positions: int) -> None:
@@ -34,6 +36,7 @@ def simplify(model: ir.Model, positions: int) -> None:
         _apply_rotary_in_attention(model, node, positions, tables)
     passes.InlinePass()(model)  # rotary embeddings that attention cannot apply become what they were
     for node in _attention(model):
+        _absorb_scale(node)
         _pack_split(node)
         _pack_projections(model, node)
     passes.CommonSubexpressionEliminationPass()(model)
@@ -71,14 +74,56 @@ def _size(axis: int | ir.SymbolicDim) -> int | str | None:
     return axis.value if isinstance(axis, ir.SymbolicDim) else axis
 
 
-def _pack_split(node: ir.Node) -> None:
-    """Query, key and value that are split off one tensor: attention takes the tensor."""
-    sources = {value.producer() for value in node.inputs[:3] if value is not None}
-    split = next(iter(sources))
-    if len(sources) != 1 or split is None or split.op_type != "Split":
+def _absorb_scale(node: ir.Node) -> None:
+    """A query that is multiplied with a number: attention multiplies its products with it."""
+    query = node.inputs[0]
+    product = query.producer() if query is not None else None
+    if (
+        product is None
+        or product.op_type != "Mul"
+        or product.inputs[1] is None
+        or product.inputs[1].const_value is None
+    ):
         return
-    if list(split.outputs) == list(node.inputs[:3]):
-        _set_packed(node, split.inputs[0])
+    factor = product.inputs[1].const_value.numpy()
+    if factor.size == 1:
+        scale = node.attributes["scale"].as_float() * float(factor.item())
+        node.attributes["scale"] = ir.AttrFloat32("scale", scale)
+        node.replace_input_with(0, product.inputs[0])
+
+
+def _pack_split(node: ir.Node) -> None:
+    """Query, key and value that are cut out of one tensor, one behind the other: attention takes the tensor."""
+    parts = [value.producer() for value in node.inputs[:3] if value is not None]
+    first = parts[0] if parts else None
+    if first is None or len(parts) < 3 or any(part is None or part.inputs[0] is not first.inputs[0] for part in parts):
+        return
+    is_split = first.op_type == "Split" and list(first.outputs) == list(node.inputs[:3])
+    if is_split or _are_all_of_one([part for part in parts if part is not None]):
+        _set_packed(node, first.inputs[0])
+
+
+def _are_all_of_one(slices: Sequence[ir.Node]) -> bool:
+    """Whether slices of one tensor's last axis leave nothing out between its beginning and its end."""
+    source = slices[0].inputs[0]
+    if source is None or source.shape is None or any(node.op_type != "Slice" for node in slices):
+        return False
+    bounds = [_bounds(node) for node in slices]
+    size, end = source.shape[-1], 0
+    for found in bounds:
+        if found is None or found[0] != end or found[2:] not in ((len(source.shape) - 1, 1), (-1, 1)):
+            return False
+        end = found[1]
+    return isinstance(size, int) and end >= size
+
+
+def _bounds(node: ir.Node) -> tuple[int, ...] | None:
+    """A slice's start, end, axis and step, where it has one axis and they are constants."""
+    constants = [value.const_value for value in node.inputs[1:] if value is not None]
+    found = [constant.numpy() for constant in constants if constant is not None]
+    if len(found) < 4 or any(array.size != 1 for array in found):
+        return None
+    return tuple(int(array.item()) for array in found)
 
 
 def _set_packed(node: ir.Node, packed: ir.Value | None) -> None:
@@ -88,11 +133,19 @@ def _set_packed(node: ir.Node, packed: ir.Value | None) -> None:
 
 @dataclass(frozen=True)
 class _Projection:
-    """A linear layer: the node that multiplies, its activation, its constants, and the axis of its outputs in each."""
+    """A linear layer.
+
+    Attributes:
+        node: that multiplies.
+        constants: its weights, as one or several tensors.
+        axes: of the layer's outputs in each of them.
+        bias: that is added, by a node of its own, or None.
+    """
 
     node: ir.Node
     constants: tuple[ir.Value, ...]
     axes: tuple[int, ...]
+    bias: ir.Value | None = None
 
 
 def _pack_projections(model: ir.Model, node: ir.Node) -> None:
@@ -119,23 +172,36 @@ def _pack_projections(model: ir.Model, node: ir.Node) -> None:
     )
     packed.outputs[0].type = first.node.outputs[0].type
     model.graph.insert_before(first.node, packed)
-    _set_packed(node, packed.outputs[0])
+    output = packed.outputs[0]
+    biases = [projection.bias for projection in projections if projection.bias is not None]
+    if biases:
+        added = ir.node("Add", [output, _concatenated(model, biases, 0)])
+        added.outputs[0].type = output.type
+        model.graph.insert_after(packed, added)
+        output = added.outputs[0]
+    _set_packed(node, output)
 
 
 def _projection(value: ir.Value | None) -> _Projection | None:
     node = value.producer() if value is not None else None
-    if node is None or node.op_type not in ("MatMul", "MatMulNBits"):
+    if node is None:
+        return None
+    if node.op_type == "Add":
+        inner, bias = _projection(node.inputs[0]), node.inputs[1]
+        is_bias = bias is not None and bias.const_value is not None and bias.const_value.shape.rank() == 1
+        return replace(inner, bias=bias) if inner is not None and inner.bias is None and is_bias else None
+    if node.op_type not in _PRODUCTS:
         return None
     constants = tuple(value for value in node.inputs[1:] if value is not None)
     if any(value.const_value is None or len(value.uses()) > 1 for value in constants):
         return None
-    return _Projection(node, constants, (1,) if node.op_type == "MatMul" else (0,) * len(constants))
+    return _Projection(node, constants, (_PRODUCTS[node.op_type],) * len(constants))
 
 
 def _alike(projections: Sequence[_Projection]) -> bool:
     def kind(projection: _Projection) -> tuple[object, ...]:
         node = projection.node
-        given = tuple(value is not None for value in node.inputs)
+        given = tuple(value is not None for value in (*node.inputs, projection.bias))
         settings = {name: attribute.value for name, attribute in node.attributes.items() if name != "N"}
         return node.op_type, node.inputs[0], given, sorted(settings.items())
 

@@ -23,6 +23,7 @@ class Target:
         modes: whether prefixes are fed, baked, or either.
         graphs: the graph's path in the bundle, by precision of the weights, the default first.
         has_weights_apart: whether the weights lie in a file of their own, beside the graph.
+        is_for_gpu: whether CUDA kernels run the graph; activations are then of 16 bits.
     """
 
     flavour: str
@@ -31,6 +32,7 @@ class Target:
     modes: tuple[str, ...]
     graphs: Mapping[str, str]
     has_weights_apart: bool
+    is_for_gpu: bool = False
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -39,6 +41,7 @@ class Target:
 
 
 _FAST_CACHES = ("fp32", "fp16", "int8")
+_CUDA_CACHES = MappingProxyType({"fp16": ("fp16",), "bf16": ("bf16",), "int4": ("fp16",), "int8": ("fp16",)})
 _PORTABLE_CACHES = MappingProxyType({"fp32": ("fp32",), "fp16": ("fp16",), "int8": ("fp32",)})
 
 # Opset 21 has the blockwise DequantizeLinear that 8-bit weights need. optimum, onnxruntime-genai and transformers.js
@@ -52,6 +55,16 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             modes=("feed",),
             graphs=MappingProxyType(dict.fromkeys(("fp32", "int8", "int4"), "model.onnx")),
             has_weights_apart=True,
+        ),
+        # Opset 21 again: of no newer one has onnxruntime 1.32 every CUDA kernel.
+        "cuda": Target(
+            flavour="fast",
+            opset=21,
+            caches=_CUDA_CACHES,
+            modes=("feed",),
+            graphs=MappingProxyType(dict.fromkeys(_CUDA_CACHES, "model.onnx")),
+            has_weights_apart=True,
+            is_for_gpu=True,
         ),
         "portable": Target(
             flavour="portable",
@@ -90,6 +103,13 @@ class Plan:
     cache: str
     opset: int
     has_adapters: bool = False
+
+    @property
+    def activations(self) -> str:
+        """What the graph computes in: "fp32", "fp16" or "bf16"."""
+        if self.precision in ("fp16", "bf16"):
+            return self.precision
+        return "fp16" if self.target.is_for_gpu else "fp32"
 
     @property
     def graph(self) -> str:

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import onnx
 
-from prefix_runtime import Bundle, Engine, Prefix, load
-from prefix_runtime.session import Session
+from prefix_runtime import Bundle, Engine, Prefix, ProviderError, load
+from prefix_runtime.session import Session, check_provider
 
+from .errors import ExportError
 from .models import BaseModel
 from .parity import Expectation, PrefixSource, TaskParity, compare, observe, reference
 from .progress import StepListener, shown_task
 from .quality import Answers, HeldOut, TaskQuality, answers, assess
-from .quantize import as_exact
+from .quantize import BITS, as_exact
 
 Sources = Mapping[str, PrefixSource | None]
 """The checkpoint that each task's prefix was folded from, where it is at hand."""
@@ -77,6 +78,7 @@ def compare_all(
     """
     on_step("opening the bundle")
     bundle = Bundle.open(folder)
+    check_can_run(bundle.manifest.precision)
     parity = {}
     with _exact_engine(bundle) as engine:
         for task, expectation in expected.items():
@@ -89,7 +91,7 @@ def assess_all(
     folder: Path, expected: Mapping[str | None, FloatAnswers], on_step: StepListener
 ) -> dict[str | None, TaskQuality]:
     """A bundle as it is run against the float32 model, on the same texts."""
-    engine = load(folder)
+    engine = load(folder, provider=_provider(Bundle.open(folder).manifest.target))
     found = {}
     for task, in_float in expected.items():
         on_step(f"reading held-out text: {shown_task(task)}")
@@ -119,13 +121,38 @@ def _by_task(results: Mapping[str | None, dict[str, object]]) -> dict[str, objec
 def _exact_engine(bundle: Bundle) -> Iterator[Engine]:
     # The bundle's own graph, not what may be kept of it.
     manifest = bundle.manifest
-    if manifest.flavour == "portable" or manifest.precision == "fp32":
-        yield Engine(bundle, Session(bundle.graph_path, is_exact=True), manifest.max_length)
+    provider = _provider(manifest.target)
+    if manifest.flavour == "portable" or manifest.precision not in BITS:
+        yield Engine(bundle, Session(bundle.graph_path, provider, is_exact=True), manifest.max_length)
         return
     with tempfile.TemporaryDirectory(dir=bundle.root.absolute().parent, prefix=".exact.") as folder:
         graph = Path(folder) / bundle.graph_path.name
         _write_exact_graph(bundle.graph_path, graph)
-        yield Engine(bundle, Session(graph), manifest.max_length)
+        yield Engine(bundle, Session(graph, provider), manifest.max_length)
+
+
+def check_can_run(precision: str) -> None:
+    """Refuse to verify what only a GPU runs where there is none.
+
+    Raises:
+        ExportError
+    """
+    if precision == "bf16" and _provider("cuda") == "cpu":
+        raise ExportError(
+            "precision bf16: expected a GPU and onnxruntime-gpu to verify the graph with, found neither runs here: "
+            "build it there, or with --no-verify"
+        )
+
+
+def _provider(target: str) -> str:
+    """What runs a target's graph here: a CPU runs graphs for a GPU in float16, slowly."""
+    if target != "cuda":
+        return "cpu"
+    try:
+        check_provider(target)
+    except ProviderError:
+        return "cpu"
+    return target
 
 
 def _write_exact_graph(source: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""What keys and values are kept in: float32, float16, or 8 bits with a scale for each channel."""
+"""What keys and values are kept in: float32, float16, bfloat16, or 8 bits with a scale for each channel."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .tensor_file import TensorFile
 CACHE_TYPES: dict[str, np.dtype] = {
     "fp32": np.dtype(np.float32),
     "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(np.uint16),  # numpy has no bfloat16: its bits
     "int8": np.dtype(np.int8),
 }
 """By the manifest's name."""
@@ -32,7 +33,7 @@ class CacheFormat:
     """What the keys and values of a graph's past and present are kept in.
 
     Attributes:
-        dtype: of the arrays.
+        dtype: of the arrays; uint16 stands for bfloat16's bits.
         scales: for int8 each layer's, [num_key_value_heads, 1, head_dim] float32; a kept number times its scale is the
             value. The graph knows the same. None for others.
     """
@@ -53,6 +54,8 @@ class CacheFormat:
     def stored(self, prefix: Prefix) -> Iterable[tuple[np.ndarray, np.ndarray]]:
         """Each layer's keys and values as they are kept, [num_key_value_heads, prefix_length, head_dim]."""
         layers = prefix.sites["decoder"]
+        if self.dtype == CACHE_TYPES["bf16"]:
+            return ((bfloat16_bits(layer.key), bfloat16_bits(layer.value)) for layer in layers)
         if self.scales is None:
             return ((layer.key, layer.value) for layer in layers)
         pairs = zip(layers, self.scales, strict=True)
@@ -73,6 +76,14 @@ class CacheFormat:
                         f"found one {reached:.2f} times as large; build the bundle anew with this prefix, or with "
                         "--cache fp32"
                     )
+
+
+def bfloat16_bits(array: np.ndarray) -> np.ndarray:
+    """Finite floats rounded to bfloat16, to nearest, ties to even, as its bits, uint16."""
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    # The half below the kept one, less one where that is even, carries into it as rounding does.
+    rounded: np.ndarray = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return rounded
 
 
 def _rounded(array: np.ndarray, scale: np.ndarray) -> np.ndarray:

@@ -80,6 +80,7 @@ def load(
     bundle = Bundle.open(path)
     if verify:
         bundle.verify()
+    _check_provider(bundle, provider)
     limit = bundle.manifest.max_length
     if max_length is not None and not is_whole(max_length, 1, limit):
         raise RequestError(f"max_length: expected 1 to the bundle's {limit}, found {max_length!r}")
@@ -107,6 +108,14 @@ def _open_on_gpu(bundle: Bundle, options: Cuda) -> Session:
     if bundle.manifest.flavour == "portable":  # what it is bound to is another in every step
         options = replace(options, uses_graphs=False)
     return Session(bundle.graph_path, "cuda", device=Device(options))
+
+
+def _check_provider(bundle: Bundle, provider: str) -> None:
+    if bundle.manifest.cache == "bf16" and provider == "cpu":
+        raise ProviderError(
+            f"{bundle.root}: provider: expected cuda for a bundle in bfloat16, which onnxruntime does not run on a "
+            "CPU, found 'cpu'; build it with --precision fp16 for both"
+        )
 
 
 def _open(bundle: Bundle, kept: Path | None, provider: str, threads: int | None) -> Session:

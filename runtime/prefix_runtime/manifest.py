@@ -64,13 +64,13 @@ class Manifest:
             tasks' names, which are its `task_id`s.
         flavour: "fast": past and present share one buffer (com.microsoft GroupQueryAttention); "portable": standard
             operators, the present is the past and what is new.
-        precision: of the weights: "fp32", "fp16", "int8" or "int4".
-        target: what the graph was made for: "cpu", "portable" or "web".
+        precision: of the weights: "fp32", "fp16", "bf16", "int8" or "int4".
+        target: what the graph was made for: "cpu", "cuda", "portable" or "web".
         graph: the graph's path.
         weight_bytes: of the weights that one decode step reads.
         files: every file but the prefixes and the manifest itself, by path.
         tasks: by name.
-        cache: what keys and values are kept in: "fp32", "fp16" or "int8".
+        cache: what keys and values are kept in: "fp32", "fp16", "bf16" or "int8".
         block_size: weights that share a scale, at most; None for "fp32".
         quantizer: how weights were rounded, "rtn" or "hqq"; None for "fp32".
         parity: the certificate that `build` wrote, or None where it was told not to verify.
@@ -262,8 +262,8 @@ def _read_manifest(fields: _Fields) -> Manifest:
         max_length=fields.count("max_length", least=1),
         mode=fields.choice("mode", "feed", "bake"),
         flavour=fields.choice("flavour", "fast", "portable"),
-        precision=fields.choice("precision", "fp32", "fp16", "int8", "int4"),
-        target=fields.choice("target", "cpu", "portable", "web"),
+        precision=fields.choice("precision", "fp32", "fp16", "bf16", "int8", "int4"),
+        target=fields.choice("target", "cpu", "cuda", "portable", "web"),
         graph=graph,
         weight_bytes=fields.count("weight_bytes", least=1),
         files=files,

@@ -19,7 +19,7 @@ DEFAULT_PREFIX_LENGTHS = (0, 1, 5, 10, 20, 50, 100, 200)
 MOST_TASKS = 8
 """Of a bundle that are measured where none are named."""
 
-BYTES_PER_VALUE = {"fp32": 4, "fp16": 2, "int8": 1}
+BYTES_PER_VALUE = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 """Of keys and values, by the type of their buffers."""
 
 _CONFIDENCE = 0.95
@@ -207,7 +207,7 @@ class Subject:
         name: of its folder.
         model: as the manifest names it.
         precision: of the weights.
-        cache: the type of the key/value buffers: "fp32", "fp16" or "int8".
+        cache: the type of the key/value buffers: "fp32", "fp16", "bf16" or "int8".
         weight_bytes: that one decode step reads.
         values_per_position: numbers in the keys and values of one position, all layers.
     """

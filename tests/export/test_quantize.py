@@ -13,6 +13,7 @@ import prefix_runtime
 from prefix_export.build import BuildRequest, build, verify_against
 from prefix_export.errors import ExportError
 from prefix_export.quantize import DEFAULT_BLOCK_SIZES, Quantization, QuantizedModel, pack, quantization
+from prefix_export.targets import TARGETS
 from prefix_runtime import Bundle
 
 EACH = [
@@ -95,7 +96,7 @@ class TestModel:
     def test_a_model_keeps_its_modules_and_gets_rounded_weights(self, workshop, architecture):
         before, model = (AutoModelForCausalLM.from_pretrained(workshop.model(architecture)) for _ in range(2))
         quantized = QuantizedModel(model, Quantization(4, 32))
-        with quantized.packed():
+        with quantized.packed(TARGETS["cpu"]):
             assert type(model.get_output_embeddings()) is not torch.nn.Linear
         assert [type(module) for module in model.modules()] == [type(module) for module in before.modules()]
         changed = {
