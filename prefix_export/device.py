@@ -52,7 +52,8 @@ class DeviceDecoder(FastDecoder):
 
     def stand_ins(self) -> AbstractContextManager[None]:
         """See `Decoder`."""
-        return stand_ins(self.model, few_kernels)
+        table = self.model.get_input_embeddings().get_parameter("weight")
+        return stand_ins(self.model, lambda module: few_kernels(module, table))
 
     def _kept(self, count: torch.Tensor, input_ids: torch.Tensor) -> slice:
         """See `Decoder`: a slice, which one kernel takes."""

@@ -292,11 +292,22 @@ def _before_rotation(model: ir.Model, attention: ir.Node, rotation: ir.Node | No
 
 def _tables(model: ir.Model, angles: Sequence[ir.Value | None], positions: int) -> tuple[ir.Value, ir.Value]:
     """Cosines and sines [positions, head_dim / 2] float32, by the graph's own computation from `position_ids`."""
-    part = ir.convenience.extract(model.graph, ["position_ids"], [value for value in angles if value is not None])
+    # Some versions of torch read the batch's size off another input: all are there.
+    feeds = {str(value.name): _example(value, positions) for value in model.graph.inputs}
+    feeds["position_ids"] = np.arange(positions, dtype=np.int64)[None]
+    part = ir.convenience.extract(model.graph, list(feeds), [value for value in angles if value is not None])
     computation = ReferenceEvaluator(ir.to_proto(ir.Model(part, ir_version=model.ir_version)))
-    feeds = {"position_ids": np.arange(positions, dtype=np.int64)[None]}
     found = [np.asarray(array) for array in computation.run(None, feeds)]
     halves = [np.ascontiguousarray(array.reshape(positions, -1)[:, : array.shape[-1] // 2]) for array in found]
     names = [f"{value.name}.table" for value in angles if value is not None]
     cosines, sines = (_initializer(model, name, half) for name, half in zip(names, halves, strict=True))
     return cosines, sines
+
+
+def _example(value: ir.Value, positions: int) -> np.ndarray:
+    """Zeros for an input, of one row and so many tokens."""
+    assert value.shape is not None
+    assert value.dtype is not None
+    names = [axis.value if isinstance(axis, ir.SymbolicDim) else axis for axis in value.shape]
+    shape = [axis if isinstance(axis, int) else positions if axis == "sequence_length" else 1 for axis in names]
+    return np.zeros(shape, value.dtype.numpy())

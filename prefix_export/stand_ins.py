@@ -31,27 +31,44 @@ def plain_projection(module: torch.nn.Module) -> torch.nn.Module | None:
     return _Projection(module) if isinstance(module, Conv1D) else None
 
 
-def few_kernels(module: torch.nn.Module) -> torch.nn.Module | None:
-    """For linear layers and activations what makes no reshapes, and what `fuse.py` knows."""
+def few_kernels(module: torch.nn.Module, table: torch.Tensor) -> torch.nn.Module | None:
+    """For linear layers and activations what makes no reshapes and `fuse.py` knows; `table` is the embedding's."""
     if isinstance(module, NewGELUActivation | FastGELUActivation):
         return torch.nn.GELU(approximate="tanh")
-    return _Linear(module) if type(module) is torch.nn.Linear else plain_projection(module)
+    if type(module) is not torch.nn.Linear:
+        return plain_projection(module)
+    return _TiedLinear(module) if module.weight is table else _Linear(module)
 
 
 class _Projection(torch.nn.Module):
     """What transformers' `Conv1D` computes, without the reshapes that it puts around."""
 
-    def __init__(self, original: Conv1D) -> None:
+    def __init__(self, original: Conv1D | torch.nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = original.weight, original.bias
 
     def forward(self, activation: torch.Tensor) -> torch.Tensor:
         """[..., inputs] to [..., outputs]."""
-        return activation @ self.weight + self.bias
+        output = activation @ self.weight
+        return output if self.bias is None else output + self.bias
 
 
-class _Linear(torch.nn.Module):
-    """A product with a weight as it lies there, [outputs, inputs], which may be the table of embeddings too.
+class _Linear(_Projection):
+    """The same for a linear layer, whose weight [outputs, inputs] comes to lie as [inputs, outputs].
+
+    So onnxruntime's own CUDA kernels for a few rows want it (1.31, `ep.cuda.enable_gemm_auto_tune`). The original sees
+    the same weight, in the same memory.
+    """
+
+    def __init__(self, original: torch.nn.Linear) -> None:
+        super().__init__(original)
+        weight = original.weight.data.t().contiguous()
+        original.weight.data = weight.t()
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+class _TiedLinear(torch.nn.Module):
+    """A product with the table of embeddings as it lies there, [outputs, inputs].
 
     Emits `com.microsoft::FusedMatMul` (onnxruntime 1.32, docs/ContribOperators.md) and an `Add`.
     """

@@ -35,7 +35,7 @@ from .prefix import TEXT_HAS_BEGUN, Prefix
 from .prepared import prepared_graph
 from .provider import Cuda
 from .results import Chunk, GenerationResult
-from .session import Session, check_provider
+from .session import Session
 from .tasks import TaskStore
 from .text import TextCodec
 
@@ -88,10 +88,8 @@ def load(
         raise RequestError(f"cache_bytes: expected a whole number, 0 or more, found {cache_bytes!r}")
     if not is_whole(max_batch, 1):
         raise RequestError(f"max_batch: expected a whole number, 1 or more, found {max_batch!r}")
-    if provider == "cuda":
-        provider = Cuda()
-    if isinstance(provider, Cuda):
-        session = _open_on_gpu(bundle, provider)
+    if isinstance(provider, Cuda) or provider == "cuda":
+        session = Session(bundle.graph_path, _without_graphs(bundle, provider))
     else:
         # A kept graph has no hashes: who asks for verification gets what was verified.
         kept = None if verify else prepared_graph(bundle, provider)
@@ -99,18 +97,13 @@ def load(
     return Engine(bundle, session, max_length or limit, cache_bytes, max_batch)
 
 
-def _open_on_gpu(bundle: Bundle, options: Cuda) -> Session:
-    check_provider("cuda")
-    try:
-        from .device import Device
-    except ImportError as error:
-        raise ProviderError(str(error)) from error
-    if bundle.manifest.flavour == "portable":  # what it is bound to is another in every step
-        options = replace(options, uses_graphs=False)
-    return Session(bundle.graph_path, "cuda", device=Device(options))
+def _without_graphs(bundle: Bundle, provider: str | Cuda) -> Cuda:
+    """What was chosen, but for CUDA graphs of what is bound elsewhere in every step, as a growing past is."""
+    chosen = provider if isinstance(provider, Cuda) else Cuda()
+    return replace(chosen, uses_graphs=chosen.uses_graphs and bundle.manifest.flavour == "fast")
 
 
-def _check_provider(bundle: Bundle, provider: str) -> None:
+def _check_provider(bundle: Bundle, provider: str | Cuda) -> None:
     if bundle.manifest.cache == "bf16" and provider == "cpu":
         raise ProviderError(
             f"{bundle.root}: provider: expected cuda for a bundle in bfloat16, which onnxruntime does not run on a "

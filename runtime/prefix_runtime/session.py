@@ -22,6 +22,7 @@ except ImportError as error:
 
 from .checks import is_whole
 from .errors import ProviderError
+from .provider import Cuda
 
 if TYPE_CHECKING:
     from .device import Device
@@ -40,29 +41,32 @@ class Session:
 
     Args:
         path: the graph; its external weights lie beside it.
-        provider: the execution provider: "cpu" or "cuda".
+        provider: the execution provider: "cpu" or "cuda", or a `Cuda`.
         threads: of one run; None leaves the choice to onnxruntime (one a physical core).
         is_exact: compute with activations in float32 where weights in standard operators are rounded; slower.
-        device: the GPU, for "cuda".
+        device: the GPU; None finds the one that the provider names.
 
     Attributes:
         inputs: the names of the graph's inputs, those that may be left out included.
         outputs: the names of its outputs.
-        device: as given.
+        device: the GPU, or None.
 
     Raises:
-        ProviderError: the provider is unknown or not installed, or onnxruntime refuses the graph.
+        ProviderError: the provider is unknown or not installed, there is no such GPU, or onnxruntime refuses the graph.
     """
 
     def __init__(
         self,
         path: Path,
-        provider: str = "cpu",
+        provider: str | Cuda = "cpu",
         threads: int | None = None,
         *,
         is_exact: bool = False,
         device: Device | None = None,
     ) -> None:
+        if isinstance(provider, Cuda) or provider == "cuda":
+            chosen = provider if isinstance(provider, Cuda) else Cuda()
+            provider, device = "cuda", device or _device(chosen)
         options = ort.SessionOptions()
         level = _FLOAT_ACTIVATIONS if is_exact else _ROUNDED_ACTIVATIONS
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
@@ -232,8 +236,6 @@ def _open(path: Path, provider: str, options: ort.SessionOptions, device: Device
     options.log_severity_level = _ERROR_SEVERITY
     name = _provider_name(provider)
     if provider == "cuda":
-        if device is None:
-            raise ProviderError("provider 'cuda': expected a GPU to open the graph on, found none")
         ort.preload_dlls()  # CUDA's libraries where pip put them
     try:
         session = ort.InferenceSession(str(path), options, providers=[(name, _provider_options(device))])
@@ -245,6 +247,15 @@ def _open(path: Path, provider: str, options: ort.SessionOptions, device: Device
             "pip install 'prefix-runtime[gpu]'"
         )
     return session
+
+
+def _device(options: Cuda) -> Device:
+    check_provider("cuda")
+    try:
+        from .device import Device
+    except ImportError as error:
+        raise ProviderError(str(error)) from error
+    return Device(options)
 
 
 def _provider_options(device: Device | None) -> dict[str, str]:

@@ -1,0 +1,77 @@
+"""A device in the host's memory, with the verbs of `prefix_runtime.device`: what runs on a GPU runs here, at once."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import Counter
+
+import numpy as np
+
+from prefix_runtime import Cuda
+
+
+class HostEvent:
+    def wait(self):
+        pass
+
+
+class HostMemory:
+    def __init__(self, nbytes):
+        self.nbytes = nbytes
+        # Garbage, as fresh memory of a GPU is: nothing may be read before it was written.
+        self._bytes = np.full(max(nbytes, 1), 0x7B, np.uint8)
+        self.address = self._bytes.ctypes.data
+
+
+class HostStream:
+    handle = 0
+
+    def __init__(self):
+        self.copied = Counter()  # bytes, by verb
+
+    def upload(self, address, array):
+        self._copy("upload", address, array.ctypes.data, array.nbytes)
+
+    def download(self, array, address):
+        self._copy("download", array.ctypes.data, address, array.nbytes)
+
+    def copy(self, target, source, nbytes):
+        self._copy("copy", target, source, nbytes)
+
+    def copy_blocks(self, target, source, width, height, depth):
+        for group in range(depth):
+            for piece in range(height):
+                to, origin = (each.address + (group * each.height + piece) * each.pitch for each in (target, source))
+                self._copy("copy", to, origin, width)
+
+    def record(self, event):
+        pass
+
+    def wait_for(self, event):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def _copy(self, verb, target, source, nbytes):
+        ctypes.memmove(target, source, nbytes)
+        self.copied[verb] += nbytes
+
+
+class HostDevice:
+    kind, index = "cpu", 0
+
+    def __init__(self, options=None):
+        self.options = options or Cuda()
+        self.stream, self.uploads = HostStream(), HostStream()
+        self.lock = threading.RLock()
+
+    def allocate(self, nbytes):
+        return HostMemory(nbytes)
+
+    def pinned(self, shape, dtype):
+        return np.full(shape, 77, dtype)
+
+    def new_event(self):
+        return HostEvent()
