@@ -31,7 +31,7 @@ def plain_projection(module: torch.nn.Module) -> torch.nn.Module | None:
     return _Projection(module) if isinstance(module, Conv1D) else None
 
 
-def few_kernels(module: torch.nn.Module, table: torch.Tensor) -> torch.nn.Module | None:
+def few_kernels(module: torch.nn.Module, table: torch.Tensor | None) -> torch.nn.Module | None:
     """For linear layers and activations what makes no reshapes and `fuse.py` knows; `table` is the embedding's."""
     if isinstance(module, NewGELUActivation | FastGELUActivation):
         return torch.nn.GELU(approximate="tanh")
