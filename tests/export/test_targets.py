@@ -33,7 +33,10 @@ def test_what_is_not_given_is_the_targets(given, expected):
         ((None, "melt", None, None, None), "mode: expected one of feed, bake, found 'melt'"),
         (("cpu", "bake", None, None, None), "target cpu: mode: expected feed, found 'bake'; for it take portable, web"),
         (("cpu", "feed", "fp16", None, None), "target cpu: precision: expected one of fp32, int8, int4, found 'fp16'"),
-        (("cuda", "feed", "int4", "int8", None), "target cuda, precision int4: cache: expected one of fp16, found 'int8'"),
+        (
+            ("cuda", "feed", "int4", "int8", None),
+            "target cuda, precision int4: cache: expected one of fp16, found 'int8'",
+        ),
         (("web", "feed", "int4", None, None), "target web: precision: expected one of int8, fp32, fp16, found 'int4'"),
         (("web", "bake", "fp32", "int8", None), "precision fp32: cache: expected one of fp32, found 'int8'"),
         (("portable", "feed", None, None, 17), "opset: expected 18 to 23, found 17"),
