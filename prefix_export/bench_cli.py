@@ -15,16 +15,17 @@ from prefix_runtime.bench_cli import bench_options, check_flags, progress, run
 if TYPE_CHECKING:
     from prefix_runtime.bench import StepListener
 
-_BUILD_OPTIONS = ("precision", "block_size", "cache")
+_BUILD_OPTIONS = ("target", "precision", "block_size", "cache")
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @click.option("--model", help="In place of BUNDLE: a known model, a folder with a config.json, or a Hub id.")
 @click.option("--random", is_flag=True, help="With --model: random weights, so that none are needed.")
-@click.option("--precision", help="With --model: of the weights. Default: fp32.")
+@click.option("--target", help="With --model: cpu or cuda. Default: cpu.")
+@click.option("--precision", help="With --model: of the weights. Default: fp32; for cuda fp16.")
 @click.option("--block-size", type=int, help="With --model: weights that share a scale.")
-@click.option("--cache", help="With --model: type of the key/value buffers. Default: fp32.")
+@click.option("--cache", help="With --model: type of the key/value buffers. Default: fp32; for cuda as the weights.")
 @bench_options
 def bench(bundle: Path | None, model: str | None, random: bool, **flags: Any) -> None:
     """Measure BUNDLE, or a model's geometry with random weights, at several prefix lengths, in interleaved rounds.
@@ -33,7 +34,7 @@ def bench(bundle: Path | None, model: str | None, random: bool, **flags: Any) ->
     against no prefix, the cost of selecting a task and of opening the bundle.
 
     Models that --random knows without the network: distilgpt2, gpt2, gpt2-medium, gpt2-large, gpt2-xl, TinyLlama 1.1B,
-    Llama 3.2 1B and 3B, SmolLM2 135M, Qwen2.5 0.5B and 1.5B, by their Hub ids.
+    Llama 3.2 1B and 3B, SmolLM2 135M, Qwen2.5 0.5B and 1.5B, by their Hub ids, and llama-8b.
     """
     _check_usage(bundle, model, random, flags)
     check_flags(flags)
@@ -70,13 +71,9 @@ def _random_bundle(model: str, options: dict[str, Any], on_step: StepListener) -
     with cleaning_up_when_terminated(), tempfile.TemporaryDirectory(prefix="prefix-export-bench-") as name:
         folder = Path(name)
         with libraries_quiet():
-            from .build import BuildRequest, build
-            from .random_model import save_random_model
+            from .build import BuildRequest
+            from .random_bundle import build_random
 
-            on_step(0, 0, f"making random weights for {model}")
-            # The folder's name is the model's in the report.
-            source = folder / "model" / Path(model).resolve().name
-            save_random_model(model, source)
-            request = BuildRequest(str(source), {}, folder / "random-weights", verify=False, **options)
-            build(request, lambda step: on_step(0, 0, step.replace(str(source), model)))
+            request = BuildRequest(model, {}, folder / "random-weights", **options)
+            build_random(request, on_step=lambda step: on_step(0, 0, step))
         yield folder / "random-weights"

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from prefix_runtime import Bundle, LayerPrefix, Manifest, Prefix
 from prefix_runtime.bundle import MANIFEST_NAME, check_output, describe_file, staged, write_prefix
@@ -22,24 +20,18 @@ from prefix_runtime.storage import write_file_atomically
 from . import __version__, targets
 from .adopt import adopt_graph
 from .attention import check_fast_flavour
-from .bake import PrefixBank
 from .calibrate import cache_scales, save_scales
 from .clients import GENAI_CONFIG_NAME, genai_config, save_adapters, save_configs, write_json
-from .decoder import Decoder, FastDecoder, PortableDecoder
-from .device import DeviceDecoder
 from .errors import ExportError, ModelError
+from .export import export_plan
 from .fold import fold, located
-from .graph import export_graph
 from .lint import lint
-from .models import BaseModel, cast_weights, load_base_model
+from .models import BaseModel, load_base_model
 from .parity import PrefixSource, TaskParity
 from .progress import StepListener
 from .quality import HeldOut, TaskQuality, read_held_out
 from .quantize import Quantization, QuantizedModel, quantization
 from .verification import answer_all, assess_all, certificate, check_can_run, compare_all, observe_all
-
-CACHES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
-"""What keys and values may be kept in."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +93,17 @@ class BuildResult:
     warnings: tuple[str, ...] = field(default=())
 
 
-def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> BuildResult:
+def build(
+    request: BuildRequest,
+    on_step: StepListener = lambda step: None,
+    load: Callable[[str], BaseModel] | None = None,
+) -> BuildResult:
     """Fold the prefixes, export the model, compare both with the source framework, and write the bundle.
+
+    Args:
+        request: what to build.
+        on_step: told what is done next.
+        load: makes the base model of its name; None loads it.
 
     Raises:
         PrefixExportError, PrefixRuntimeError: naming what is wrong; nothing is left behind.
@@ -115,7 +116,7 @@ def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> B
     settings = quantization(plan.precision, request.block_size, request.quantizer)
     _check_held_out(request)
     on_step(f"loading {request.model}")
-    base = load_base_model(request.model)
+    base = (load or load_base_model)(request.model)
     if plan.target.flavour == "fast":
         check_fast_flavour(base.model, base.layers)
     max_length = _max_length(request, base)
@@ -135,7 +136,7 @@ def build(request: BuildRequest, on_step: StepListener = lambda step: None) -> B
         if request.graph is not None:
             weight_bytes = adopt_graph(request.graph, base.layers, base.geometry.vocab_size, folder / plan.graph)
         else:
-            weight_bytes = _export(base, plan, prefixes, folder, quantized=quantized, scales=scales)
+            weight_bytes = export_plan(base, plan, prefixes, folder, quantized=quantized, scales=scales)
         if scales is not None:
             save_scales(scales, folder)
         save_configs(base, folder)
@@ -242,37 +243,6 @@ def _check_graph(request: BuildRequest, plan: targets.Plan) -> None:
 def _conditions(mode: str, tasks: Iterable[str]) -> tuple[str | None, ...]:
     """What a graph answers under: each task, and where it holds none the bare model."""
     return tuple(tasks) if mode == "bake" else (None, *tasks)
-
-
-def _export(
-    base: BaseModel,
-    plan: targets.Plan,
-    prefixes: Mapping[str, Prefix],
-    folder: Path,
-    *,
-    quantized: QuantizedModel | None,
-    scales: tuple[LayerPrefix, ...] | None,
-) -> int:
-    """Write the graph, and return the bytes of weights that a decode step reads."""
-    cast_weights(base.model, CACHES[plan.activations])
-    decoder: Decoder
-    if plan.target.flavour == "portable":
-        bank = PrefixBank.of(prefixes) if plan.mode == "bake" else None
-        decoder = PortableDecoder(base.model, base.layers, CACHES[plan.cache], bank, takes_prefix=plan.has_adapters)
-    elif plan.target.is_for_gpu:
-        decoder = DeviceDecoder(base.model, base.layers, CACHES[plan.cache])
-    else:
-        decoder = FastDecoder(base.model, base.layers, CACHES[plan.cache], scales)
-    path = folder / plan.graph
-    path.parent.mkdir(exist_ok=True)
-    with quantized.packed(plan.target) if quantized else nullcontext():
-        return export_graph(
-            decoder,
-            base.geometry.context_length,
-            path,
-            opset=plan.opset,
-            has_weights_apart=plan.target.has_weights_apart,
-        )
 
 
 def _check_held_out(request: BuildRequest) -> None:

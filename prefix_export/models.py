@@ -38,7 +38,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A frozen model in float32, in evaluation mode.
+    """A frozen model in evaluation mode, in float32 where it was loaded.
 
     Attributes:
         name: as the user named it; a folder by its last part.
@@ -76,16 +76,27 @@ def load_base_model(name: str) -> BaseModel:
         ModelError: it cannot be found or loaded, or is no decoder-only language model.
         UnsupportedArchitectureError: its attention does not go through transformers' attention interface.
     """
-    config = load_decoder_config(name)
-    model = _load_model(name, config)
+    model = _load_model(name, load_decoder_config(name))
+    return base_model(name, model, fingerprint(model), _load_tokenizer(name))
+
+
+def base_model(
+    name: str, model: PreTrainedModel, known_by: str, tokenizer: PreTrainedTokenizerBase | None
+) -> BaseModel:
+    """A base model of a torch module in evaluation mode; `known_by` is its fingerprint.
+
+    Raises:
+        ModelError: its configuration does not tell the context's length.
+        UnsupportedArchitectureError: its attention does not go through transformers' attention interface.
+    """
     layers = probe(model)
     geometry = Geometry(
         layers=tuple(LayerGeometry(layer.key_value_heads, layer.head_dim) for layer in layers),
-        context_length=_context_length(name, config),
-        vocab_size=config.get_text_config().vocab_size,
+        context_length=_context_length(name, model.config),
+        vocab_size=model.config.get_text_config().vocab_size,
     )
     shown = Path(name).resolve().name if Path(name).is_dir() else name
-    return BaseModel(shown, model, layers, geometry, fingerprint(model), _load_tokenizer(name))
+    return BaseModel(shown, model, layers, geometry, known_by, tokenizer)
 
 
 def cached(cache: DynamicCache) -> Iterator[tuple[np.ndarray, np.ndarray]]:

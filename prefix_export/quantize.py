@@ -190,7 +190,7 @@ def _is_quantized(module: torch.nn.Module, model: PreTrainedModel) -> bool:
 
 
 def _round_in_place(weight: torch.nn.Parameter, settings: Quantization, transposed: bool) -> PackedWeight:
-    plain = weight.detach().T if transposed else weight.detach()
+    plain = (weight.detach().T if transposed else weight.detach()).float()
     packed = pack(plain.contiguous(), settings)
     rounded = packed.dequantized()
     weight.data.copy_(rounded.T if transposed else rounded)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.initialization import no_init_weights
 
 from .errors import ModelError
-from .models import load_decoder_config
+from .models import BaseModel, base_model, load_decoder_config
 
 _LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
 _LLAMA_3 = {
@@ -72,6 +73,19 @@ KNOWN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "num_attention_heads": 24,
             "head_dim": 128,
         },
+        "llama-8b": {
+            **_LLAMA,
+            "vocab_size": 128256,
+            "max_position_embeddings": 8192,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+            "tie_word_embeddings": False,
+        },
         "HuggingFaceTB/SmolLM2-135M": {
             **_LLAMA,
             "vocab_size": 49152,
@@ -102,9 +116,11 @@ KNOWN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
     }
 )
-"""Configurations that need no network, by Hub id, as the models' own config.json give them."""
+"""Configurations that need no network, by Hub id, as the models' own config.json give them; llama-8b is Llama 3's."""
 
 _NOISE = 0.02
+_DRAWN, _STEP = (1 << 20) + 7, 7919
+"""Numbers that are drawn, and by how many a weight's are shifted against the one before."""
 
 
 def random_config(name: str) -> PreTrainedConfig:
@@ -120,36 +136,41 @@ def random_config(name: str) -> PreTrainedConfig:
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
-def save_random_model(name: str, folder: Path) -> None:
-    """Write a model folder with random weights, the same every time, in float32, and no end token.
+def random_base_model(name: str, dtype: torch.dtype = torch.float32) -> BaseModel:
+    """A model with random weights, the same every time, made in the type that they are kept in, and no end token.
+
+    Weights are one short draw over and over, in another place for each of them: speed does not depend on more. Its
+    fingerprint says what it was made of.
 
     Raises:
         ModelError: the configuration cannot be found, or is not a causal language model's.
-        OSError: the disk is full or not writable.
     """
     config = random_config(name)
-    # Made by fork so that the caller's random numbers are as they were.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        try:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        except (ValueError, ImportError) as error:
-            raise ModelError(
-                f"model {name!r}: expected the configuration of a causal language model, found {config.model_type!r}: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
-        _make_vectors_random(model)
+    try:
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, ImportError) as error:
+        raise ModelError(
+            f"model {name!r}: expected the configuration of a causal language model, found {config.model_type!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    model.tie_weights()
+    _fill(model)
     # So that a generation is as long as it is asked to be, whoever runs it.
     model.generation_config.eos_token_id = model.config.eos_token_id = None
-    try:
-        model.save_pretrained(folder)
-    except SafetensorError as error:  # so it tells of a full disk
-        raise OSError(f"{folder}: the weights cannot be written: {error}") from error
+    made_of = hashlib.sha256(config.to_json_string().encode()).hexdigest()
+    return base_model(name, model.eval(), f"random:{made_of}", None)
 
 
 @torch.no_grad()
-def _make_vectors_random(model: torch.nn.Module) -> None:
-    """Add a little to biases and norms: zeros and ones could be optimised away, and would then cost nothing."""
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.add_(torch.randn_like(parameter), alpha=_NOISE)
+def _fill(model: torch.nn.Module) -> None:
+    """Give weights random values: also biases and norms, as zeros and ones could be optimised away."""
+    drawn = torch.randn(_DRAWN, generator=torch.Generator().manual_seed(0)) * _NOISE
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        values = drawn.roll(index * _STEP).to(parameter.dtype)
+        flat = parameter.view(-1)
+        for first in range(0, len(flat), _DRAWN):
+            part = flat[first : first + _DRAWN]
+            part.copy_(values[: len(part)])
+        if parameter.ndim == 1 and not name.endswith("bias"):
+            parameter.add_(1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from prefix_export import build as build_module
+from prefix_export import random_bundle
 from prefix_export.cli import main
 from prefix_export.errors import PrefixExportError
 from prefix_runtime import bandwidth
@@ -63,11 +63,11 @@ def test_a_bundle_is_measured_as_by_the_runtime(shared_bundle):
 def test_how_it_is_built_is_passed_on_and_a_failure_leaves_nothing(config, aside, monkeypatch):
     requests = []
 
-    def capture(request, _on_step):
+    def capture(request, *_):
         requests.append(request)
         raise PrefixExportError("that is enough")
 
-    monkeypatch.setattr(build_module, "build", capture)
+    monkeypatch.setattr(random_bundle, "build", capture)
     flags = ["--precision", "int4", "--block-size", 64, "--cache", "int8"]
     result = invoke("--model", config, "--random", *flags)
     assert (result.exit_code, result.stderr) == (1, "Error: that is enough\n")
@@ -112,7 +112,7 @@ def test_a_model_that_is_not_there_ends_in_one_line(tmp_path, aside):
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_built(config, aside, tmp_path, monkeypatch, arguments, said):
-    monkeypatch.setattr(build_module, "build", lambda *_: pytest.fail("it was built"))
+    monkeypatch.setattr(random_bundle, "build", lambda *_: pytest.fail("it was built"))
     result = invoke("--model", config, "--random", *(argument.format(tmp=tmp_path) for argument in arguments))
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
     assert said in result.stderr

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 import prefix_export
 from prefix_export import build as build_module
-from prefix_export import verification
+from prefix_export import export, verification
 from prefix_export.build import BuildRequest, build, verify_against
 from prefix_export.errors import ExportError, ModelError, ParityError, UnsupportedArchitectureError
 from prefix_export.models import load_base_model
@@ -59,7 +59,7 @@ def quick(monkeypatch, built):
             shutil.copy(built.root / name, path.parent)
         return 1
 
-    monkeypatch.setattr(build_module, "export_graph", copy)
+    monkeypatch.setattr(export, "export_graph", copy)
 
 
 @pytest.fixture
@@ -300,7 +300,7 @@ def test_a_prefix_as_long_as_the_context_is_refused(workshop, model, place):
 def test_a_head_size_that_the_operator_cannot_run_is_refused_before_the_export(place, monkeypatch):
     config = transformers.GPT2Config(n_embd=24, n_head=2, n_layer=1, n_positions=32, vocab_size=8)
     transformers.GPT2LMHeadModel(config).save_pretrained(place / "model")
-    monkeypatch.setattr(build_module, "export_graph", lambda *_: pytest.fail("the graph was exported first"))
+    monkeypatch.setattr(export, "export_graph", lambda *_: pytest.fail("the graph was exported first"))
     with pytest.raises(UnsupportedArchitectureError, match=r"multiple of 8.*found 12"):
         build(BuildRequest(str(place / "model"), {}, place / "out"))
     assert [path.name for path in place.iterdir()] == ["model"]
@@ -309,7 +309,7 @@ def test_a_head_size_that_the_operator_cannot_run_is_refused_before_the_export(p
 STAGES = [
     (build_module, "load_base_model"),
     (build_module, "fold"),
-    (build_module, "export_graph"),
+    (export, "export_graph"),
     (build_module, "save_configs"),
     (build_module, "describe_file"),
     (build_module, "write_prefix"),
@@ -347,7 +347,7 @@ def test_a_failure_in_the_middle_of_the_export_leaves_nothing_behind(model, plac
         assert [path.suffix for path in place.iterdir()] == [".partial"]
         raise ExportError("graph: cannot be made")
 
-    monkeypatch.setattr(build_module, "export_graph", half)
+    monkeypatch.setattr(export, "export_graph", half)
     with pytest.raises(ExportError):
         build(BuildRequest(str(model), {}, place / "out"))
     assert not list(place.iterdir())
@@ -360,7 +360,7 @@ def test_an_output_that_appears_during_the_build_is_not_overwritten(model, built
         (place / "out").mkdir()
         return 1
 
-    monkeypatch.setattr(build_module, "export_graph", late)
+    monkeypatch.setattr(export, "export_graph", late)
     with pytest.raises(BundleError, match="expected nothing there yet"):
         build(BuildRequest(str(model), {}, place / "out", verify=False))
     assert [path.name for path in place.rglob("*")] == ["out"]

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from prefix_export import build as build_module
+from prefix_export import export
 from prefix_export.build import BuildRequest, build
 
 
@@ -63,11 +63,11 @@ def test_a_build_that_is_killed_leaves_no_bundle_and_does_not_stand_in_the_way(g
     assert not (place / "out").exists()
     assert [path.suffix for path in place.iterdir()] == [".partial"]
 
-    def export(_decoder, _positions, path, **_):
+    def written(_decoder, _positions, path, **_):
         path.write_bytes(b"a graph")
         return 1
 
-    monkeypatch.setattr(build_module, "export_graph", export)
+    monkeypatch.setattr(export, "export_graph", written)
     result = build(BuildRequest(str(gpt2), {"task": gpt2_adapter}, place / "out", verify=False))
     assert result.bundle.tasks == ("task",)
     result.bundle.verify()
