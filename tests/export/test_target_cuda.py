@@ -19,25 +19,25 @@ from transformers import AutoModelForCausalLM
 
 import prefix_runtime
 from prefix_export import parity, verification
+from prefix_export.attention import probe
 from prefix_export.build import BuildRequest, build
 from prefix_export.device import NEXT_INPUTS, DeviceDecoder
 from prefix_export.errors import ExportError
 from prefix_export.graph import export_graph
-from prefix_export.models import cast_weights, load_base_model
+from prefix_export.models import cast_weights
 from prefix_export.random_bundle import build_random
 from prefix_export.random_model import random_base_model
 from prefix_runtime import Bundle, ProviderError
+from tests.conftest import CONFIGS, VOCAB_SIZE
 
-LAYERS, LENGTH, ROOM, NEW = 3, 20, 64, 8
+LENGTH, ROOM, NEW = 20, 64, 8
 NORM = {"gpt2": "SkipLayerNormalization", "opt": "SkipLayerNormalization"}
 # Of a layer, without its two norms and its attention.
 LAYER = {
     "gpt2": {"MatMul": 4, "Add": 1, "FastGelu": 1},
     "opt": {"FusedMatMul": 4, "Add": 2, "Relu": 1},
     "llama": {"FusedMatMul": 5, "QuickGelu": 1, "Mul": 1},
-    "qwen2": {"FusedMatMul": 5, "Add": 1, "QuickGelu": 1, "Mul": 1},
     "gemma": {"FusedMatMul": 5, "FastGelu": 1, "Mul": 1},
-    "phi3": {"FusedMatMul": 4, "Split": 1, "QuickGelu": 1, "Mul": 1},
 }
 
 
@@ -118,6 +118,16 @@ class FedBack:
         )
 
 
+def check_layers(graph, architecture):
+    nodes = [node.op_type for node in graph.node]
+    attended = [index for index, kind in enumerate(nodes) if kind == "GroupQueryAttention"]
+    assert len(attended) > 1
+    norm = NORM.get(architecture, "SkipSimplifiedLayerNormalization")
+    # Nodes come in the order in which they run: from one attention to the next it is a layer.
+    for first, last in itertools.pairwise(attended):
+        assert Counter(nodes[first:last]) == {**LAYER[architecture], norm: 2, "GroupQueryAttention": 1}
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_a_steps_outputs_are_the_next_steps_inputs(workshop, bundle_of, architecture):
     bundle = bundle_of(architecture)
@@ -165,21 +175,26 @@ def test_the_runtime_runs_a_float16_bundle_on_a_cpu(workshop, bundle_of):
     assert list(result.token_ids) == peft_tokens(workshop, "gpt2", prompt)
 
 
-@pytest.mark.parametrize("architecture", LAYER)
-def test_a_layer_is_as_few_nodes_as_there_are_kernels_for_and_agrees_with_torch(workshop, tmp_path, architecture):
-    base = load_base_model(str(workshop.model(architecture)))
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_layer_is_as_few_nodes_as_there_are_kernels_for(bundle_of, architecture):
+    check_layers(graph_of(bundle_of(architecture).root), architecture)
+
+
+@pytest.mark.parametrize("architecture", ["opt", "gemma"])
+def test_so_is_a_layer_whose_rows_are_joined_or_whose_norms_are_rounded_last(tmp_path, architecture):
+    config_class, sizes = CONFIGS[architecture]
+    config = config_class(vocab_size=VOCAB_SIZE, **{**sizes, "num_hidden_layers": 2})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 and "q_proj" not in name:  # those stay zero, for torch to store them once
+            torch.nn.init.normal_(parameter, std=0.3)
     ids = torch.tensor([list(range(40, 73))])
-    expected = base.model(ids).logits[0].detach().numpy()
-    cast_weights(base.model, torch.float16)
-    export_graph(DeviceDecoder(base.model, base.layers, torch.float16), 320, tmp_path / "model.onnx", opset=21)
-    nodes = [node.op_type for node in graph_of(tmp_path).node]
-    attended = [index for index, kind in enumerate(nodes) if kind == "GroupQueryAttention"]
-    norm = NORM.get(architecture, "SkipSimplifiedLayerNormalization")
-    # Nodes come in the order in which they run: from one attention to the next it is a layer.
-    for first, last in itertools.pairwise(attended):
-        assert Counter(nodes[first:last]) == {**LAYER[architecture], norm: 2, "GroupQueryAttention": 1}
+    expected = model(ids).logits[0].detach().numpy()
+    cast_weights(model, torch.float16)
+    export_graph(DeviceDecoder(model, probe(model), torch.float16), 320, tmp_path / "model.onnx", opset=21)
+    check_layers(graph_of(tmp_path), architecture)
     _, found = FedBack(tmp_path).prefill(None, ids[0].tolist(), 0)
-    np.testing.assert_allclose(found["logits"][0], expected, rtol=0, atol=parity.ABSOLUTE_TOLERANCES["fp16 weights"])
+    np.testing.assert_allclose(found["logits"][0], expected, rtol=0, atol=1e-2 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
