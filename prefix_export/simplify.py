@@ -210,7 +210,10 @@ def _alike(projections: Sequence[_Projection]) -> bool:
 
 def _concatenated(model: ir.Model, values: Sequence[ir.Value], axis: int) -> ir.Value:
     arrays = [value.const_value.numpy() for value in values if value.const_value is not None]
-    return _initializer(model, f"{values[0].name}.packed", np.concatenate(arrays, axis))
+    # Layers whose biases are equal share one, by one name.
+    name = f"{values[0].name}.packed"
+    taken = sum(known.startswith(name) for known in model.graph.initializers)
+    return _initializer(model, f"{name}.{taken}" if taken else name, np.concatenate(arrays, axis))
 
 
 def _initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:

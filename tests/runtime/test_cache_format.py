@@ -6,11 +6,12 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 import prefix_runtime
 from prefix_runtime import Bundle, BundleError, PrefixMismatchError
-from prefix_runtime.cache_format import SCALES_NAME, CacheFormat
+from prefix_runtime.cache_format import CACHE_TYPES, SCALES_NAME, CacheFormat, bfloat16_bits
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,26 @@ def test_floats_are_kept_as_they_are(make_prefix, dtype):
     for stored, layer in zip(CacheFormat(np.dtype(dtype)).stored(prefix), prefix.sites["decoder"], strict=True):
         assert stored[0] is layer.key
         assert stored[1] is layer.value
+
+
+def test_bfloat16_is_rounded_as_torch_rounds_it():
+    random = np.random.default_rng(0)
+    bits = random.integers(0, 1 << 32, 100_000, np.uint32)
+    edges = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x80000000, 0x00008000, 0x7F7F8000], np.uint32)
+    given = np.concatenate([bits, edges]).view(np.float32)
+    given = given[np.isfinite(given)]
+    expected = torch.from_numpy(given).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    np.testing.assert_array_equal(bfloat16_bits(given), expected)
+    halves = given[np.abs(given) < 60000].astype(np.float16)
+    np.testing.assert_array_equal(bfloat16_bits(halves), bfloat16_bits(halves.astype(np.float32)))
+
+
+def test_a_prefix_is_kept_as_bfloat16s_bits(make_prefix):
+    prefix = make_prefix()
+    stored = list(CacheFormat(CACHE_TYPES["bf16"]).stored(prefix))
+    for (key, value), layer in zip(stored, prefix.sites["decoder"], strict=True):
+        assert (key.dtype, key.shape) == (np.uint16, layer.key.shape)
+        np.testing.assert_array_equal(value, bfloat16_bits(layer.value))
 
 
 class TestAddedTasks:
