@@ -90,7 +90,7 @@ def fold_for_bundle(path: Path, bundle: Bundle) -> tuple[Prefix, tuple[str, ...]
     """
     model = bundle.manifest.model.name
     config = AutoConfig.from_pretrained(bundle.root)
-    shape = replace(Shape.of_config(model, config), sites={"decoder": bundle.manifest.geometry.layers})
+    shape = Shape.of_config(model, config, bundle.manifest.geometry.layers)
 
     def refuse() -> BaseModel:
         raise CheckpointError(
