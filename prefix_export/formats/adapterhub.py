@@ -54,11 +54,10 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
 
 def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     """See `formats.read`."""
-    config = _config(checkpoint)
+    config, locations = _config(checkpoint), _locations(checkpoint)
     _refuse_what_is_more_than_a_prefix(checkpoint, config)
     activation = str(config.get("non_linearity", "tanh")).lower()
     sites = {}
-    locations = _locations(checkpoint)
     if len(locations) > len(shape.sites):
         raise PrefixMismatchError(
             f"{checkpoint.weights}: holds prefixes for {', '.join(locations)}: expected a model with as many kinds of "
@@ -89,7 +88,7 @@ def _locations(checkpoint: Checkpoint) -> dict[str, str]:
     found = [match for name in checkpoint.shapes if (match := _NAME.fullmatch(name))]
     tasks = sorted({match["task"] for match in found})
     if len(tasks) != 1:
-        raise CheckpointError(f"{checkpoint.weights}: expected one prefix tuning, found {', '.join(tasks)}")
+        raise CheckpointError(f"{checkpoint.weights}: expected one prefix tuning, found {', '.join(tasks) or 'none'}")
     starts: dict[str, str] = {}
     for match in found:
         first = f"{starts.setdefault(match['location'], match['start'])}.{match['part']}"

@@ -37,6 +37,7 @@ def matches(checkpoint: Checkpoint) -> bool:
 
 def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     """The tensors of the prefix and their shapes."""
+    _starts(checkpoint)
     return described(
         checkpoint, lambda name: ("control_trans" in name or name.endswith("wte.weight")) and "plm." not in name
     )
@@ -44,10 +45,7 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
 
 def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     """See `formats.read`."""
-    starts = {table: lead(checkpoint, f"{table.mlp}.0.weight") for table in (_DECODER, _ENCODER)}
-    found = {table: start for table, start in starts.items() if start is not None}
-    if not found:
-        raise CheckpointError(f"{checkpoint.weights}: expected {_DECODER.mlp}.0, the first layer of an MLP, found none")
+    found = _starts(checkpoint)
     if list(found) == [_ENCODER] and shape.kind == DECODER:
         found = {_OLD: found[_ENCODER]}
     if shape.kind != (BOTH if _ENCODER in found else DECODER) and list(found) != [_DECODER]:
@@ -65,3 +63,12 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
         sites, moves_positions=True, source=Source(NAME, checkpoint.sha256), weights=checkpoint.weights
     )
     return Trained({"": prefix})
+
+
+def _starts(checkpoint: Checkpoint) -> dict[Table, str]:
+    """The tables that have an MLP, and what stands before its name."""
+    starts = {table: lead(checkpoint, f"{table.mlp}.0.weight") for table in (_DECODER, _ENCODER)}
+    found = {table: start for table, start in starts.items() if start is not None}
+    if not found:
+        raise CheckpointError(f"{checkpoint.weights}: expected {_DECODER.mlp}.0, the first layer of an MLP, found none")
+    return found

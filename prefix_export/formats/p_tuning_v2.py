@@ -21,7 +21,7 @@ from prefix_export.shape import ENCODER, Shape
 from prefix_runtime import PrefixMismatchError, Source
 
 from .checkpoint import Checkpoint
-from .reparameterised import described, lead, through_mlp
+from .reparameterised import described, lead, required_lead, through_mlp
 from .trained import Trained, folded, make_prefix
 
 NAME = "p-tuning-v2"
@@ -41,6 +41,7 @@ def matches(checkpoint: Checkpoint) -> bool:
 
 def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     """The prefix encoder's tensors, and the head."""
+    required_lead(checkpoint, _EMBEDDING)
     parts = described(checkpoint, lambda name: "prefix_encoder." in name)
     head = ", ".join(_head(checkpoint))
     return {**parts, **({"head": head} if head else {})}
@@ -48,8 +49,7 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
 
 def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     """See `formats.read`."""
-    start = lead(checkpoint, _EMBEDDING)
-    assert start is not None  # as `matches` found
+    start = required_lead(checkpoint, _EMBEDDING)
     for name, what in _REFUSED.items():
         if start == name or any(each.startswith(name) for each in checkpoint.shapes):
             raise CheckpointError(f"{checkpoint.weights}: expected BERT or RoBERTa, found {what}; it is not read")

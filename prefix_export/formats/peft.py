@@ -135,6 +135,9 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
 
 
 def _open(checkpoint: Checkpoint) -> _Adapter:
+    if not matches(checkpoint):
+        there = ", ".join(repr(name) for name in list(checkpoint.shapes)[:4]) or "none"
+        raise CheckpointError(f"{checkpoint.weights}: expected PEFT's tensor {_TENSOR!r}, found tensors {there}")
     config = checkpoint.config(CONFIG_NAME)
     if config is None:
         raise CheckpointError(
@@ -142,6 +145,12 @@ def _open(checkpoint: Checkpoint) -> _Adapter:
             "adapter's folder"
         )
     adapter = _Adapter(checkpoint, config)
+    if config.get("peft_type") in KEYS_AND_VALUES + EMBEDDINGS and config.get("task_type") is None:
+        raise CheckpointError(
+            f"{adapter.config_path}: task_type: expected one of {', '.join(_TASK_TYPES)}, found none: PEFT's "
+            "get_peft_model makes no such adapter, and its plain PeftModel answers as if there were no prefix; if code "
+            "of its own trained it, write the task type that it was trained for"
+        )
     for key, expected in (("peft_type", KEYS_AND_VALUES + EMBEDDINGS), ("task_type", _TASK_TYPES)):
         if config.get(key) not in expected:
             raise CheckpointError(

@@ -37,6 +37,19 @@ def lead(checkpoint: Checkpoint, name: str) -> str | None:
     return min(found, key=len) if found else None
 
 
+def required_lead(checkpoint: Checkpoint, name: str) -> str:
+    """What stands before a name that a family's checkpoints have.
+
+    Raises:
+        CheckpointError: the name does not occur.
+    """
+    found = lead(checkpoint, name)
+    if found is None:
+        there = ", ".join(repr(each) for each in list(checkpoint.shapes)[:4]) or "none"
+        raise CheckpointError(f"{checkpoint.weights}: expected a tensor {name!r}, found tensors {there}")
+    return found
+
+
 def matrix(checkpoint: Checkpoint, start: str, table: Table) -> np.ndarray:
     """What the MLP makes of a table, [rows, 2 * layers * heads * head_dim].
 
