@@ -22,7 +22,7 @@ from prefix_runtime import LayerPrefix, PrefixMismatchError, Source
 from prefix_runtime.checks import is_whole
 
 from .checkpoint import Checkpoint
-from .reparameterised import through_mlp
+from .reparameterised import through_mlp, untrained
 from .trained import Trained, folded, make_prefix
 
 NAME = "adapterhub"
@@ -75,7 +75,8 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
         weights=checkpoint.weights,
         metadata={"relative_position_bias": "text-moved"} if shape.kind == BOTH else {},
     )
-    return Trained({"": prefix})
+    stems = [f"{start}.control_trans" for start in locations.values() if f"{start}.wte.weight" in checkpoint.shapes]
+    return Trained({"": prefix}, tuple(untrained(checkpoint, stems, "adapters") if stems else ()))
 
 
 def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:

@@ -27,7 +27,7 @@ from prefix_runtime.composition import GENERAL, PLACE, TABLE
 
 from .checkpoint import Checkpoint
 from .li_liang import TABLES
-from .reparameterised import Table, described, lead, matrix, required_lead, site_layers, through_mlp
+from .reparameterised import Table, described, lead, matrix, required_lead, site_layers, through_mlp, untrained
 from .trained import Trained, make_prefix
 
 NAME = "control-prefixes"
@@ -83,10 +83,10 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
         block.name: _part(checkpoint, shape, block, {**shared, TABLE: block.table, PLACE: str(place)})
         for place, block in placed
     }
-    warnings: tuple[str, ...] = ()
+    warnings = untrained(checkpoint, [f"{start}{table.mlp}" for table in TABLES], "its code")
     if lead(checkpoint, "es.trainable_weight") is not None:
-        warnings = ("embeddings of new tokens were trained too (es.trainable_weight); a prefix cannot carry them",)
-    return Trained(parts, warnings)
+        warnings.append("embeddings of new tokens were trained too (es.trainable_weight); a prefix cannot carry them")
+    return Trained(parts, tuple(warnings))
 
 
 def _part(checkpoint: Checkpoint, shape: Shape, block: _Block, metadata: Mapping[str, str]) -> Prefix:

@@ -25,7 +25,7 @@ from prefix_export.shape import BOTH, DECODER, Shape
 from prefix_runtime import LayerGeometry, LayerPrefix, PrefixMismatchError, Source
 
 from .checkpoint import Checkpoint
-from .reparameterised import Table, described, lead, matrix, required_lead, sites_of
+from .reparameterised import Table, described, lead, matrix, required_lead, sites_of, untrained
 from .trained import SoftPrompt, Trained, check_hidden_size, folded, make_prefix
 
 NAME = "li-liang"
@@ -74,6 +74,7 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
             f"{wanted}, found {shape.name!r} ({shape.kind})"
         )
     warnings = _check_length(checkpoint, start) if len(present) > 1 else ()
+    warnings += tuple(untrained(checkpoint, [f"{start}{table.mlp}" for table in present], "its code"))
     sites = sites_of(checkpoint, shape, start, present)
     return replace(_trained(checkpoint, sites, moves_positions=shape.kind == DECODER), warnings=warnings)
 
@@ -171,4 +172,5 @@ def _is_soft_prompt(checkpoint: Checkpoint, start: str, shape: Shape) -> bool:
 def _read_soft_prompt(checkpoint: Checkpoint, start: str, shape: Shape) -> Trained:
     embeddings = matrix(checkpoint, start, TABLES[0])
     check_hidden_size(embeddings.shape, shape, f"{checkpoint.weights}: control_trans")
-    return Trained({"": SoftPrompt(embeddings, Source(f"{NAME}-embedding", checkpoint.sha256))})
+    warnings = untrained(checkpoint, [f"{start}{TABLES[0].mlp}"], "its code")
+    return Trained({"": SoftPrompt(embeddings, Source(f"{NAME}-embedding", checkpoint.sha256))}, tuple(warnings))

@@ -16,7 +16,7 @@ from prefix_export.shape import BOTH, DECODER, Shape
 from prefix_runtime import PrefixMismatchError, Source
 
 from .checkpoint import Checkpoint
-from .reparameterised import Table, described, lead, matrix
+from .reparameterised import Table, described, lead, matrix, untrained
 from .trained import Trained, folded, make_prefix
 
 NAME = "openprompt"
@@ -62,7 +62,8 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     prefix = make_prefix(
         sites, moves_positions=True, source=Source(NAME, checkpoint.sha256), weights=checkpoint.weights
     )
-    return Trained({"": prefix})
+    stems = [f"{start}{table.mlp}" for table, start in found.items()]
+    return Trained({"": prefix}, tuple(untrained(checkpoint, stems, "OpenPrompt")))
 
 
 def _starts(checkpoint: Checkpoint) -> dict[Table, str]:

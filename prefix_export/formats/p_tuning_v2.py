@@ -21,7 +21,8 @@ from prefix_export.shape import ENCODER, Shape
 from prefix_runtime import PrefixMismatchError, Source
 
 from .checkpoint import Checkpoint
-from .reparameterised import described, lead, required_lead, through_mlp
+from .initial import DEVIATION
+from .reparameterised import described, lead, required_lead, through_mlp, untrained
 from .trained import Trained, folded, make_prefix
 
 NAME = "p-tuning-v2"
@@ -53,9 +54,13 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     for name, what in _REFUSED.items():
         if start == name or any(each.startswith(name) for each in checkpoint.shapes):
             raise CheckpointError(f"{checkpoint.weights}: expected BERT or RoBERTa, found {what}; it is not read")
-    numbers = checkpoint.array(f"{start}{_EMBEDDING}")
-    if any(name.startswith(f"{start}prefix_encoder.trans.") for name in checkpoint.shapes):
-        numbers = through_mlp(checkpoint, f"{start}prefix_encoder.trans", numbers)
+    numbers, stem = checkpoint.array(f"{start}{_EMBEDDING}"), f"{start}prefix_encoder.trans"
+    warnings = []
+    if any(name.startswith(f"{stem}.") for name in checkpoint.shapes):
+        numbers = through_mlp(checkpoint, stem, numbers)
+        # transformers begins anew with what a base model's file does not hold.
+        for deviation in (None, DEVIATION):
+            warnings += untrained(checkpoint, [stem], "its code", deviation)
     if shape.kind != ENCODER or shape.architecture.startswith("deberta"):
         raise PrefixMismatchError(
             f"{checkpoint.weights}: expected an encoder of plain attention, found {shape.name!r} ({shape.kind})"
@@ -68,7 +73,7 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
         weights=checkpoint.weights,
         head={name: checkpoint.array(full).astype(np.float32) for name, full in _head(checkpoint).items()},
     )
-    return Trained({"": prefix})
+    return Trained({"": prefix}, tuple(warnings))
 
 
 def _head(checkpoint: Checkpoint) -> dict[str, str]:

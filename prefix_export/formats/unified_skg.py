@@ -16,7 +16,7 @@ from prefix_export.shape import Shape
 from prefix_runtime import Source
 
 from .checkpoint import Checkpoint
-from .reparameterised import Table, described, lead, required_lead, sites_of
+from .reparameterised import Table, described, lead, required_lead, sites_of, untrained
 from .trained import Trained, make_prefix
 
 NAME = "unified-skg"
@@ -64,4 +64,5 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
         "a run with descriptions (use_description) leaves no trace in a checkpoint and cannot be told from one "
         "without; its prefix depended on the text"
     )
-    return Trained({"": prefix}, (warning,))
+    stems = [f"{start}{table.mlp}" for table in _TABLES]
+    return Trained({"": prefix}, (warning, *untrained(checkpoint, stems, "its code")))
