@@ -10,6 +10,7 @@ import numpy as np
 from prefix_runtime import Prefix
 
 from .formats.initial import DEVIATION, UNTRAINED, is_normal, is_uniform
+from .heads import lint_head
 from .shape import Shape
 
 _MUCH = 0.5
@@ -31,7 +32,7 @@ def lint(prefix: Prefix, shape: Shape, max_length: int | None = None) -> list[st
         max_length: positions that prefix and text may take together; None takes the model's context.
     """
     return [*_base(prefix, shape), *_windows(prefix, shape, max_length), *_context(prefix, shape, max_length),
-            *_head(prefix, shape), *_untrained(prefix)]  # fmt: skip
+            *lint_head(prefix, shape), *_untrained(prefix)]  # fmt: skip
 
 
 def _base(prefix: Prefix, shape: Shape) -> Iterator[str]:
@@ -57,15 +58,6 @@ def _context(prefix: Prefix, shape: Shape, max_length: int | None) -> Iterator[s
     limit = max_length or shape.context_length
     if limit and prefix.prefix_length > _MUCH * limit:
         yield f"the prefix takes {prefix.prefix_length} of {limit} positions"
-
-
-def _head(prefix: Prefix, shape: Shape) -> Iterator[str]:
-    for name, array in prefix.head.items():
-        if array.ndim == 2 and array.shape[1] != shape.hidden_size:  # of a weight, [outputs, inputs]
-            yield (
-                f"head {name}: takes {array.shape[1]} numbers, where {shape.name!r} has a hidden size of "
-                f"{shape.hidden_size}: it does not belong to this model"
-            )
 
 
 def _untrained(prefix: Prefix) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -34,6 +34,7 @@ class Shape:
         context_length: its positions, or None where they have no end.
         architecture: as transformers names it, such as "bert".
         sliding_windows: tokens that a layer sees at the most, of each decoder layer that is limited.
+        config: that all this was read from, or None.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Shape:
     context_length: int | None = None
     sliding_windows: tuple[int, ...] = ()
     architecture: str = ""
+    config: PreTrainedConfig | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of_config(cls, name: str, config: PreTrainedConfig, layers: tuple[LayerGeometry, ...] | None = None) -> Shape:
@@ -68,7 +70,8 @@ class Shape:
                 f"model {name!r}: expected a configuration that tells layers, heads and hidden size, found {error}"
             ) from error
         context = getattr(text, "max_position_embeddings", None)
-        return cls(shown, kind, MappingProxyType(sites), hidden_size, context, _windows(text), config.model_type)
+        windows = _windows(text)
+        return cls(shown, kind, MappingProxyType(sites), hidden_size, context, windows, config.model_type, config)
 
     def site(self, site: str, where: str) -> tuple[LayerGeometry, ...]:
         """The layers of a site.

@@ -12,6 +12,7 @@ Source: THUDM/P-tuning-v2 at 2873f47, `model/prefix_encoder.py`, `model/sequence
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -30,6 +31,9 @@ TITLE = "P-tuning v2"
 
 _EMBEDDING = "prefix_encoder.embedding.weight"
 _HEADS = ("classifier.", "qa_outputs.")
+BASE_MODULE = "base_module"
+"""Metadata: what the checkpoint calls the model that it was trained on, such as "roberta"."""
+_MODULE = re.compile(r"(?:.*\.)?([a-z_]+)\.(?:pooler\.dense|embeddings|encoder\.layer)\..+")
 _POOLER = ".pooler.dense."
 # Their attention is none of keys and values alone, or another model's.
 _REFUSED = {"deberta.": "DeBERTa, whose prefix joins content scores alone", "transformer.": "ChatGLM, not verified"}
@@ -71,9 +75,15 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
         moves_positions=True,
         source=Source(NAME, checkpoint.sha256),
         weights=checkpoint.weights,
+        metadata=_base_module(checkpoint),
         head={name: checkpoint.array(full).astype(np.float32) for name, full in _head(checkpoint).items()},
     )
     return Trained({"": prefix}, tuple(warnings))
+
+
+def _base_module(checkpoint: Checkpoint) -> dict[str, str]:
+    found = {match[1] for name in checkpoint.shapes if (match := _MODULE.fullmatch(name))}
+    return {BASE_MODULE: found.pop()} if len(found) == 1 else {}
 
 
 def _head(checkpoint: Checkpoint) -> dict[str, str]:

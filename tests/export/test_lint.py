@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import (
     CPTConfig,
     MultitaskPromptTuningConfig,
@@ -18,6 +20,7 @@ from peft import (
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefix_export.fold import fold
+from prefix_export.heads import lint_head
 from prefix_export.lint import lint, lint_prompt
 from prefix_export.models import load_base_model
 from prefix_export.shape import BOTH, DECODER, ENCODER, Shape
@@ -127,10 +130,6 @@ def test_the_demos_prefixes_are_trained(task):
 
 
 class TestPeft:
-    @pytest.fixture(scope="class")
-    def base(self, workshop):
-        return load_base_model(str(workshop.model("gpt2")))
-
     def adapter(self, workshop, folder, config):
         torch.manual_seed(0)
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(workshop.model("gpt2")), config)
@@ -145,8 +144,8 @@ class TestPeft:
             (PromptTuningConfig(num_virtual_tokens=160), "torch.nn.Embedding"),
             (PromptTuningConfig(num_virtual_tokens=4, prompt_tuning_init="SAMPLE_VOCAB"), "still those of words"),
             (MultitaskPromptTuningConfig(num_virtual_tokens=4, num_tasks=2, num_ranks=20), "prefix_task_rows: "),
-            (CPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, cpt_token_ids=[5, 6], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2]),
-             "still those of words"),
+            (CPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, cpt_token_ids=[5, 6], cpt_mask=[1, 1],
+                       cpt_tokens_type_mask=[1, 2]), "still those of words"),
         ],
         ids=["prefix", "zero", "prompt", "prompt of words", "multitask", "CPT"],
     )  # fmt: skip
@@ -165,3 +164,70 @@ def test_lesters_uniform_prompt_is_noticed():
     prompt = random.uniform(-0.5, 0.5, (200, 64)).astype(np.float32)
     assert any(UNTRAINED in line for line in lint_prompt(prompt))
     assert not list(lint_prompt(prompt + random.normal(0, 0.05, prompt.shape).astype(np.float32)))
+
+
+ENCODERS = {
+    "bert": (transformers.BertConfig, transformers.BertForSequenceClassification),
+    "roberta": (transformers.RobertaConfig, transformers.RobertaForSequenceClassification),
+}
+
+
+class TestHeads:
+    def config(self, name, **options):
+        return ENCODERS[name][0](vocab_size=99, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+                                 intermediate_size=32, max_position_embeddings=128, **options)  # fmt: skip
+
+    def lines(self, prefix, name, **options):
+        return list(lint_head(prefix, Shape.of_config(name, self.config(name, **options))))
+
+    def peft(self, name, folder):
+        torch.manual_seed(0)
+        config = PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
+        get_peft_model(ENCODERS[name][1](self.config(name, num_labels=3)), config).save_pretrained(folder)
+        return fold(folder, Shape.of_config(name, self.config(name)), pytest.fail).prefixes[""]
+
+    def p_tuning_v2(self, name, folder):
+        torch.manual_seed(0)
+        state = {
+            "prefix_encoder.embedding.weight": torch.randn(LENGTH, WIDTH),
+            "classifier.weight": torch.randn(3, HIDDEN),
+            "classifier.bias": torch.randn(3),
+            f"{name}.pooler.dense.weight": torch.randn(HIDDEN, HIDDEN),
+            f"{name}.pooler.dense.bias": torch.randn(HIDDEN),
+        }
+        torch.save(state, folder / "pytorch_model.bin")
+        return fold(folder, BERT, pytest.fail).prefixes[""]
+
+    @pytest.mark.parametrize(("own", "other"), [("bert", "roberta"), ("roberta", "bert")])
+    def test_pefts_head_of_another_architecture_is_noticed(self, tmp_path, own, other):
+        prefix = self.peft(own, tmp_path / "adapter")
+        assert self.lines(prefix, own) == []
+        (line,) = self.lines(prefix, other)
+        expected = {"bert": "classifier.weight, classifier.bias", "roberta": "classifier.dense.weight"}[other]
+        assert f"head: expected {expected}" in line
+        assert f"as a {other!r} has for SEQ_CLS" in line
+
+    @pytest.mark.parametrize(("own", "other"), [("bert", "roberta"), ("roberta", "bert")])
+    def test_p_tuning_v2s_pooler_of_another_architecture_is_noticed(self, tmp_path, own, other):
+        prefix = self.p_tuning_v2(own, tmp_path)
+        assert self.lines(prefix, own) == []
+        (line,) = self.lines(prefix, other)
+        assert f"trained on a model of kind {own!r}, where this one is {other!r}" in line
+
+    def test_labels_that_the_base_names_are_counted(self, tmp_path):
+        prefix = self.peft("roberta", tmp_path / "adapter")
+        assert self.lines(prefix, "roberta", num_labels=3) == []
+        (line,) = self.lines(prefix, "roberta", num_labels=5)
+        assert "classifier.out_proj.weight: tells 3 labels apart, where the model's configuration names 5" in line
+
+    def test_a_bias_of_another_size_is_noticed(self, tmp_path):
+        prefix = self.peft("bert", tmp_path / "adapter")
+        head = {**prefix.head, "classifier.bias": np.zeros(4, np.float32)}
+        (line,) = self.lines(replace(prefix, head=head), "bert")
+        assert line == "head classifier.weight: has 3 outputs, its bias has shape [4]: they do not belong together"
+
+    def test_a_head_of_another_width_is_noticed(self, tmp_path):
+        prefix = self.peft("bert", tmp_path / "adapter")
+        head = {**prefix.head, "classifier.weight": np.zeros((3, 32), np.float32)}
+        (line,) = self.lines(replace(prefix, head=head), "bert")
+        assert "head classifier.weight: takes 32 numbers, where 'bert' has a hidden size of 64" in line
