@@ -74,8 +74,8 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
             f"{wanted}, found {shape.name!r} ({shape.kind})"
         )
     warnings = _check_length(checkpoint, start) if len(present) > 1 else ()
-    warnings += tuple(untrained(checkpoint, [f"{start}{table.mlp}" for table in present], "its code"))
     sites = sites_of(checkpoint, shape, start, present)
+    warnings += tuple(untrained(checkpoint, [f"{start}{table.mlp}" for table in present], "its code"))
     return replace(_trained(checkpoint, sites, moves_positions=shape.kind == DECODER), warnings=warnings)
 
 

@@ -77,6 +77,36 @@ class TestPickles:
             archive.writestr("archive/data.pkl", b"\0" * (64 << 20))
         refused(tmp_path / "bomb.bin", "found compressed ones")
 
+    def test_entries_that_share_their_bytes_are_refused(self, tmp_path):
+        # Uncompressed, a file of many entries that are one: it holds more than it is large.
+        data = b"\0" * 100_000
+        with zipfile.ZipFile(tmp_path / "shared.bin", "w") as archive:
+            archive.writestr("archive/data.pkl", pickle.dumps({}))
+            archive.writestr("archive/data/0", data)
+            entry = archive.getinfo("archive/data/0")
+            for number in range(1, 50):
+                again = zipfile.ZipInfo(f"archive/data/{number}")
+                again.header_offset, again.CRC = entry.header_offset, entry.CRC
+                again.file_size = again.compress_size = len(data)
+                archive.filelist.append(again)
+        assert (tmp_path / "shared.bin").stat().st_size < 2 * len(data)
+        refused(tmp_path / "shared.bin", "expected entries as large as the file at the most, found larger ones")
+
+    def test_a_storage_that_says_it_is_larger_than_its_entry_is_refused(self, tmp_path):
+        torch.save({"control_trans": torch.ones(LENGTH * WIDTH)}, tmp_path / "small.bin")
+        whole = (tmp_path / "small.bin").read_bytes()
+        with zipfile.ZipFile(tmp_path / "small.bin") as archive:
+            entries = {name: archive.read(name) for name in archive.namelist()}
+        count, huge = b"K" + bytes([LENGTH * WIDTH]), b"J" + (1 << 30).to_bytes(4, "little")
+        with zipfile.ZipFile(tmp_path / "huge.bin", "w") as archive:
+            for name, content in entries.items():
+                archive.writestr(name, content.replace(count, huge) if name.endswith("data.pkl") else content)
+        assert huge in (tmp_path / "huge.bin").read_bytes()
+        assert huge not in whole
+        before = peak_memory()
+        refused(tmp_path / "huge.bin", "expected a whole checkpoint that torch.save wrote")
+        assert peak_memory() - before < MOST_BYTES
+
     def test_an_archive_of_another_kind_is_refused(self, tmp_path):
         with zipfile.ZipFile(tmp_path / "other.bin", "w") as archive:
             archive.writestr("readme.txt", b"hello")
@@ -211,10 +241,19 @@ def seeds():
 SEEDS = seeds()
 
 
+def overwrite(path, content):
+    """Write a file anew in its place: some file systems wait for the disk when one is emptied first."""
+    with path.open("r+b") as file:
+        file.write(content)
+        file.truncate()
+
+
 def write(folder, content, configs, how):
+    path = folder / "weights"
+    for each in (path, *(folder / name for name in configs)):
+        each.unlink(missing_ok=True)  # as for `overwrite`
     for name, config in configs.items():
         (folder / name).write_text(json.dumps(config))
-    path = folder / "weights"
     if isinstance(content, Prefix):
         content.save(path)
     elif how == "safetensors":
@@ -271,7 +310,7 @@ def test_no_bytes_do_more_than_raise_a_typed_error(tmp_path, name, how, count):
     read = longest = 0
     before = peak_memory()
     for _ in range(count):
-        path.write_bytes(mutated(whole, random))
+        overwrite(path, mutated(whole, random))
         started = time.perf_counter()
         try:
             formats.read(path, shape)
