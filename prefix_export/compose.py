@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from prefix_runtime import CompositionError, Prefix
-from prefix_runtime.composition import check_composable, combined
+from prefix_runtime.composition import TABLE, check_composable, combined
 
 
 def average(prefixes: Sequence[Prefix], weights: Sequence[float] | None = None) -> Prefix:
@@ -29,6 +29,12 @@ def average(prefixes: Sequence[Prefix], weights: Sequence[float] | None = None) 
         raise CompositionError(
             f"weights: expected {len(prefixes)} numbers whose sum is a number but not 0, found "
             f"{', '.join(map(str, shares.tolist()))}"
+        )
+    tables = sorted({prefix.metadata.get(TABLE, "") for prefix in prefixes})
+    if len(tables) > 1:
+        raise CompositionError(
+            "average: expected labels of one attribute of Control Prefixes, or none of them, found "
+            f"{', '.join(table or 'another prefix' for table in tables)}"
         )
     lengths = sorted({prefix.prefix_length for prefix in prefixes})
     if len(lengths) > 1:

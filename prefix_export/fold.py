@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from prefix_runtime.prefix import TEXT_HAS_BEGUN
 from . import formats
 from .errors import CheckpointError, PrefixExportError
 from .formats import SoftPrompt
-from .lint import lint
+from .lint import lint, lint_prompt
 from .models import BaseModel, cached
 from .shape import DECODER, Shape
 
@@ -72,6 +73,11 @@ def fold(path: Path, shape: Shape, load: Callable[[], BaseModel], wanted: str | 
     """
     trained = formats.read(located(path), shape, wanted)
     prefixes = {name: _as_prefix(part, shape, load, path) for name, part in trained.parts.items()}
+    warnings = list(trained.warnings)
+    for name, part in trained.parts.items():
+        if isinstance(part, SoftPrompt) and shape.kind == DECODER:
+            lines = lint_prompt(part.embeddings, _vocabulary(load()))
+            warnings += [f"{name}: {line}" if name else line for line in lines]
     limit = shape.context_length
     for prefix in prefixes.values():
         if limit is not None and prefix.position_base > limit - LEAST_TEXT:
@@ -79,7 +85,13 @@ def fold(path: Path, shape: Shape, load: Callable[[], BaseModel], wanted: str | 
                 f"{path}: expected a prefix that leaves {LEAST_TEXT} of the {limit} positions of {shape.name!r} for "
                 f"text, found one of length {prefix.prefix_length}"
             )
-    return Folded(prefixes, trained.warnings)
+    return Folded(prefixes, tuple(warnings))
+
+
+def _vocabulary(base: BaseModel) -> np.ndarray:
+    table: Any = base.model.get_input_embeddings()
+    found: np.ndarray = table.weight.detach().float().numpy()
+    return found
 
 
 def fold_for_bundle(path: Path, bundle: Bundle) -> tuple[Prefix, tuple[str, ...]]:
@@ -90,7 +102,7 @@ def fold_for_bundle(path: Path, bundle: Bundle) -> tuple[Prefix, tuple[str, ...]
     """
     model = bundle.manifest.model.name
     config = AutoConfig.from_pretrained(bundle.root)
-    shape = replace(Shape.of_config(model, config), sites={"decoder": bundle.manifest.geometry.layers})
+    shape = Shape.of_config(model, config, bundle.manifest.geometry.layers)
 
     def refuse() -> BaseModel:
         raise CheckpointError(

@@ -9,11 +9,18 @@ import numpy as np
 
 from prefix_runtime import Prefix
 
+from .formats.initial import DEVIATION, UNTRAINED, is_normal, is_uniform
+from .heads import lint_head
 from .shape import Shape
 
 _MUCH = 0.5
 """Of a context: a prefix that takes more leaves text the smaller part."""
 _ALIKE = 1e-3
+_NOTHING = 1e-3
+_MOVED = 1e-2
+"""Of a word's embedding."""
+_LESTER = 0.5
+"""Bound of a soft prompt's uniform numbers: Lester et al., EMNLP 2021, section 3.2."""
 
 
 def lint(prefix: Prefix, shape: Shape, max_length: int | None = None) -> list[str]:
@@ -25,7 +32,7 @@ def lint(prefix: Prefix, shape: Shape, max_length: int | None = None) -> list[st
         max_length: positions that prefix and text may take together; None takes the model's context.
     """
     return [*_base(prefix, shape), *_windows(prefix, shape, max_length), *_context(prefix, shape, max_length),
-            *_head(prefix, shape), *_degenerate(prefix)]  # fmt: skip
+            *lint_head(prefix, shape), *_untrained(prefix)]  # fmt: skip
 
 
 def _base(prefix: Prefix, shape: Shape) -> Iterator[str]:
@@ -53,21 +60,46 @@ def _context(prefix: Prefix, shape: Shape, max_length: int | None) -> Iterator[s
         yield f"the prefix takes {prefix.prefix_length} of {limit} positions"
 
 
-def _head(prefix: Prefix, shape: Shape) -> Iterator[str]:
-    for name, array in prefix.head.items():
-        if array.ndim == 2 and array.shape[1] != shape.hidden_size:  # of a weight, [outputs, inputs]
-            yield (
-                f"head {name}: takes {array.shape[1]} numbers, where {shape.name!r} has a hidden size of "
-                f"{shape.hidden_size}: it does not belong to this model"
-            )
-
-
-def _degenerate(prefix: Prefix) -> Iterator[str]:
-    """Positions that say the same in every layer, as those do that training never reached from one initial value."""
+def _untrained(prefix: Prefix) -> Iterator[str]:
+    """Numbers that are still those that training begins with, as far as keys, values or embeddings alone tell."""
     both = [array for layers in prefix.sites.values() for layer in layers for array in (layer.key, layer.value)]
     arrays = [array for array in both if array.size]  # of a layer that was left out there are none
-    if arrays and prefix.prefix_length > 1 and all(_is_constant(array) for array in arrays):
+    if arrays and all(float(np.abs(array).max()) <= _NOTHING for array in arrays):
+        yield "its numbers are almost 0, as PEFT's init_weights 'zero' begins: it may have been trained hardly or not"
+    elif arrays and prefix.prefix_length > 1 and all(_is_constant(array) for array in arrays):
         yield "all positions of the prefix are alike: it may have been trained hardly or not"
+    elif arrays and _is_embedding(np.concatenate([array.reshape(-1) for array in arrays])):
+        yield UNTRAINED.format(framework="torch.nn.Embedding")
+    if prefix.embeddings is not None:
+        yield from lint_prompt(prefix.embeddings)
+
+
+def lint_prompt(embeddings: np.ndarray, vocabulary: np.ndarray | None = None) -> Iterator[str]:
+    """What a user should know of a soft prompt before a model turns it into keys and values, a line each.
+
+    Args:
+        embeddings: [prefix_length, hidden_size].
+        vocabulary: the model's own embeddings [vocabulary, hidden_size], where they are at hand.
+    """
+    if _is_embedding(embeddings):
+        yield UNTRAINED.format(framework="torch.nn.Embedding")
+    if is_uniform(embeddings, _LESTER):
+        yield UNTRAINED.format(framework="Lester et al.")
+    if vocabulary is not None and _is_of(vocabulary, embeddings):
+        yield "its rows are still those of words, with which training begins: it may have been trained hardly or not"
+
+
+def _is_embedding(numbers: np.ndarray) -> bool:
+    return any(is_normal(numbers, deviation) for deviation in (1.0, DEVIATION))
+
+
+def _is_of(vocabulary: np.ndarray, embeddings: np.ndarray) -> bool:
+    """Whether each row is one of the vocabulary's, or almost."""
+    likeness = (
+        embeddings @ vocabulary.T - np.einsum("ij,ij->i", vocabulary, vocabulary) / 2
+    )  # [length, vocabulary], highest for the nearest
+    moved = np.linalg.norm(embeddings - vocabulary[likeness.argmax(1)], axis=1)
+    return bool((moved <= _MOVED * np.linalg.norm(embeddings, axis=1)).all())
 
 
 def _is_constant(array: np.ndarray) -> bool:

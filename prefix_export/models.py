@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,7 @@ class BaseModel:
     @cached_property
     def shape(self) -> Shape:
         """What a prefix has to fit; its layers are those that were found by running the model."""
-        found = Shape.of_config(self.name, self.model.config)
-        return replace(found, sites={"decoder": self.geometry.layers})
+        return Shape.of_config(self.name, self.model.config, self.geometry.layers)
 
     @property
     def generation_config(self) -> GenerationConfig:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _NEW_FILE = click.Path(path_type=Path)
 _TEXT_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
-_FORMAT = click.option("--format", "wanted", help="What SOURCE is, where its content fits several formats.")
+_FORMAT = click.option("--format", "wanted", help="What SOURCE is, whatever its content says; see FORMATS.md.")
 
 
 @click.command()

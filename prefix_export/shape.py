@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +16,10 @@ from prefix_runtime.geometry import check_layers
 from .errors import ModelError
 
 DECODER, ENCODER, BOTH = "decoder-only model", "encoder", "encoder-decoder"
+
+_ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
+# Found by running each causal model of transformers 5.23 that a tiny configuration could be made for.
+_OTHER_HEADS = frozenset({"cpmant", "deepseek_v4", "inkling2_text", "inkling_text"})
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Shape:
         context_length: its positions, or None where they have no end.
         architecture: as transformers names it, such as "bert".
         sliding_windows: tokens that a layer sees at the most, of each decoder layer that is limited.
+        config: that all this was read from, or None.
     """
 
     name: str
@@ -39,25 +44,34 @@ class Shape:
     context_length: int | None = None
     sliding_windows: tuple[int, ...] = ()
     architecture: str = ""
+    config: PreTrainedConfig | None = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def of_config(cls, name: str, config: PreTrainedConfig) -> Shape:
+    def of_config(cls, name: str, config: PreTrainedConfig, layers: tuple[LayerGeometry, ...] | None = None) -> Shape:
         """The shape that a configuration of transformers' (5.23) describes.
 
+        Args:
+            name: as the user named the model.
+            config: the model's.
+            layers: of a decoder-only model, where they were found by running it; None asks the configuration.
+
         Raises:
-            ModelError: it lacks what is needed.
+            ModelError: it lacks what is needed, or does not tell the shapes of keys and values.
         """
         shown = Path(name).resolve().name if Path(name).is_dir() else name
         text = config.get_text_config(decoder=True)
         try:
-            kind, sites = _sites(config, text)
+            if layers is None:
+                _refuse_other_shapes(name, text)
+            kind, sites = _sites(config, text) if layers is None else (DECODER, {"decoder": layers})
             hidden_size = int(text.hidden_size)
-        except (AttributeError, TypeError, ZeroDivisionError) as error:
+        except (AttributeError, TypeError, ZeroDivisionError, RuntimeError) as error:
             raise ModelError(
                 f"model {name!r}: expected a configuration that tells layers, heads and hidden size, found {error}"
             ) from error
         context = getattr(text, "max_position_embeddings", None)
-        return cls(shown, kind, MappingProxyType(sites), hidden_size, context, _windows(text), config.model_type)
+        windows = _windows(text)
+        return cls(shown, kind, MappingProxyType(sites), hidden_size, context, windows, config.model_type, config)
 
     def site(self, site: str, where: str) -> tuple[LayerGeometry, ...]:
         """The layers of a site.
@@ -83,6 +97,26 @@ class Shape:
             check_layers(self.site(site, where), layers, named, are_all_there=False)
 
 
+def _refuse_other_shapes(name: str, config: Any) -> None:
+    """Refuse a decoder that caches other keys and values at some layer than its configuration's heads tell."""
+    kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
+    widths = (getattr(config, "head_dim", None), getattr(config, "v_head_dim", None))
+    is_latent = getattr(config, "kv_lora_rank", None)
+    reasons = {
+        "latent attention (kv_lora_rank), which caches no keys and values of its heads": is_latent,
+        "values of another width than keys (v_head_dim)": widths[1] not in (None, widths[0]),
+        f"layers of kind {', '.join(sorted(kinds - _ATTENTION_KINDS))}": kinds - _ATTENTION_KINDS,
+        "layers that share keys and values (num_kv_shared_layers)": getattr(config, "num_kv_shared_layers", None),
+        "heads that its configuration tells for some of its layers alone": config.model_type in _OTHER_HEADS,
+    }
+    for what, is_so in reasons.items():
+        if is_so:
+            raise ModelError(
+                f"model {name!r}: expected one key and one value of heads x head size at every layer, as its "
+                f"configuration tells, found {config.model_type!r} with {what}; its prefixes are not folded"
+            )
+
+
 def _sites(config: PreTrainedConfig, text: Any) -> tuple[str, dict[str, tuple[LayerGeometry, ...]]]:
     if config.is_encoder_decoder:
         return BOTH, {
@@ -99,7 +133,9 @@ def _sites(config: PreTrainedConfig, text: Any) -> tuple[str, dict[str, tuple[La
 def _layer(config: Any) -> LayerGeometry:
     heads = int(config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if getattr(config, "multi_query", False):  # GPT-BigCode
+    if getattr(config, "new_decoder_architecture", False):  # of Falcon: keys are cached once for each query head
+        return LayerGeometry(heads, int(head_dim))
+    if getattr(config, "multi_query", False):  # GPT-BigCode, Falcon
         return LayerGeometry(1, int(head_dim))
     return LayerGeometry(int(getattr(config, "num_key_value_heads", None) or heads), int(head_dim))
 

@@ -2,7 +2,8 @@
 
 A reader has a `NAME`, which `--format` takes, a `TITLE` for people, and three functions: `matches(checkpoint)`, whether
 it is of its family; `describe(checkpoint)`, what it says of itself; `read(checkpoint, shape)`, what it holds
-(`Trained`). Readers never write and know no ONNX; `checkpoint` opens files for them.
+(`Trained`). The last two are also asked of what does not match, as `--format` overrules, and say so with an error of
+their own. Readers never write and know no ONNX; `checkpoint` opens files for them.
 """
 
 from __future__ import annotations
@@ -54,22 +55,20 @@ def find_reader(path: Path, wanted: str | None = None) -> tuple[ModuleType, Chec
 
     Args:
         path: a file or folder.
-        wanted: of `FORMATS`, in place of what the checkpoint's content says.
+        wanted: of `FORMATS`, whatever the checkpoint's content says.
 
     Raises:
-        CheckpointError: nothing is there, nothing that a reader knows, or nothing that the wanted one knows.
+        CheckpointError: nothing is there, or nothing that a reader knows.
         PrefixError: a safetensors file that is damaged.
     """
     if wanted is not None and wanted not in FORMATS:
         raise CheckpointError(f"format: expected one of {', '.join(FORMATS)}, found {wanted!r}")
     checkpoint = open_checkpoint(path)
-    fitting = [reader for reader in READERS if reader.matches(checkpoint)]
-    if wanted is not None:
-        fitting = [reader for reader in fitting if wanted == reader.NAME]
-    if not fitting:
-        known = wanted or ", ".join(f"{reader.TITLE} ({reader.NAME})" for reader in READERS)
-        raise CheckpointError(f"{checkpoint.weights}: expected one of: {known}; found {_shown(checkpoint)}")
-    return fitting[0], checkpoint
+    for reader in READERS:
+        if wanted == reader.NAME or (wanted is None and reader.matches(checkpoint)):
+            return reader, checkpoint
+    known = ", ".join(f"{reader.TITLE} ({reader.NAME})" for reader in READERS)
+    raise CheckpointError(f"{checkpoint.weights}: expected one of: {known}; found {_shown(checkpoint)}")
 
 
 def _shown(checkpoint: Checkpoint) -> str:

@@ -22,7 +22,7 @@ from prefix_runtime import LayerPrefix, PrefixMismatchError, Source
 from prefix_runtime.checks import is_whole
 
 from .checkpoint import Checkpoint
-from .reparameterised import through_mlp
+from .reparameterised import through_mlp, untrained
 from .trained import Trained, folded, make_prefix
 
 NAME = "adapterhub"
@@ -54,11 +54,10 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
 
 def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     """See `formats.read`."""
-    config = _config(checkpoint)
+    config, locations = _config(checkpoint), _locations(checkpoint)
     _refuse_what_is_more_than_a_prefix(checkpoint, config)
     activation = str(config.get("non_linearity", "tanh")).lower()
     sites = {}
-    locations = _locations(checkpoint)
     if len(locations) > len(shape.sites):
         raise PrefixMismatchError(
             f"{checkpoint.weights}: holds prefixes for {', '.join(locations)}: expected a model with as many kinds of "
@@ -76,7 +75,8 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
         weights=checkpoint.weights,
         metadata={"relative_position_bias": "text-moved"} if shape.kind == BOTH else {},
     )
-    return Trained({"": prefix})
+    stems = [f"{start}.control_trans" for start in locations.values() if f"{start}.wte.weight" in checkpoint.shapes]
+    return Trained({"": prefix}, tuple(untrained(checkpoint, stems, "adapters") if stems else ()))
 
 
 def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -89,7 +89,7 @@ def _locations(checkpoint: Checkpoint) -> dict[str, str]:
     found = [match for name in checkpoint.shapes if (match := _NAME.fullmatch(name))]
     tasks = sorted({match["task"] for match in found})
     if len(tasks) != 1:
-        raise CheckpointError(f"{checkpoint.weights}: expected one prefix tuning, found {', '.join(tasks)}")
+        raise CheckpointError(f"{checkpoint.weights}: expected one prefix tuning, found {', '.join(tasks) or 'none'}")
     starts: dict[str, str] = {}
     for match in found:
         first = f"{starts.setdefault(match['location'], match['start'])}.{match['part']}"

@@ -3,11 +3,13 @@
 Two layouts. Data-to-text (T5): tables `M_Prefixes.wte_CATEGORY` (decoder), `wte_2_CATEGORY` (cross) and
 `wte_enc_CATEGORY` (encoder), [block * labels, hidden], through the general prefix' own MLPs. XSum (BART): the rows
 behind the general ones of each table, by `preseqlen` of the config: two sports of 1 row, then 40 categories of 3. Each
-label is folded once, under the name `CATEGORY-LABEL`; `compose` puts labels before the general prefix, the last
-category first. Text begins at position 0.
+label is folded once, under the name `CATEGORY-LABEL`. Its metadata says which table it is of and at which place that
+stands, by which composition puts parts in the code's order: the last category first, the general prefix last. Text
+begins at position 0.
 
-Source: jordiclive/ControlPrefixes at 8d06cc2, `src/datatotext/prefix_utils.py` and `src/summarization`; Clive et al.,
-"Control Prefixes for Parameter-Efficient Text Generation", GEM 2022.
+Source: jordiclive/ControlPrefixes at 8d06cc2, `src/datatotext/prefix_utils.py` and `src/summarization`, and at ddd1636,
+`transformers/webnlg/prefix_tuning3.py`, `get_prompt_multiple_prefix`; Clive et al., "Control Prefixes for
+Parameter-Efficient Text Generation", GEM 2022.
 """
 
 from __future__ import annotations
@@ -19,27 +21,30 @@ import numpy as np
 
 from prefix_export.errors import CheckpointError
 from prefix_export.shape import Shape
-from prefix_runtime import Source
+from prefix_runtime import Prefix, Source
 from prefix_runtime.checks import is_whole
+from prefix_runtime.composition import GENERAL, PLACE, TABLE
 
 from .checkpoint import Checkpoint
 from .li_liang import TABLES
-from .reparameterised import Table, described, lead, matrix, site_layers, through_mlp
+from .reparameterised import Table, described, lead, matrix, required_lead, site_layers, through_mlp, untrained
 from .trained import Trained, make_prefix
 
 NAME = "control-prefixes"
 TITLE = "Control Prefixes"
-GENERAL = "general"
 
 _XSUM = (("sport", 2, 1), ("category", 40, 3))
 """Attributes of the XSum layout: name, labels, rows of each."""
+_PUBLISHED = ("sources", "cats")
+"""Data-to-text's categories in the code's order, which safetensors files do not keep."""
 _STARTS = {"decoder": "wte_", "cross": "wte_2_", "encoder": "wte_enc_"}
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A label's rows in the matrix of each site."""
+    """A label's rows in the matrix of each site, and the attribute that it is of."""
 
+    table: str
     name: str
     sites: Mapping[str, np.ndarray]
 
@@ -57,34 +62,41 @@ def matches(checkpoint: Checkpoint) -> bool:
 
 def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     """The general prefix' length and the attributes."""
+    required_lead(checkpoint, "control_trans.0.weight")
     return described(checkpoint, lambda name: "wte" in name and "seq2seq_model." not in name)
 
 
 def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     """See `formats.read`."""
-    start = lead(checkpoint, "control_trans.0.weight")
-    if start is None:
-        raise CheckpointError(f"{checkpoint.weights}: expected the general prefix' control_trans, found none")
+    start = required_lead(checkpoint, "control_trans.0.weight")
     has_tables = any("M_Prefixes." in name for name in checkpoint.shapes)
     general = {table.site: matrix(checkpoint, start, table) for table in TABLES}
     blocks = list(_of_tables(checkpoint, start) if has_tables else _of_rows(checkpoint, general))
     if not has_tables:
         length = _general_length(checkpoint)
         general = {site: numbers[:length] for site, numbers in general.items()}
-    source = Source(NAME, checkpoint.sha256)
-    metadata = {"relative_position_bias": "zero"} if has_tables else {}
-    parts = {}
-    for block in (_Block(GENERAL, general), *blocks):
-        sites = {
-            site: site_layers(checkpoint, shape, site, numbers, block.name) for site, numbers in block.sites.items()
-        }
-        parts[block.name] = make_prefix(
-            sites, moves_positions=False, source=source, weights=checkpoint.weights, metadata=metadata
-        )
-    warnings: tuple[str, ...] = ()
+    tables = list(dict.fromkeys(block.table for block in blocks))
+    order = tables[::-1] if has_tables else tables  # the code puts each table before those that it has put already
+    placed = [*((order.index(block.table), block) for block in blocks), (len(order), _Block(GENERAL, GENERAL, general))]
+    shared = {"relative_position_bias": "zero"} if has_tables else {}
+    parts = {
+        block.name: _part(checkpoint, shape, block, {**shared, TABLE: block.table, PLACE: str(place)})
+        for place, block in placed
+    }
+    warnings = untrained(checkpoint, [f"{start}{table.mlp}" for table in TABLES], "its code")
     if lead(checkpoint, "es.trainable_weight") is not None:
-        warnings = ("embeddings of new tokens were trained too (es.trainable_weight); a prefix cannot carry them",)
-    return Trained(parts, warnings)
+        warnings.append("embeddings of new tokens were trained too (es.trainable_weight); a prefix cannot carry them")
+    return Trained(parts, tuple(warnings))
+
+
+def _part(checkpoint: Checkpoint, shape: Shape, block: _Block, metadata: Mapping[str, str]) -> Prefix:
+    return make_prefix(
+        {site: site_layers(checkpoint, shape, site, rows, block.name) for site, rows in block.sites.items()},
+        moves_positions=False,
+        source=Source(NAME, checkpoint.sha256),
+        weights=checkpoint.weights,
+        metadata=metadata,
+    )
 
 
 def _of_tables(checkpoint: Checkpoint, start: str) -> Iterator[_Block]:
@@ -112,23 +124,32 @@ def _labels(checkpoint: Checkpoint, category: str, found: Mapping[Table, np.ndar
         )
     for label in range(min(counts) // rows):
         part = slice(label * rows, (label + 1) * rows)
-        yield _Block(f"{category}-{label}", {table.site: numbers[part] for table, numbers in found.items()})
+        sites = {table.site: numbers[part] for table, numbers in found.items()}
+        yield _Block(category, f"{category}-{label}", sites)
 
 
 def _of_rows(checkpoint: Checkpoint, general: Mapping[str, np.ndarray]) -> Iterator[_Block]:
     first = _general_length(checkpoint)
-    assert first is not None  # as `matches` found
+    behind = sum(labels * rows for _, labels, rows in _XSUM)
+    found = {len(numbers) for numbers in general.values()}
+    if first is None or found != {first + behind}:
+        raise CheckpointError(
+            f"{checkpoint.weights}: expected attribute tables M_Prefixes, or {behind} rows behind as many general ones "
+            f"as config.json counts (preseqlen), found preseqlen {first} and {', '.join(map(str, sorted(found)))} rows"
+        )
     for category, labels, rows in _XSUM:
         for label in range(labels):
             part = slice(first, first + rows)
             first += rows
-            yield _Block(f"{category}-{label}", {site: numbers[part] for site, numbers in general.items()})
+            sites = {site: numbers[part] for site, numbers in general.items()}
+            yield _Block(category, f"{category}-{label}", sites)
 
 
 def _categories(checkpoint: Checkpoint, start: str) -> list[str]:
     names = [name.removeprefix(f"{start}M_Prefixes.").removesuffix(".weight") for name in checkpoint.shapes]
     tables = [name for name in names if name.startswith("wte_") and not name.startswith(("wte_2_", "wte_enc_"))]
-    return [name.removeprefix("wte_") for name in tables if f"{start}M_Prefixes.{name}.weight" in checkpoint.shapes]
+    found = [name.removeprefix("wte_") for name in tables if f"{start}M_Prefixes.{name}.weight" in checkpoint.shapes]
+    return sorted(found, key=lambda name: _PUBLISHED.index(name) if name in _PUBLISHED else len(_PUBLISHED))
 
 
 def _general_length(checkpoint: Checkpoint) -> int | None:

@@ -25,7 +25,7 @@ from prefix_export.shape import BOTH, DECODER, Shape
 from prefix_runtime import LayerGeometry, LayerPrefix, PrefixMismatchError, Source
 
 from .checkpoint import Checkpoint
-from .reparameterised import Table, described, lead, matrix, sites_of
+from .reparameterised import Table, described, lead, matrix, required_lead, sites_of, untrained
 from .trained import SoftPrompt, Trained, check_hidden_size, folded, make_prefix
 
 NAME = "li-liang"
@@ -50,6 +50,8 @@ def matches(checkpoint: Checkpoint) -> bool:
 
 def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     """The tensors of the prefix and their shapes."""
+    if _shallow_name(checkpoint) is None:
+        required_lead(checkpoint, "control_trans.0.weight")
     shown = described(checkpoint, lambda name: "control_trans" in name or "wte" in name)
     config = checkpoint.config("config.json") or {}
     said = {key: str(config[key]) for key in ("preseqlen", "mid_dim", "prefix_dropout") if key in config}
@@ -60,8 +62,7 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     """See `formats.read`."""
     if (shallow := _shallow_name(checkpoint)) is not None:
         return _read_shallow(checkpoint, shallow, shape)
-    start = lead(checkpoint, "control_trans.0.weight")
-    assert start is not None  # as `matches` found
+    start = required_lead(checkpoint, "control_trans.0.weight")
     present = [table for table in TABLES if f"{start}{table.mlp}.0.weight" in checkpoint.shapes]
     _refuse_what_depends_on_text(checkpoint, start, present)
     if _is_soft_prompt(checkpoint, start, shape):
@@ -74,6 +75,7 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
         )
     warnings = _check_length(checkpoint, start) if len(present) > 1 else ()
     sites = sites_of(checkpoint, shape, start, present)
+    warnings += tuple(untrained(checkpoint, [f"{start}{table.mlp}" for table in present], "its code"))
     return replace(_trained(checkpoint, sites, moves_positions=shape.kind == DECODER), warnings=warnings)
 
 
@@ -170,4 +172,5 @@ def _is_soft_prompt(checkpoint: Checkpoint, start: str, shape: Shape) -> bool:
 def _read_soft_prompt(checkpoint: Checkpoint, start: str, shape: Shape) -> Trained:
     embeddings = matrix(checkpoint, start, TABLES[0])
     check_hidden_size(embeddings.shape, shape, f"{checkpoint.weights}: control_trans")
-    return Trained({"": SoftPrompt(embeddings, Source(f"{NAME}-embedding", checkpoint.sha256))})
+    warnings = untrained(checkpoint, [f"{start}{TABLES[0].mlp}"], "its code")
+    return Trained({"": SoftPrompt(embeddings, Source(f"{NAME}-embedding", checkpoint.sha256))}, tuple(warnings))

@@ -16,7 +16,7 @@ from prefix_export.shape import BOTH, DECODER, Shape
 from prefix_runtime import PrefixMismatchError, Source
 
 from .checkpoint import Checkpoint
-from .reparameterised import Table, described, lead, matrix
+from .reparameterised import Table, described, lead, matrix, untrained
 from .trained import Trained, folded, make_prefix
 
 NAME = "openprompt"
@@ -37,6 +37,7 @@ def matches(checkpoint: Checkpoint) -> bool:
 
 def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     """The tensors of the prefix and their shapes."""
+    _starts(checkpoint)
     return described(
         checkpoint, lambda name: ("control_trans" in name or name.endswith("wte.weight")) and "plm." not in name
     )
@@ -44,10 +45,7 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
 
 def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     """See `formats.read`."""
-    starts = {table: lead(checkpoint, f"{table.mlp}.0.weight") for table in (_DECODER, _ENCODER)}
-    found = {table: start for table, start in starts.items() if start is not None}
-    if not found:
-        raise CheckpointError(f"{checkpoint.weights}: expected {_DECODER.mlp}.0, the first layer of an MLP, found none")
+    found = _starts(checkpoint)
     if list(found) == [_ENCODER] and shape.kind == DECODER:
         found = {_OLD: found[_ENCODER]}
     if shape.kind != (BOTH if _ENCODER in found else DECODER) and list(found) != [_DECODER]:
@@ -64,4 +62,14 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     prefix = make_prefix(
         sites, moves_positions=True, source=Source(NAME, checkpoint.sha256), weights=checkpoint.weights
     )
-    return Trained({"": prefix})
+    stems = [f"{start}{table.mlp}" for table, start in found.items()]
+    return Trained({"": prefix}, tuple(untrained(checkpoint, stems, "OpenPrompt")))
+
+
+def _starts(checkpoint: Checkpoint) -> dict[Table, str]:
+    """The tables that have an MLP, and what stands before its name."""
+    starts = {table: lead(checkpoint, f"{table.mlp}.0.weight") for table in (_DECODER, _ENCODER)}
+    found = {table: start for table, start in starts.items() if start is not None}
+    if not found:
+        raise CheckpointError(f"{checkpoint.weights}: expected {_DECODER.mlp}.0, the first layer of an MLP, found none")
+    return found

@@ -12,6 +12,7 @@ Source: THUDM/P-tuning-v2 at 2873f47, `model/prefix_encoder.py`, `model/sequence
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -21,7 +22,8 @@ from prefix_export.shape import ENCODER, Shape
 from prefix_runtime import PrefixMismatchError, Source
 
 from .checkpoint import Checkpoint
-from .reparameterised import described, lead, through_mlp
+from .initial import DEVIATION
+from .reparameterised import described, lead, required_lead, through_mlp, untrained
 from .trained import Trained, folded, make_prefix
 
 NAME = "p-tuning-v2"
@@ -29,6 +31,9 @@ TITLE = "P-tuning v2"
 
 _EMBEDDING = "prefix_encoder.embedding.weight"
 _HEADS = ("classifier.", "qa_outputs.")
+BASE_MODULE = "base_module"
+"""Metadata: what the checkpoint calls the model that it was trained on, such as "roberta"."""
+_MODULE = re.compile(r"(?:.*\.)?([a-z_]+)\.(?:pooler\.dense|embeddings|encoder\.layer)\..+")
 _POOLER = ".pooler.dense."
 # Their attention is none of keys and values alone, or another model's.
 _REFUSED = {"deberta.": "DeBERTa, whose prefix joins content scores alone", "transformer.": "ChatGLM, not verified"}
@@ -41,6 +46,7 @@ def matches(checkpoint: Checkpoint) -> bool:
 
 def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     """The prefix encoder's tensors, and the head."""
+    required_lead(checkpoint, _EMBEDDING)
     parts = described(checkpoint, lambda name: "prefix_encoder." in name)
     head = ", ".join(_head(checkpoint))
     return {**parts, **({"head": head} if head else {})}
@@ -48,14 +54,17 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
 
 def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     """See `formats.read`."""
-    start = lead(checkpoint, _EMBEDDING)
-    assert start is not None  # as `matches` found
+    start = required_lead(checkpoint, _EMBEDDING)
     for name, what in _REFUSED.items():
         if start == name or any(each.startswith(name) for each in checkpoint.shapes):
             raise CheckpointError(f"{checkpoint.weights}: expected BERT or RoBERTa, found {what}; it is not read")
-    numbers = checkpoint.array(f"{start}{_EMBEDDING}")
-    if any(name.startswith(f"{start}prefix_encoder.trans.") for name in checkpoint.shapes):
-        numbers = through_mlp(checkpoint, f"{start}prefix_encoder.trans", numbers)
+    numbers, stem = checkpoint.array(f"{start}{_EMBEDDING}"), f"{start}prefix_encoder.trans"
+    warnings = []
+    if any(name.startswith(f"{stem}.") for name in checkpoint.shapes):
+        numbers = through_mlp(checkpoint, stem, numbers)
+        # transformers begins anew with what a base model's file does not hold.
+        for deviation in (None, DEVIATION):
+            warnings += untrained(checkpoint, [stem], "its code", deviation)
     if shape.kind != ENCODER or shape.architecture.startswith("deberta"):
         raise PrefixMismatchError(
             f"{checkpoint.weights}: expected an encoder of plain attention, found {shape.name!r} ({shape.kind})"
@@ -66,9 +75,15 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
         moves_positions=True,
         source=Source(NAME, checkpoint.sha256),
         weights=checkpoint.weights,
+        metadata=_base_module(checkpoint),
         head={name: checkpoint.array(full).astype(np.float32) for name, full in _head(checkpoint).items()},
     )
-    return Trained({"": prefix})
+    return Trained({"": prefix}, tuple(warnings))
+
+
+def _base_module(checkpoint: Checkpoint) -> dict[str, str]:
+    found = {match[1] for name in checkpoint.shapes if (match := _MODULE.fullmatch(name))}
+    return {BASE_MODULE: found.pop()} if len(found) == 1 else {}
 
 
 def _head(checkpoint: Checkpoint) -> dict[str, str]:

@@ -24,6 +24,7 @@ from prefix_runtime import LayerGeometry, LayerPrefix, PrefixMismatchError, Sour
 from prefix_runtime.checks import is_whole
 
 from .checkpoint import Checkpoint
+from .initial import DEVIATION, UNTRAINED, is_normal
 from .trained import SoftPrompt, Trained, check_hidden_size, folded, make_prefix
 
 NAME = "peft"
@@ -34,6 +35,8 @@ KEYS_AND_VALUES = ("PREFIX_TUNING", "CARTRIDGE")
 EMBEDDINGS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 _TENSOR = "prompt_embeddings"
 _COLUMNS, _ROWS = "prefix_task_cols", "prefix_task_rows"
+_FACTORS = 2000
+"""Numbers of the tasks' factors, which are few, that have to be there to tell whether they were trained."""
 _EMBEDDING_NAMES = ("wte.", "wpe.", "embed_", "embeddings.", "lm_head.", "embed_tokens.")
 _TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -135,6 +138,9 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
 
 
 def _open(checkpoint: Checkpoint) -> _Adapter:
+    if not matches(checkpoint):
+        there = ", ".join(repr(name) for name in list(checkpoint.shapes)[:4]) or "none"
+        raise CheckpointError(f"{checkpoint.weights}: expected PEFT's tensor {_TENSOR!r}, found tensors {there}")
     config = checkpoint.config(CONFIG_NAME)
     if config is None:
         raise CheckpointError(
@@ -142,6 +148,12 @@ def _open(checkpoint: Checkpoint) -> _Adapter:
             "adapter's folder"
         )
     adapter = _Adapter(checkpoint, config)
+    if config.get("peft_type") in KEYS_AND_VALUES + EMBEDDINGS and config.get("task_type") is None:
+        raise CheckpointError(
+            f"{adapter.config_path}: task_type: expected one of {', '.join(_TASK_TYPES)}, found none: PEFT's "
+            "get_peft_model makes no such adapter, and its plain PeftModel answers as if there were no prefix; if code "
+            "of its own trained it, write the task type that it was trained for"
+        )
     for key, expected in (("peft_type", KEYS_AND_VALUES + EMBEDDINGS), ("task_type", _TASK_TYPES)):
         if config.get(key) not in expected:
             raise CheckpointError(
@@ -185,7 +197,7 @@ def _read_keys_and_values(adapter: _Adapter, shape: Shape) -> Trained:
         head=adapter.head(),
         metadata=adapter.metadata(),
     )
-    return Trained({"": prefix}, (*warnings, *_untouched(adapter, prompt)))
+    return Trained({"": prefix}, warnings)
 
 
 def _paired_layers(
@@ -246,8 +258,10 @@ def _read_embeddings(adapter: _Adapter, shape: Shape) -> Trained:
     parts = {
         name: SoftPrompt(each, adapter.source, adapter.head(), adapter.metadata()) for name, each in prompts.items()
     }
-    warning = f"the last {unread} rows, meant for the decoder, are read neither by PEFT nor here"
-    return Trained(parts, (warning,) if unread else ())
+    warnings = [f"the last {unread} rows, meant for the decoder, are read neither by PEFT nor here"] if unread else []
+    if _ROWS in adapter.checkpoint.shapes and is_normal(adapter.checkpoint.array(_ROWS), DEVIATION, _FACTORS):
+        warnings.append(f"{_ROWS}: {UNTRAINED.format(framework='PEFT')}")
+    return Trained(parts, tuple(warnings))
 
 
 def _factors(adapter: _Adapter, prompt: np.ndarray) -> np.ndarray:
@@ -280,20 +294,6 @@ def _check_config(adapter: _Adapter, layers: tuple[LayerGeometry, ...]) -> None:
         said = adapter.config.get(key)
         if said is not None and said != expected:
             raise PrefixMismatchError(f"{adapter.config_path}: {key}: expected {expected} {what}, found {said}")
-
-
-def _untouched(adapter: _Adapter, prompt: np.ndarray) -> tuple[str, ...]:
-    """A warning where the numbers are still those that `torch.nn.Embedding` begins with: independent, normal."""
-    if adapter.kind != "PREFIX_TUNING" or adapter.config.get("prefix_projection") or prompt.size < 10_000:
-        return ()
-    numbers = prompt.astype(np.float64).ravel()
-    # Of n standard normal numbers these differ from 0, 1 and 3 by about 1, 0.7 and 5 over the root of n.
-    spread = 4 / np.sqrt(numbers.size)
-    mean, deviation = numbers.mean(), numbers.std()
-    fourth = ((numbers - mean) ** 4).mean() / deviation**4 if deviation else 0.0
-    if abs(mean) < spread and abs(deviation - 1) < spread and abs(fourth - 3) < 5 * spread:
-        return ("its numbers are still distributed as PEFT initialises them: it may have been trained hardly or not",)
-    return ()
 
 
 def _head_name(name: str) -> str:

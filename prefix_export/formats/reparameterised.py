@@ -17,6 +17,7 @@ from prefix_export.shape import Shape
 from prefix_runtime import LayerPrefix
 
 from .checkpoint import Checkpoint
+from .initial import UNTRAINED, is_linear
 from .trained import evaluated, folded
 
 _DEEPEST = 4
@@ -37,6 +38,19 @@ def lead(checkpoint: Checkpoint, name: str) -> str | None:
     return min(found, key=len) if found else None
 
 
+def required_lead(checkpoint: Checkpoint, name: str) -> str:
+    """What stands before a name that a family's checkpoints have.
+
+    Raises:
+        CheckpointError: the name does not occur.
+    """
+    found = lead(checkpoint, name)
+    if found is None:
+        there = ", ".join(repr(each) for each in list(checkpoint.shapes)[:4]) or "none"
+        raise CheckpointError(f"{checkpoint.weights}: expected a tensor {name!r}, found tensors {there}")
+    return found
+
+
 def matrix(checkpoint: Checkpoint, start: str, table: Table) -> np.ndarray:
     """What the MLP makes of a table, [rows, 2 * layers * heads * head_dim].
 
@@ -55,6 +69,27 @@ def through_mlp(checkpoint: Checkpoint, stem: str, inputs: np.ndarray, activatio
     Raises:
         CheckpointError: there is no such MLP, or it does not fit.
     """
+    return evaluated(inputs, _mlp(checkpoint, stem), f"{checkpoint.weights}: {stem}", activation)
+
+
+def untrained(
+    checkpoint: Checkpoint, stems: Iterable[str], framework: str, deviation: float | None = None
+) -> list[str]:
+    """A warning where the MLPs under all these names are as they begin; embeddings hardly move when they are trained.
+
+    Args:
+        checkpoint: that has the MLPs, so that `through_mlp` did not raise.
+        stems: their names.
+        framework: of which the warning speaks.
+        deviation: see `is_linear`.
+    """
+    if all(is_linear(_mlp(checkpoint, stem), deviation) for stem in stems):
+        return [f"its MLP: {UNTRAINED.format(framework=framework)}"]
+    return []
+
+
+def _mlp(checkpoint: Checkpoint, stem: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Weight and bias of each linear layer."""
     layers = []
     for index in range(0, _DEEPEST + 1, 2):
         names = [f"{stem}.{index}.{part}" for part in ("weight", "bias")]
@@ -66,7 +101,7 @@ def through_mlp(checkpoint: Checkpoint, stem: str, inputs: np.ndarray, activatio
             layers.append((weight, bias))
     if not layers:
         raise CheckpointError(f"{checkpoint.weights}: expected an MLP {stem}.0, {stem}.2, found none")
-    return evaluated(inputs, layers, f"{checkpoint.weights}: {stem}", activation)
+    return layers
 
 
 def described(checkpoint: Checkpoint, is_shown: Callable[[str], bool]) -> dict[str, str]:

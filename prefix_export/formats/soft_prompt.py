@@ -30,7 +30,7 @@ def matches(checkpoint: Checkpoint) -> bool:
 
 def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     """Its shape."""
-    length, width = checkpoint.shapes[""]
+    length, width = _shape(checkpoint)
     return {"prefix length": str(length), "hidden size": str(width)}
 
 
@@ -38,11 +38,21 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     """See `formats.read`."""
     where = str(checkpoint.weights)
     # Before anything is read: a file may be a hole of any size.
-    check_hidden_size(checkpoint.shapes[""], shape, where)
-    if (length := checkpoint.shapes[""][0]) > _LONGEST:
+    length, width = _shape(checkpoint)
+    check_hidden_size((length, width), shape, where)
+    if length > _LONGEST:
         raise CheckpointError(
             f"{where}: expected a soft prompt of at most {_LONGEST} positions, found {length}, as a table of "
             "embeddings has"
         )
     embeddings = checkpoint.array("")
     return Trained({"": SoftPrompt(embeddings.astype("float32"), Source(NAME, checkpoint.sha256))})
+
+
+def _shape(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Length and width of the one array."""
+    if not matches(checkpoint):
+        found = ", ".join(f"{name!r} {list(shape)}" for name, shape in list(checkpoint.shapes.items())[:4]) or "none"
+        raise CheckpointError(f"{checkpoint.weights}: expected one array alone, [length, hidden size], found {found}")
+    length, width = checkpoint.shapes[""]
+    return length, width

@@ -16,7 +16,7 @@ from prefix_export.shape import Shape
 from prefix_runtime import Source
 
 from .checkpoint import Checkpoint
-from .reparameterised import Table, described, lead, sites_of
+from .reparameterised import Table, described, lead, required_lead, sites_of, untrained
 from .trained import Trained, make_prefix
 
 NAME = "unified-skg"
@@ -40,6 +40,7 @@ def matches(checkpoint: Checkpoint) -> bool:
 
 def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     """The tensors of the prefix and their shapes."""
+    required_lead(checkpoint, "wte_dec.weight")
     return described(
         checkpoint, lambda name: ("control_trans" in name or "wte" in name) and "pretrain_model." not in name
     )
@@ -47,8 +48,7 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
 
 def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     """See `formats.read`."""
-    start = lead(checkpoint, "wte_dec.weight")
-    assert start is not None  # as `matches` found
+    start = required_lead(checkpoint, "wte_dec.weight")
     for part, what in _DEPENDS_ON_TEXT.items():
         if any(part in name for name in checkpoint.shapes):
             raise CheckpointError(f"{checkpoint.weights}: expected a prefix alone, found {what}; it cannot be folded")
@@ -64,4 +64,5 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
         "a run with descriptions (use_description) leaves no trace in a checkpoint and cannot be told from one "
         "without; its prefix depended on the text"
     )
-    return Trained({"": prefix}, (warning,))
+    stems = [f"{start}{table.mlp}" for table in _TABLES]
+    return Trained({"": prefix}, (warning, *untrained(checkpoint, stems, "its code")))

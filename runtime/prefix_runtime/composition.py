@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,11 +13,17 @@ from .prefix import LayerPrefix, Prefix
 SEPARATOR = "+"
 """Between the tasks in a name that stands for several; no task's own name has it."""
 
+TABLE, PLACE, GENERAL = "control_table", "control_place", "general"
+"""Metadata of a part of Control Prefixes: the attribute that it is a label of, or the general prefix' own name; a whole
+number by which parts stand one after another, the general one last."""
+
 _BIAS = "relative_position_bias"
 
 
 def concatenated(prefixes: Sequence[Prefix]) -> Prefix:
     """Prefixes of one model one after another along their length, the first one first.
+
+    Parts of Control Prefixes stand in the order that they were trained in, whatever their order here.
 
     Text begins behind all of them where it begins behind each, else at position 0. Keys stay what they are: those of a
     model with rotary positions keep the rotation that each was trained or computed with, so that the positions of
@@ -24,10 +31,51 @@ def concatenated(prefixes: Sequence[Prefix]) -> Prefix:
     attend to those before it.
 
     Raises:
-        CompositionError: they are of different models, sites or kinds.
+        CompositionError: they are of different models, sites or kinds; or parts of Control Prefixes that are not one
+            general prefix and at most one label of each attribute.
     """
-    length = sum(prefix.prefix_length for prefix in prefixes)
-    return combined(prefixes, lambda arrays: np.concatenate(arrays, 1), length)
+    ordered = _in_order(prefixes)
+    length = sum(prefix.prefix_length for prefix in ordered)
+    found = combined(ordered, lambda arrays: np.concatenate(arrays, 1), length)
+    if ordered[0].metadata.get(TABLE) is None:
+        return found
+    tables = "+".join(prefix.metadata[TABLE] for prefix in ordered)
+    kept = {name: text for name, text in found.metadata.items() if name != PLACE}
+    return replace(found, metadata={**kept, TABLE: tables})
+
+
+def _in_order(prefixes: Sequence[Prefix]) -> Sequence[Prefix]:
+    """Prefixes as they are, but parts of Control Prefixes by their places.
+
+    Source: jordiclive/ControlPrefixes, `get_prompt_multiple_prefix`: one label of each attribute before the general
+    prefix.
+    """
+    if all(TABLE not in prefix.metadata for prefix in prefixes):
+        return prefixes
+    found: dict[int, Prefix] = {}
+    for index, prefix in enumerate(prefixes):
+        where = f"prefix {index + 1} of {len(prefixes)}"
+        table, place = prefix.metadata.get(TABLE, "of something else"), prefix.metadata.get(PLACE, "")
+        if not (place.isascii() and place.isdecimal() and len(place) < 5):
+            raise CompositionError(
+                f"{where}: expected single parts of Control Prefixes, all at once, found one {table!r}"
+            )
+        if int(place) in found:
+            raise CompositionError(
+                f"{where}: expected one general prefix of Control Prefixes and at most one label of each attribute, "
+                f"found a second of {table!r}"
+            )
+        found[int(place)] = prefix
+    ordered = [found[place] for place in sorted(found)]
+    if ordered[-1].metadata[TABLE] != GENERAL:
+        raise CompositionError(
+            f"expected the general prefix of Control Prefixes ({GENERAL}) among its labels, found "
+            f"{', '.join(prefix.metadata[TABLE] for prefix in ordered)} alone"
+        )
+    sources = {prefix.source.sha256 for prefix in ordered if prefix.source is not None}
+    if len(sources) > 1:
+        raise CompositionError(f"expected parts of one checkpoint of Control Prefixes, found them of {len(sources)}")
+    return ordered
 
 
 def combined(prefixes: Sequence[Prefix], combine: Callable[[Sequence[np.ndarray]], np.ndarray], length: int) -> Prefix:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -42,6 +44,13 @@ def test_the_average_is_weighed(weights, shares):
 def test_what_cannot_be_averaged_is_refused(others, weights, message):
     with pytest.raises(CompositionError, match=message):
         average([prefix(), *others], weights)
+
+
+def test_labels_of_one_attribute_are_averaged_and_others_are_not():
+    cats = [replace(prefix(seed=seed), metadata={"control_table": "cats", "control_place": "0"}) for seed in (1, 2)]
+    assert average(cats).metadata == cats[0].metadata
+    with pytest.raises(CompositionError, match=r"expected labels of one attribute .* found another prefix, cats"):
+        average([cats[0], prefix()])
 
 
 def test_concatenation_is_the_runtimes():

@@ -15,7 +15,8 @@ from prefix_export import formats
 from prefix_export.errors import CheckpointError
 from prefix_export.formats import SoftPrompt
 from prefix_export.shape import BOTH, DECODER, ENCODER, Shape
-from prefix_runtime import LayerGeometry, PrefixMismatchError
+from prefix_runtime import LayerGeometry, PrefixError, PrefixMismatchError
+from prefix_runtime.composition import concatenated
 
 LAYERS, HEADS, HEAD_DIM = 3, 4, 16
 HIDDEN, WIDTH = HEADS * HEAD_DIM, 2 * LAYERS * HEADS * HEAD_DIM
@@ -304,6 +305,24 @@ class TestControlPrefixes:
             check(parts["general"], site, numbers[:LENGTH], 0)
             check(parts["sport-1"], site, numbers[LENGTH + 1 : LENGTH + 2], 0)
             check(parts["category-7"], site, numbers[LENGTH + 2 + 21 : LENGTH + 2 + 24], 0)
+        composed = concatenated([parts[name] for name in ("general", "category-7", "sport-1")])
+        assert composed.metadata["control_table"] == "sport+category+general"
+
+    @pytest.mark.parametrize("how", ["lightning", "safetensors"])
+    def test_parts_know_their_places(self, tmp_path, how):
+        state = tensors(**{f"wte{end}__weight": (LENGTH, HIDDEN) for _, end, _ in self.SITES})
+        for _, end, _ in self.SITES:
+            state |= mlp(f"control_trans{end}")
+        for category in ("sources", "cats"):  # safetensors files sort them
+            state |= {f"M_Prefixes.wte_{each}{category}.weight": torch.randn(2, HIDDEN) for *_, each in self.SITES}
+        folder = saved(tmp_path / "run", state, {"m_prefix_len": 1, "preseqlen": LENGTH}, how=how)
+        parts = formats.read(folder, BART).parts
+        composed = concatenated([parts["general"], parts["sources-0"], parts["cats-1"]])
+        assert composed.metadata["control_table"] == "cats+sources+general"
+        for site, end, each in self.SITES:
+            rows = [state[f"M_Prefixes.wte_{each}cats.weight"][1:], state[f"M_Prefixes.wte_{each}sources.weight"][:1]]
+            whole = torch.cat([*rows, state[f"wte{end}.weight"]])
+            check(composed, site, through(state, f"control_trans{end}", whole), 0)
 
     def test_rows_that_no_config_explains_are_refused(self, tmp_path):
         state = tensors(**{f"wte{end}__weight": (LENGTH + 9, HIDDEN) for _, end, _ in self.SITES})
@@ -411,11 +430,47 @@ class TestSoftPrompts:
             read(tmp_path / "table.npy", GPT2)
 
 
-def test_a_format_may_be_named_and_is_checked(tmp_path):
-    state = tensors(wte__weight=(LENGTH, HIDDEN)) | mlp("control_trans")
-    folder = saved(tmp_path / "run", state)
-    assert read(folder, GPT2, wanted="li-liang") == read(folder, GPT2)
-    with pytest.raises(CheckpointError, match="expected one of: p-tuning-v2; found tensors"):
-        read(folder, GPT2, wanted="p-tuning-v2")
-    with pytest.raises(CheckpointError, match="format: expected one of prefix-export, peft"):
-        read(folder, GPT2, wanted="other")
+class TestFormatNamed:
+    """`--format` overrules what a checkpoint's content says."""
+
+    def gpt2(self, tmp_path):
+        state = tensors(wte__weight=(LENGTH, HIDDEN)) | mlp("control_trans")
+        return saved(tmp_path / "run", state)
+
+    def test_the_reader_that_is_named_reads(self, tmp_path):
+        folder = self.gpt2(tmp_path)
+        assert format_of(folder) == "li-liang"
+        own, other = (read(folder, GPT2, wanted=name) for name in ("li-liang", "openprompt"))
+        assert own == read(folder, GPT2)
+        assert (own.source.format, other.source.format) == ("li-liang", "openprompt")
+        np.testing.assert_array_equal(own.sites["decoder"][0].key, other.sites["decoder"][0].key)
+
+    def test_what_is_recognised_as_another_familys_is_read_as_named(self, tmp_path):
+        state = tensors(**{f"wte{end}__weight": (LENGTH, HIDDEN) for end in ("", "2", "_enc")})
+        for end in ("", "2", "_enc"):
+            state |= mlp(f"control_trans{end}")
+        state |= {f"M_Prefixes.wte_{each}cats.weight": torch.randn(2, HIDDEN) for each in ("", "2_", "enc_")}
+        folder = saved(tmp_path / "run", state, {"preseqlen": LENGTH})
+        assert format_of(folder) == "control-prefixes"
+        check(read(folder, BART, wanted="li-liang"), "decoder", through(state, "control_trans", state["wte.weight"]), 0)
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("prefix-export", "expected a prefix file|expected a whole safetensors file"),
+            ("peft", "expected PEFT's tensor 'prompt_embeddings', found tensors 'wte.weight'"),
+            ("adapterhub", "expected one prefix tuning, found none"),
+            ("p-tuning-v2", "expected a tensor 'prefix_encoder.embedding.weight', found tensors"),
+            ("unified-skg", "expected a tensor 'wte_dec.weight', found tensors"),
+            ("control-prefixes", "expected a tensor|an MLP control_trans2.0"),
+            ("soft-prompt", r"expected one array alone, \[length, hidden size\], found 'wte.weight' \[5, 64\]"),
+        ],
+    )
+    def test_what_it_cannot_read_is_its_own_error(self, tmp_path, name, message):
+        folder = self.gpt2(tmp_path)
+        with pytest.raises((CheckpointError, PrefixError), match=message):
+            read(folder, GPT2, wanted=name)
+
+    def test_a_format_that_is_none_is_refused(self, tmp_path):
+        with pytest.raises(CheckpointError, match="format: expected one of prefix-export, peft"):
+            read(self.gpt2(tmp_path), GPT2, wanted="other")

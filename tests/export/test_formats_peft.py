@@ -164,6 +164,20 @@ def test_a_config_that_is_none_is_refused(adapter, base, content, parts):
     refused(CheckpointError, adapter, base.shape, str(path), *parts)
 
 
+def test_without_a_task_type_pefts_own_model_reads_no_prefix_and_this_refuses(gpt2, adapter, base, edit):
+    config = PrefixTuningConfig(num_virtual_tokens=3)
+    with pytest.raises(KeyError, match="None"):
+        get_peft_model(AutoModelForCausalLM.from_pretrained(gpt2), config)
+    edit(adapter, task_type=None)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(gpt2).eval()(input_ids=ids).logits
+        wrapped = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(gpt2), adapter).eval()
+        assert torch.equal(wrapped(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, plain)
+    found = "answers as if there were no prefix"
+    refused(CheckpointError, adapter, base.shape, "adapter_config.json", "task_type", "CAUSAL_LM", found)
+
+
 @pytest.mark.parametrize("said", [4, "3", None])
 def test_a_prefix_length_that_the_tensor_contradicts_is_refused(adapter, base, edit, said):
     edit(adapter, num_virtual_tokens=said)
@@ -235,6 +249,7 @@ def test_a_flipped_bit_is_refused_or_changes_the_recorded_hash(adapter, base):
         for bit in (0, 6):
             damaged = bytearray(whole)
             damaged[position] ^= 1 << bit
+            path.unlink()  # some file systems wait for the disk when a file is emptied instead
             path.write_bytes(damaged)
             try:
                 prefix = read_prefix(adapter, base.shape)

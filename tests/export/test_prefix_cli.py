@@ -7,17 +7,20 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
 from peft import MultitaskPromptTuningConfig
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from prefix_export import formats
 from prefix_export.cli import main
 from prefix_export.fold import fold_text
 from prefix_export.models import load_base_model
 from prefix_runtime import Prefix
 from tests.export.conftest import read_prefix
 from tests.export.test_fold import save_adapter
+from tests.export.test_formats_hostile import SEEDS, write
 
 
 def run(*arguments, code=0):
@@ -142,6 +145,46 @@ class TestInspect:
         shown = json.loads(run("inspect", multitask, "--model", model, "--json").output)
         assert shown["folds to 2"].startswith("prefix of length 4 for decoder (3 layers); text from position 4")
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def configurations(cls, tmp_path_factory):
+        """Folders with nothing but a configuration, for the shapes of `SEEDS`."""
+        side = {f"{each}_{what}": 2 if what == "attention_heads" else 1 for each in ("encoder", "decoder")
+                for what in ("layers", "attention_heads")}  # fmt: skip
+        found = {
+            "gpt2": transformers.GPT2Config(n_embd=4, n_head=2, n_layer=1),
+            "bart": transformers.BartConfig(d_model=4, **side),
+            "bert": transformers.BertConfig(hidden_size=4, num_attention_heads=2, num_hidden_layers=1),
+        }
+        root = tmp_path_factory.mktemp("configurations")
+        for name, config in found.items():
+            config.save_pretrained(root / name)
+        return root
+
+    @pytest.mark.parametrize("family", sorted(SEEDS.keys() - {"soft-prompt"}))
+    def test_each_family_is_told_and_folded_by_a_configuration_alone(self, configurations, tmp_path, family):
+        content, configs, shape = SEEDS[family]
+        path = write(tmp_path, content, configs, "zip")
+        shown = json.loads(run("inspect", path, "--model", configurations / shape.name, "--json").output)
+        reader, _ = formats.find_reader(path)
+        assert shown["format"] == ("prefix file" if family == "canonical" else reader.TITLE)
+        assert len(shown) > 2, "it says nothing of what is in it"
+        folds = [text for name, text in shown.items() if name.startswith("folds to")]
+        assert len(folds) == (3 if family == "control-prefixes" else 1)
+        assert all(text.startswith("prefix of length 2 for ") for text in folds)
+        named = json.loads(run("inspect", path, "--format", reader.NAME, "--json").output)
+        assert named == {name: text for name, text in shown.items() if not name.startswith(("folds to", "warning"))}
+
+    def test_a_soft_prompt_is_told_and_folded_by_its_model(self, model, tmp_path):
+        np.save(tmp_path / "prompt.npy", np.ones((5, 64), np.float32))
+        shown = json.loads(run("inspect", tmp_path / "prompt.npy", "--model", model, "--json").output)
+        assert (shown["format"], shown["prefix length"], shown["hidden size"]) == ("soft prompt array", "5", "64")
+        assert shown["folds to"].startswith("prefix of length 5 for decoder (3 layers); text from position 5")
+
+    def test_a_format_that_is_named_overrules(self, adapter):
+        line = fail("inspect", adapter, "--format", "p-tuning-v2")
+        assert "expected a tensor 'prefix_encoder.embedding.weight', found tensors 'prompt_embeddings'" in line
+
     def test_a_pickle_of_li_and_liangs(self, tmp_path):
         torch.save({"wte.weight": torch.ones(5, 64), "control_trans.0.weight": torch.ones(2, 2)}, tmp_path / "x.pt")
         shown = json.loads(run("inspect", tmp_path / "x.pt", "--json").output)
@@ -161,4 +204,4 @@ class TestInspect:
     def test_untrained_numbers_are_noticed(self, model, workshop):
         noise = workshop.adapter(model, 50)  # torch.nn.init.normal_, as PEFT begins
         shown = json.loads(run("inspect", noise, "--model", model, "--json").output)
-        assert any("as PEFT initialises them" in str(text) for text in shown.values())
+        assert any("as torch.nn.Embedding begins with them" in str(text) for text in shown.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from dataclasses import replace
 
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 
 import prefix_runtime
-from prefix_runtime import CompositionError, PrefixMismatchError, UnknownTaskError
-from prefix_runtime.composition import concatenated
+from prefix_runtime import CompositionError, PrefixMismatchError, Source, UnknownTaskError
+from prefix_runtime.composition import GENERAL, PLACE, TABLE, concatenated
 from prefix_runtime.tasks import MOST_COMPOSED, TaskStore
 
 
@@ -64,6 +65,70 @@ class TestConcatenation:
     def test_fewer_than_two_are_refused(self, make_prefix, count):
         with pytest.raises(CompositionError, match=f"expected at least two prefixes to compose, found {count}"):
             concatenated([make_prefix(3)] * count)
+
+
+class TestControlPrefixes:
+    """Parts whose metadata says which table they are of and at which place it stands."""
+
+    @pytest.fixture
+    def part(self, make_prefix):
+        def part(table, place, seed=0, length=3, sha256="a" * 64):
+            metadata = {TABLE: table, PLACE: place}
+            base = replace(make_prefix(length, seed=seed), position_base=0, metadata=metadata)
+            return replace(base, source=Source("control-prefixes", sha256))
+
+        return part
+
+    def test_they_stand_in_the_order_that_they_were_trained_in(self, part):
+        cats, sources, general = part("cats", "0", 1), part("sources", "1", 2, 5), part(GENERAL, "2", 3)
+        found = {concatenated(order).content_hash for order in itertools.permutations([cats, sources, general])}
+        assert len(found) == 1
+        composed = concatenated([general, cats, sources])
+        for index, layer in enumerate(composed.sites["decoder"]):
+            parts = [each.sites["decoder"][index] for each in (cats, sources, general)]
+            np.testing.assert_array_equal(layer.key, np.concatenate([each.key for each in parts], 1))
+            np.testing.assert_array_equal(layer.value, np.concatenate([each.value for each in parts], 1))
+        assert composed.metadata == {TABLE: "cats+sources+general"}
+
+    @pytest.mark.parametrize(
+        ("others", "message"),
+        [
+            ([("cats", "0"), ("cats", "0")], r"^prefix 3 of 3: .* found a second of 'cats'"),
+            ([(GENERAL, "2")], r"^prefix 2 of 2: .* found a second of 'general'"),
+            ([("cats", "")], r"^prefix 2 of 2: expected single parts .* found one 'cats'"),
+            ([("cats", "\u0661")], "expected single parts"),
+        ],
+    )
+    def test_two_of_one_table_are_refused(self, part, others, message):
+        with pytest.raises(CompositionError, match=message):
+            concatenated([part(GENERAL, "2"), *(part(*other) for other in others)])
+
+    def test_labels_without_the_general_prefix_are_refused(self, part):
+        with pytest.raises(CompositionError, match=r"expected the general prefix .* found cats, sources alone"):
+            concatenated([part("sources", "1"), part("cats", "0")])
+
+    def test_parts_of_two_checkpoints_are_refused(self, part):
+        with pytest.raises(CompositionError, match="expected parts of one checkpoint of Control Prefixes"):
+            concatenated([part(GENERAL, "1"), part("cats", "0", sha256="b" * 64)])
+
+    def test_another_prefix_among_them_is_refused(self, part, make_prefix):
+        with pytest.raises(CompositionError, match=r"^prefix 2 of 2: .* found one 'of something else'"):
+            concatenated([part(GENERAL, "1"), replace(make_prefix(3), position_base=0)])
+
+    def test_what_was_composed_is_not_composed_once_more(self, part):
+        composed = concatenated([part("cats", "0"), part(GENERAL, "2")])
+        with pytest.raises(CompositionError, match="all at once, found one 'cats\\+general'"):
+            concatenated([part("sources", "1"), composed])
+
+    def test_tasks_are_chosen_in_any_order(self, engine, part):
+        parts = {"cats-1": part("cats", "0", 1), "sources-2": part("sources", "1", 2), "general": part(GENERAL, "2", 3)}
+        for name, prefix in parts.items():
+            engine.add_task(name, replace(prefix, base_fingerprint=None))
+        logits = [engine.logits([5, 6, 7], "+".join(order)) for order in itertools.permutations(parts)]
+        for found in logits[1:]:
+            np.testing.assert_array_equal(found, logits[0])
+        with pytest.raises(CompositionError, match=r"^task 'cats-1\+cats-1\+general': .* a second of 'cats'"):
+            engine.generate(token_ids=[5], task="cats-1+cats-1+general")
 
 
 class TestTasks:
