@@ -102,6 +102,13 @@ def profiles(manifest: Manifest, found: Limits) -> tuple[Profile, Profile]:
     return Profile("prefill", prefill), Profile("decode", decode)
 
 
+def covering(manifest: Manifest, found: Limits) -> Profile:
+    """One profile of prompts and decode steps, of any rows: for who cannot choose between two."""
+    past = (0, -(-found.length // 2), found.length - 1)
+    sequence, kept = (1, 1, found.prompt), (0, 1, found.prompt)
+    return Profile("any", _ranges(manifest, (1, 1, found.batch), sequence, past, kept))
+
+
 def tensors(manifest: Manifest) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The inputs and the outputs that an engine of a bundle's graph must have.
 

@@ -53,7 +53,7 @@ class Library:
     @property
     def has_gpu(self) -> bool:
         """Whether this machine has a GPU, and a driver that knows it."""
-        return _count_gpus() > 0
+        return gpu_capability(0) is not None
 
     def complaint(self) -> str:
         """The last error that was logged, in one line, in brackets; nothing where there was none."""
@@ -159,17 +159,30 @@ def _import(backend: str) -> ModuleType:
     ) from reason
 
 
-def _count_gpus() -> int:
-    """As the driver says, which knows them without any of CUDA's libraries."""
+def gpu_capability(index: int) -> str | None:
+    """A GPU's compute capability, as "8.6"; None where there is no such GPU, or no driver.
+
+    Source: CUDA's driver API, which needs no other of its libraries (cuda.h: CUdevice_attribute 75 and 76).
+    """
+    driver = _driver()
+    device, found = ctypes.c_int(0), [ctypes.c_int(0), ctypes.c_int(0)]
+    if driver is None or driver.cuDeviceGet(ctypes.byref(device), index) != 0:
+        return None
+    for number, attribute in zip(found, (75, 76), strict=True):
+        if driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device) != 0:
+            return None
+    return ".".join(str(number.value) for number in found)
+
+
+def _driver() -> Any:
+    """CUDA's driver, initialised; None where there is none, or no GPU that it knows."""
     for name in ("libcuda.so.1", "nvcuda.dll"):
         try:
             driver = ctypes.CDLL(name)
         except OSError:
             continue
-        count = ctypes.c_int(0)
-        is_there = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
-        return count.value if is_there else 0
-    return 0
+        return driver if driver.cuInit(0) == 0 else None
+    return None
 
 
 def _logger(api: Any) -> Any:
