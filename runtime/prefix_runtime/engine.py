@@ -38,10 +38,9 @@ from .results import Chunk, GenerationResult
 from .session import Session, check_provider
 from .tasks import TaskStore
 from .tensorrt_cache import TensorRTCache
-from .tensorrt_engine import PROVIDER as TENSORRT_ENGINE
 from .tensorrt_engine import EngineSession, open_engine
+from .tensorrt_provider import ENGINE, provider_options
 from .tensorrt_provider import PROVIDERS as TENSORRT_PROVIDERS
-from .tensorrt_provider import provider_options
 from .text import TextCodec
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ def load(
     if not is_whole(max_batch, 1):
         raise RequestError(f"max_batch: expected a whole number, 1 or more, found {max_batch!r}")
     session: Session | EngineSession
-    if provider == TENSORRT_ENGINE:
+    if provider == ENGINE:
         session = open_engine(bundle, Cuda())
         max_batch = min(max_batch, session.limits.batch)
     elif isinstance(provider, Cuda) or provider == "cuda":

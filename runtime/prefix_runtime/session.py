@@ -23,8 +23,8 @@ except ImportError as error:
 from .checks import is_whole
 from .errors import ProviderError
 from .provider import Cuda
+from .tensorrt_provider import ENGINE, add_plugin
 from .tensorrt_provider import PROVIDERS as _TENSORRT
-from .tensorrt_provider import add_plugin
 
 if TYPE_CHECKING:
     from .device import Device
@@ -232,7 +232,8 @@ def check_provider(provider: str) -> None:
     Raises:
         ProviderError
     """
-    _provider_name(provider)
+    if provider != ENGINE:
+        _provider_name(provider)
 
 
 def onnxruntime_version() -> str:
@@ -292,7 +293,7 @@ def _provider_options(device: Device | None) -> dict[str, str]:
 def _provider_name(provider: str) -> str:
     name = _PROVIDERS.get(provider) if isinstance(provider, str) else None
     if name is None:
-        raise ProviderError(f"provider: expected one of {', '.join(_PROVIDERS)}, found {provider!r}")
+        raise ProviderError(f"provider: expected one of {', '.join([*_PROVIDERS, ENGINE])}, found {provider!r}")
     available: Sequence[Any] = ort.get_available_providers()
     if name not in available and provider != "tensorrt-rtx":  # which may come as a plug-in
         hint = f"; it needs {_NEEDS[provider]}" if provider in _NEEDS else ""

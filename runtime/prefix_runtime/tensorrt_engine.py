@@ -13,11 +13,11 @@ from .engine_profile import DECODE, KEPT, PREFILL, Limits, Profile, Shape, tenso
 from .errors import ProviderError
 from .provider import Cuda
 from .tensorrt_library import Library, check_profiles, check_tensors, gpu_capability
+from .tensorrt_provider import ENGINE
 
 if TYPE_CHECKING:
     from .device import Device
 
-PROVIDER = "tensorrt-engine"
 _LEAST_OF_RTX = (8, 0)
 """The compute capability that TensorRT for RTX builds for where none is asked for, and above."""
 
@@ -132,20 +132,18 @@ def _fitting(bundle: Bundle, index: int) -> EngineRecord:
     records = read_engines(engines_folder(bundle))
     build = f"build one with: prefix-export tensorrt {bundle.root}"
     if not records:
-        raise ProviderError(
-            f"provider {PROVIDER!r}: expected an engine in {engines_folder(bundle)}, found none; {build}"
-        )
+        raise ProviderError(f"provider {ENGINE!r}: expected an engine in {engines_folder(bundle)}, found none; {build}")
     capability = gpu_capability(index)
     if capability is None:
         raise ProviderError(
-            f"provider {PROVIDER!r}: expected GPU {index} and NVIDIA's driver, found none; install the driver, or take "
+            f"provider {ENGINE!r}: expected GPU {index} and NVIDIA's driver, found none; install the driver, or take "
             "provider 'cpu'"
         )
     found = next((record for record in records if _runs_on(record, capability)), None)
     if found is None:
         listed = ", ".join(record.name for record in records)
         raise ProviderError(
-            f"provider {PROVIDER!r}: expected an engine for compute capability {capability}, found {listed}; {build} "
+            f"provider {ENGINE!r}: expected an engine for compute capability {capability}, found {listed}; {build} "
             f"--compute-capability {capability}"
         )
     return found

@@ -11,6 +11,9 @@ from .engine_profile import covering, limits
 from .errors import ProviderError
 
 PROVIDERS = {"tensorrt": "TensorrtExecutionProvider", "tensorrt-rtx": "NvTensorRTRTXExecutionProvider"}
+ENGINE = "tensorrt-engine"
+"""The provider that is none of onnxruntime's: see `tensorrt_engine`."""
+
 _PREFIXES = {"tensorrt": "trt", "tensorrt-rtx": "nv"}
 _PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 
@@ -76,7 +79,12 @@ def add_plugin(ort: Any, session_options: Any, options: dict[str, str], index: i
     name = plugin.get_ep_name()
     found = _devices(ort, name)
     if not found:
-        ort.register_execution_provider_library(name, plugin.get_library_path())
+        try:
+            ort.register_execution_provider_library(name, plugin.get_library_path())
+        except Exception as error:  # onnxruntime's own errors share no base
+            raise ProviderError(
+                f"provider 'tensorrt-rtx': expected a plug-in that loads, which needs NVIDIA's driver, found: {error}"
+            ) from error
         found = _devices(ort, name)
     if not 0 <= index < len(found):
         raise ProviderError(

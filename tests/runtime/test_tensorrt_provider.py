@@ -107,6 +107,19 @@ def test_a_plugin_is_registered_once_and_given_a_gpu_and_the_options():
 
 
 @pytest.mark.usefixtures("plugin")
+def test_a_plugin_that_does_not_load_says_why():
+    # As onnxruntime 1.32 does with NVIDIA's plug-in 0.5 on a machine without a driver.
+    runtime = StandInOrt(1)
+
+    def fail(name, path):
+        raise RuntimeError(f"Failed to load library {path} of {name} with error: libcuda.so.1: cannot open")
+
+    runtime.register_execution_provider_library = fail
+    with pytest.raises(ProviderError, match=r"needs NVIDIA's driver, found: Failed to load library .* libcuda"):
+        add_plugin(runtime, SimpleNamespace(), {})
+
+
+@pytest.mark.usefixtures("plugin")
 def test_a_machine_without_an_rtx_gpu_is_told_so():
     with pytest.raises(ProviderError, match=r"expected an RTX GPU \(Ampere or later\) with NVIDIA's driver, found 0"):
         add_plugin(StandInOrt(0), SimpleNamespace(), {})
