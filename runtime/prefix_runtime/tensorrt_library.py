@@ -12,7 +12,7 @@ from .errors import ProviderError
 
 _MODULES = {"tensorrt-rtx": ("tensorrt_rtx_bindings", "tensorrt_rtx"), "tensorrt": ("tensorrt",)}
 _INSTALL = {
-    "tensorrt-rtx": "pip install 'prefix-export[tensorrt-rtx]'",
+    "tensorrt-rtx": "pip install 'prefix-runtime[tensorrt-rtx]'",
     "tensorrt": "install NVIDIA's tensorrt for this machine's CUDA (pip install tensorrt, or JetPack)",
 }
 _SHOWN = {"tensorrt-rtx": "TensorRT for RTX", "tensorrt": "TensorRT"}
