@@ -17,6 +17,7 @@ from . import __version__
 from .bench_cli import bench
 from .errors import PrefixExportError
 from .prefix_cli import compose, fold, inspect
+from .tensorrt_cli import refit, tensorrt
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,7 +56,7 @@ def main() -> None:
     show_default=True,
     help="feed: prefixes are the graph's first past, tasks come and go. bake: the graph holds them, for other clients.",
 )
-@click.option("--target", help="cpu, cuda, portable or web. Default: cpu; with --mode bake portable.")
+@click.option("--target", help="cpu, cuda, portable, web or tensorrt. Default: cpu; with --mode bake portable.")
 @click.option("--opset", type=int, help="Of ONNX' own operators, 18 to 23. Default: 21.")
 @click.option(
     "--graph",
@@ -85,7 +86,7 @@ def main() -> None:
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with the source framework.")
 def build(model: str, prefixes: tuple[str, ...], held_out: tuple[str, ...], **options: Any) -> None:
     """Export the model and fold the prefixes into a bundle."""
-    with runtime.cleaning_up_when_terminated(), libraries_quiet(), _progress() as on_step:
+    with runtime.cleaning_up_when_terminated(), libraries_quiet(), showing_progress() as on_step:
         from .build import BuildRequest, build
 
         result = build(BuildRequest(model, _by_task(prefixes), held_out=_held_out(held_out), **options), on_step)
@@ -106,7 +107,7 @@ def verify(bundle: Path, model: str | None) -> None:
     if model is not None:
         from .build import verify_against
 
-        with libraries_quiet(), _progress() as on_step:
+        with libraries_quiet(), showing_progress() as on_step:
             parity = verify_against(opened, model, on_step)
         for task, result in parity.items():
             click.echo(
@@ -144,7 +145,7 @@ tasks.add_command(runtime.remove_task)
 main.add_command(runtime.generate)
 main.add_command(runtime.prepare)
 main.add_command(bench)
-for command in (inspect, fold, compose):
+for command in (inspect, fold, compose, tensorrt, refit):
     main.add_command(command)
 
 
@@ -225,7 +226,7 @@ def _shown_size(size: int) -> str:
 
 
 @contextmanager
-def _progress() -> Iterator[StepListener]:
+def showing_progress() -> Iterator[StepListener]:
     """A spinner with the step and its time on a terminal; silence in a pipe."""
     if not sys.stderr.isatty():
         yield lambda step: None

@@ -5,6 +5,7 @@ PrefixExportError
 │   └── UnsupportedArchitectureError   its attention cannot be exported
 ├── CheckpointError                  a trained checkpoint cannot be read as a prefix
 ├── ExportError                      the graph cannot be made
+│   └── EngineError                    no TensorRT engine can be made of it
 └── ParityError                      the exported graph does not agree with the source framework
 
 A message says what was expected, what was found, where, and what to do. Anything else that escapes is a bug.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 __all__ = [
     "CheckpointError",
+    "EngineError",
     "ExportError",
     "ModelError",
     "ParityError",
@@ -40,6 +42,10 @@ class CheckpointError(PrefixExportError):
 
 class ExportError(PrefixExportError):
     """The graph cannot be made."""
+
+
+class EngineError(ExportError):
+    """No TensorRT engine can be made of the graph."""
 
 
 class ParityError(PrefixExportError):

@@ -85,6 +85,15 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             ),
             has_weights_apart=False,
         ),
+        # A parser of TensorRT's takes it; 8 bits it does not take as the quantisers here give them (scales below 0).
+        "tensorrt": Target(
+            flavour="portable",
+            opset=21,
+            caches=MappingProxyType({"fp32": ("fp32",), "fp16": ("fp16",)}),
+            modes=MODES,
+            graphs=MappingProxyType(dict.fromkeys(("fp32", "fp16"), "model.onnx")),
+            has_weights_apart=True,
+        ),
     }
 )
 
@@ -160,7 +169,7 @@ def plan(
     if not least <= chosen <= _OPSETS[-1]:
         why = " for int8 in standard operators" if least > _OPSETS[0] else ""
         raise ExportError(f"opset: expected {least} to {_OPSETS[-1]}{why}, found {chosen}")
-    if adapters is not None and found.flavour != "portable":
+    if adapters is not None and (found.flavour != "portable" or name == "tensorrt"):
         raise ExportError(f"adapters: expected target portable or web, found {name!r}")
     return Plan(name, found, mode, precision, cache, chosen, adapters is not None)
 

@@ -72,7 +72,11 @@ def test_the_runtime_knows_neither_the_exporter_nor_training_frameworks(path):
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in PACKAGES if path.name not in ("cli.py", "bench_cli.py", "prefix_cli.py", "__main__.py")],
+    [
+        path
+        for path in PACKAGES
+        if path.name not in ("cli.py", "bench_cli.py", "prefix_cli.py", "tensorrt_cli.py", "__main__.py")
+    ],
     ids=name_of,
 )
 def test_only_the_command_line_prints_or_knows_click(path):
@@ -105,7 +109,9 @@ def test_graphs_know_no_formats(name):
     assert all(name.startswith((*modules, "prefix_runtime.Layer")) for name in known)
 
 
-@pytest.mark.parametrize("name", ["cli.py", "bench_cli.py", "prefix_cli.py", "__init__.py", "__main__.py", "errors.py"])
+@pytest.mark.parametrize(
+    "name", ["cli.py", "bench_cli.py", "prefix_cli.py", "tensorrt_cli.py", "__init__.py", "__main__.py", "errors.py"]
+)
 def test_nothing_heavy_is_imported_at_the_top_of_what_help_needs(name):
     path = ROOT / "prefix_export" / name
     allowed = {"__future__", "click", "collections", "contextlib", "os", "pathlib", "prefix_export", "prefix_runtime",
@@ -119,6 +125,7 @@ def test_nothing_heavy_is_imported_at_the_top_of_what_help_needs(name):
         "prefix_export.cli.main",
         "prefix_export.errors.PrefixExportError",
         *(f"prefix_export.prefix_cli.{command}" for command in ("compose", "fold", "inspect")),
+        *(f"prefix_export.tensorrt_cli.{command}" for command in ("refit", "tensorrt")),
     }
 
 

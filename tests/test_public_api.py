@@ -13,6 +13,7 @@ import prefix_runtime.errors
 
 EXPORTER_ERRORS = [
     "CheckpointError",
+    "EngineError",
     "ExportError",
     "ModelError",
     "ParityError",

@@ -151,7 +151,12 @@ def remove_task(bundle: Path, task: str) -> None:
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 discourages. Default: 1.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--stop", multiple=True, help="End before this text; repeatable.")
-@click.option("--provider", default="cpu", show_default=True, help="Execution provider: cpu or cuda.")
+@click.option(
+    "--provider",
+    default="cpu",
+    show_default=True,
+    help="Execution provider: cpu, cuda, tensorrt, tensorrt-rtx; tensorrt-engine runs an engine of the bundle.",
+)
 @click.option("--threads", type=int, help="Of one run. Default: onnxruntime's choice.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a task when it is done, do not stream.")
 @click.option("--metrics/--no-metrics", default=None, help="Print latencies to stderr. Default: on a terminal.")

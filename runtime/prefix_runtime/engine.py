@@ -32,11 +32,15 @@ from .generation import GrowingAnswer, Request
 from .growing_cache import GrowingCache
 from .kv_cache import KeyValueCache
 from .prefix import TEXT_HAS_BEGUN, Prefix
-from .prepared import prepared_graph
+from .prepared import prepared_graph, provider_folder
 from .provider import Cuda
 from .results import Chunk, GenerationResult
-from .session import Session
+from .session import Session, check_provider
 from .tasks import TaskStore
+from .tensorrt_cache import TensorRTCache
+from .tensorrt_engine import EngineSession, open_engine
+from .tensorrt_provider import ENGINE, provider_options
+from .tensorrt_provider import PROVIDERS as TENSORRT_PROVIDERS
 from .text import TextCodec
 
 if TYPE_CHECKING:
@@ -62,7 +66,8 @@ def load(
 
     Args:
         path: the bundle.
-        provider: the execution provider: "cpu" or "cuda"; a `Cuda` chooses a GPU, its stream and its memory.
+        provider: the execution provider: "cpu" or "cuda"; a `Cuda` chooses a GPU, its stream and its memory. "tensorrt"
+            and "tensorrt-rtx" are onnxruntime's, "tensorrt-engine" runs what `prefix-export tensorrt` built.
         threads: of one run; None leaves the choice to onnxruntime.
         max_length: positions that prefix and text may take together; at most, and by default, the bundle's own.
         cache_bytes: that key/value buffers may take before idle ones are dropped.
@@ -88,8 +93,16 @@ def load(
         raise RequestError(f"cache_bytes: expected a whole number, 0 or more, found {cache_bytes!r}")
     if not is_whole(max_batch, 1):
         raise RequestError(f"max_batch: expected a whole number, 1 or more, found {max_batch!r}")
-    if isinstance(provider, Cuda) or provider == "cuda":
+    session: Session | EngineSession
+    if provider == ENGINE:
+        session = open_engine(bundle, Cuda())
+        max_batch = min(max_batch, session.limits.batch)
+    elif isinstance(provider, Cuda) or provider == "cuda":
         session = Session(bundle.graph_path, _without_graphs(bundle, provider))
+    elif isinstance(provider, str) and provider in TENSORRT_PROVIDERS:
+        check_provider(provider)
+        options = provider_options(provider, bundle, provider_folder(bundle, provider), max_batch)
+        session = Session(bundle.graph_path, provider, threads, provider_options=options)
     else:
         # A kept graph has no hashes: who asks for verification gets what was verified.
         kept = None if verify else prepared_graph(bundle, provider)
@@ -130,7 +143,7 @@ class Engine:
     def __init__(
         self,
         bundle: Bundle,
-        session: Session,
+        session: Session | EngineSession,
         max_length: int,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         max_batch: int = DEFAULT_MAX_BATCH,
@@ -140,10 +153,15 @@ class Engine:
         self._max_length, self._max_batch = max_length, max_batch
         self._store = TaskStore(bundle)
         cache_format = CacheFormat.of_bundle(bundle.root, bundle.manifest.cache, self._geometry)
-        make: CacheMaker = partial(KeyValueCache, session, self._geometry, cache_format=cache_format)
+        task_id = self._store.place if bundle.manifest.mode == "bake" else None
+        make: CacheMaker
         step = CAPACITY_STEP
         self._resident: ResidentPrefixes | None = None
-        if session.device is not None and bundle.manifest.flavour == "fast":
+        if isinstance(session, EngineSession):
+            make = partial(TensorRTCache, session, self._geometry, cache_format=cache_format, task_id=task_id)
+        elif bundle.manifest.flavour == "portable":
+            make = partial(GrowingCache, session, self._geometry, cache_format=cache_format, task_id=task_id)
+        elif session.device is not None:
             from .device_cache import DeviceCache
             from .resident import ResidentPrefixes
 
@@ -151,9 +169,8 @@ class Engine:
             self._resident = ResidentPrefixes(session.device, self._geometry, cache_format, budget)
             make = partial(DeviceCache, session, self._geometry, cache_format=cache_format, prefixes=self._resident)
             step = DeviceCache.CAPACITY_STEP
-        if bundle.manifest.flavour == "portable":
-            task_id = self._store.place if bundle.manifest.mode == "bake" else None
-            make = partial(GrowingCache, session, self._geometry, cache_format=cache_format, task_id=task_id)
+        else:
+            make = partial(KeyValueCache, session, self._geometry, cache_format=cache_format)
         position_bytes = cache_format.dtype.itemsize * self._geometry.values_per_position
         self._pool = CachePool(make, position_bytes, max_length, cache_bytes, step)
         self._codec = _read_codec(bundle)

@@ -65,7 +65,7 @@ class Manifest:
         flavour: "fast": past and present share one buffer (com.microsoft GroupQueryAttention); "portable": standard
             operators, the present is the past and what is new.
         precision: of the weights: "fp32", "fp16", "bf16", "int8" or "int4".
-        target: what the graph was made for: "cpu", "cuda", "portable" or "web".
+        target: what the graph was made for: "cpu", "cuda", "portable", "web" or "tensorrt".
         graph: the graph's path.
         weight_bytes: of the weights that one decode step reads.
         files: every file but the prefixes and the manifest itself, by path.
@@ -263,7 +263,7 @@ def _read_manifest(fields: _Fields) -> Manifest:
         mode=fields.choice("mode", "feed", "bake"),
         flavour=fields.choice("flavour", "fast", "portable"),
         precision=fields.choice("precision", "fp32", "fp16", "bf16", "int8", "int4"),
-        target=fields.choice("target", "cpu", "cuda", "portable", "web"),
+        target=fields.choice("target", "cpu", "cuda", "portable", "web", "tensorrt"),
         graph=graph,
         weight_bytes=fields.count("weight_bytes", least=1),
         files=files,

@@ -90,6 +90,16 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefix-runtime"
 
 
+def provider_folder(bundle: Bundle, provider: str) -> Path:
+    """Where a provider may keep what it makes of a bundle's graph; `forget` removes it.
+
+    Raises:
+        OSError: the user has no home folder.
+    """
+    cache_folder()
+    return _folder(bundle, provider)
+
+
 def _sizes(folder: Path) -> dict[str, list[int]]:
     found = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.name != _SIZES}
     return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}

@@ -24,11 +24,18 @@ except ImportError as error:
 from .checks import is_whole
 from .errors import ProviderError
 from .provider import Cuda
+from .tensorrt_provider import ENGINE, add_plugin
+from .tensorrt_provider import PROVIDERS as _TENSORRT
 
 if TYPE_CHECKING:
     from .device import Device
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", **_TENSORRT}
+_NEEDS = {
+    "cuda": "CUDA 13 and cuDNN 9: pip install 'prefix-runtime[gpu]'",
+    "tensorrt": "onnxruntime-gpu and the TensorRT that it was built with: pip install onnxruntime-gpu tensorrt",
+    "tensorrt-rtx": "onnxruntime's plug-in, or an onnxruntime that has it: pip install onnxruntime-ep-nv-tensorrt-rtx",
+}
 _ERROR_SEVERITY = 3
 # The accuracy levels of MatMulNBits, which onnxruntime makes of a blockwise DequantizeLinear and a MatMul.
 _FLOAT_ACTIVATIONS, _ROUNDED_ACTIVATIONS = "1", "4"
@@ -43,10 +50,11 @@ class Session:
 
     Args:
         path: the graph; its external weights lie beside it.
-        provider: the execution provider: "cpu" or "cuda", or a `Cuda`.
+        provider: the execution provider: "cpu", "cuda", "tensorrt" or "tensorrt-rtx", or a `Cuda`.
         threads: of one run; None leaves the choice to onnxruntime (one a physical core).
         is_exact: compute with activations in float32 where weights in standard operators are rounded; slower.
         device: the GPU; None finds the one that the provider names.
+        provider_options: for "tensorrt" and "tensorrt-rtx"; see `tensorrt_provider`.
 
     Attributes:
         inputs: the names of the graph's inputs, those that may be left out included.
@@ -65,6 +73,7 @@ class Session:
         *,
         is_exact: bool = False,
         device: Device | None = None,
+        provider_options: Mapping[str, str] | None = None,
     ) -> None:
         if isinstance(provider, Cuda) or provider == "cuda":
             chosen = provider if isinstance(provider, Cuda) else Cuda()
@@ -78,7 +87,7 @@ class Session:
         if threads is not None:
             check_threads(threads)
             options.intra_op_num_threads = int(threads)
-        self._session = _open(path, provider, options, device)
+        self._session = _open(path, provider, options, device, provider_options)
         self.device = device
         given = (*self._session.get_inputs(), *self._session.get_overridable_initializers())
         self.inputs = frozenset(each.name for each in given)
@@ -225,7 +234,8 @@ def check_provider(provider: str) -> None:
     Raises:
         ProviderError
     """
-    _provider_name(provider)
+    if provider != ENGINE:
+        _provider_name(provider)
 
 
 def onnxruntime_version() -> str:
@@ -234,20 +244,29 @@ def onnxruntime_version() -> str:
     return version
 
 
-def _open(path: Path, provider: str, options: ort.SessionOptions, device: Device | None = None) -> ort.InferenceSession:
+def _open(
+    path: Path,
+    provider: str,
+    options: ort.SessionOptions,
+    device: Device | None = None,
+    provider_options: Mapping[str, str] | None = None,
+) -> ort.InferenceSession:
     options.log_severity_level = _ERROR_SEVERITY
     name = _provider_name(provider)
+    providers: list[Any] | None = [(name, dict(provider_options) if provider_options else _provider_options(device))]
+    if name not in ort.get_available_providers():
+        add_plugin(ort, options, dict(provider_options or {}))
+        providers = None  # a plug-in's stand in the options
     if provider == "cuda":
         ort.preload_dlls()  # CUDA's libraries where pip put them
     try:
         with _decoding_kernels() if provider == "cuda" else nullcontext():
-            session = ort.InferenceSession(str(path), options, providers=[(name, _provider_options(device))])
+            session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime's own errors share no base but Exception.
         raise ProviderError(f"{path}: onnxruntime {ort.__version__} cannot open the graph: {error}") from error
     if name not in session.get_providers():
         raise ProviderError(
-            f"provider {provider!r}: onnxruntime {ort.__version__} cannot load it: it needs CUDA 13 and cuDNN 9: "
-            "pip install 'prefix-runtime[gpu]'"
+            f"provider {provider!r}: onnxruntime {ort.__version__} cannot load it: it needs {_NEEDS[provider]}"
         )
     return session
 
@@ -295,8 +314,9 @@ def _provider_options(device: Device | None) -> dict[str, str]:
 def _provider_name(provider: str) -> str:
     name = _PROVIDERS.get(provider) if isinstance(provider, str) else None
     if name is None:
-        raise ProviderError(f"provider: expected one of {', '.join(_PROVIDERS)}, found {provider!r}")
+        raise ProviderError(f"provider: expected one of {', '.join([*_PROVIDERS, ENGINE])}, found {provider!r}")
     available: Sequence[Any] = ort.get_available_providers()
-    if name not in available:
-        raise ProviderError(f"provider {provider!r}: this onnxruntime has only {', '.join(available)}")
+    if name not in available and provider != "tensorrt-rtx":  # which may come as a plug-in
+        hint = f"; it needs {_NEEDS[provider]}" if provider in _NEEDS else ""
+        raise ProviderError(f"provider {provider!r}: this onnxruntime has only {', '.join(available)}{hint}")
     return name

@@ -9,7 +9,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import prefix_runtime
-from prefix_runtime import RequestError
+from prefix_export.tensorrt.engine import build_engine
+from prefix_export.tensorrt.request import EngineRequest
+from prefix_runtime import BundleError, RequestError
 
 ARCHITECTURES = (
     "gpt2",
@@ -128,3 +130,16 @@ def test_the_bare_model_equals_transformers(engine, workshop, architecture, kind
         return
     model = AutoModelForCausalLM.from_pretrained(workshop.model(architecture)).eval()
     np.testing.assert_allclose(engine.logits(PROMPT), peft_logits(model, PROMPT), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.tensorrt
+def test_tensorrt_builds_an_engine_of_the_same_graph_for_two_compute_capabilities(engine, kind, tmp_path):
+    request = EngineRequest(engine.bundle.root, tmp_path / "engines", compute_capabilities=("8.6", "12.0"))
+    if kind == "fast":
+        with pytest.raises(BundleError, match="expected a graph in standard operators"):
+            build_engine(request)
+        return
+    record = build_engine(request).record
+    assert record.compute_capabilities == ("8.6", "12.0")
+    assert ("task_id" in {tensor.name for tensor in record.inputs}) == (kind == "baked")
+    assert {profile.name for profile in record.profiles} == {"prefill", "decode"}

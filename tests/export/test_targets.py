@@ -18,6 +18,7 @@ from prefix_export.targets import TARGETS, plan
         (("web", "bake", "fp32", None, 23), ("web", "portable", "fp32", "fp32", 23, "onnx/model.onnx")),
         (("cuda", "feed", None, None, None), ("cuda", "fast", "fp16", "fp16", 21, "model.onnx")),
         (("cuda", "feed", "bf16", None, None), ("cuda", "fast", "bf16", "bf16", 21, "model.onnx")),
+        (("tensorrt", "bake", None, None, None), ("tensorrt", "portable", "fp32", "fp32", 21, "model.onnx")),
         (("cpu", "feed", "int4", "int8", None), ("cpu", "fast", "int4", "int8", 21, "model.onnx")),
     ],
 )
@@ -29,13 +30,20 @@ def test_what_is_not_given_is_the_targets(given, expected):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("tpu", "feed", None, None, None), "target: expected one of cpu, cuda, portable, web, found 'tpu'"),
+        (("tpu", "feed", None, None, None), "target: expected one of cpu, cuda, portable, web, tensorrt, found 'tpu'"),
         ((None, "melt", None, None, None), "mode: expected one of feed, bake, found 'melt'"),
-        (("cpu", "bake", None, None, None), "target cpu: mode: expected feed, found 'bake'; for it take portable, web"),
+        (
+            ("cpu", "bake", None, None, None),
+            "target cpu: mode: expected feed, found 'bake'; for it take portable, web, tensorrt",
+        ),
         (("cpu", "feed", "fp16", None, None), "target cpu: precision: expected one of fp32, int8, int4, found 'fp16'"),
         (("cuda", "feed", "int4", "int8", None), "cuda, precision int4: cache: expected one of fp16, found 'int8'"),
         (("web", "feed", "int4", None, None), "target web: precision: expected one of int8, fp32, fp16, found 'int4'"),
         (("web", "bake", "fp32", "int8", None), "precision fp32: cache: expected one of fp32, found 'int8'"),
+        (
+            ("tensorrt", "feed", "int8", None, None),
+            "target tensorrt: precision: expected one of fp32, fp16, found 'int8'",
+        ),
         (("portable", "feed", None, None, 17), "opset: expected 18 to 23, found 17"),
         (("portable", "feed", None, None, 24), "opset: expected 18 to 23, found 24"),
         (("portable", "feed", "int8", None, 20), "opset: expected 21 to 23 for int8 in standard operators, found 20"),

@@ -1,0 +1,177 @@
+"""The recipe: a bundle's graph to a serialized engine and its record."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefix_export.errors import EngineError
+from prefix_export.progress import StepListener
+from prefix_runtime import Bundle
+from prefix_runtime.engine_file import (
+    EngineRecord,
+    add_engine,
+    check_engine,
+    engines_folder,
+    graph_hash,
+    read_engines,
+    recipe_hash,
+)
+from prefix_runtime.engine_profile import Profile, Tensor, limits, profiles, tensors
+from prefix_runtime.manifest import FileEntry
+from prefix_runtime.tensorrt_library import Library, check_profiles, check_tensors
+
+from . import network as networks
+from .builder import configure, run, save_timing_cache, use_timing_cache
+from .refit import mark_prefixes, prefix_weights
+from .request import EngineRequest, check_backend, check_choices
+
+_NOT_YET = FileEntry("", 0, "0" * 64)
+Tensors = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class EngineResult:
+    """What was built.
+
+    Attributes:
+        folder: that the engine lies in.
+        record: of it.
+        seconds: that the whole took; 0 where the engine that was there is up to date.
+    """
+
+    folder: Path
+    record: EngineRecord
+    seconds: float
+
+
+def build_engine(
+    request: EngineRequest, on_step: StepListener = lambda step: None, library: Library | None = None
+) -> EngineResult:
+    """Parse a bundle's graph, build a serialized engine for the sizes that its manifest implies, and record it.
+
+    Args:
+        request: what to build.
+        on_step: told of TensorRT's phases, in a thread of its own.
+        library: TensorRT; None finds the backend's.
+
+    Raises:
+        EngineError: TensorRT does not take the graph or what was chosen.
+        PrefixRuntimeError: no bundle, a limit out of its range, no such library.
+        OSError: the disk is full or not writable; the folder is as it was.
+    """
+    started = time.perf_counter()
+    check_backend(request.backend)
+    bundle = Bundle.open(request.bundle)
+    chosen = limits(bundle.manifest, request.max_batch, request.max_prompt, request.max_prefix)
+    ranges = profiles(bundle.manifest, chosen)
+    library = library or Library(request.backend)
+    check_choices(request, library)
+    if request.is_refittable and bundle.manifest.mode != "bake":
+        raise EngineError(
+            "refit: expected a bundle whose graph holds prefixes (--mode bake), found one that feeds them"
+        )
+    folder = request.output or engines_folder(bundle)
+    if (known := _up_to_date(folder, request, bundle, library, ranges)) is not None:
+        return EngineResult(folder, known, 0.0)
+    record, plan = _build(request, bundle, library, ranges, on_step)
+    on_step("writing the engine")
+    folder.mkdir(exist_ok=True)
+    return EngineResult(folder, add_engine(folder, record, plan), time.perf_counter() - started)
+
+
+def _up_to_date(
+    folder: Path, request: EngineRequest, bundle: Bundle, library: Library, ranges: tuple[Profile, ...]
+) -> EngineRecord | None:
+    """The engine of this very recipe, where it is there and whole."""
+    wanted = recipe_hash(graph_hash(bundle.manifest), library.backend, library.version, request.options(), ranges)
+    for record in read_engines(folder):
+        found = recipe_hash(record.graph, record.backend, record.version, record.options, record.profiles)
+        if found == wanted:
+            check_engine(folder, record, bundle)
+            return record
+    return None
+
+
+def _build(
+    request: EngineRequest,
+    bundle: Bundle,
+    library: Library,
+    ranges: tuple[Profile, ...],
+    on_step: StepListener,
+) -> tuple[EngineRecord, bytes]:
+    expected = tensors(bundle.manifest)
+    on_step("parsing the graph")
+    builder = library.api.Builder(library.logger)
+    network, parser = networks.parse(bundle, builder, library, is_strongly_typed=request.precision is None)
+    where = str(bundle.graph_path)
+    given = networks.tensors(network)
+    check_tensors(expected, given, where)
+    config = configure(request, builder, library)
+    kept = networks.add_profiles(ranges, builder, config)
+    check_profiles(ranges, kept, where)
+    refittable = prefix_weights(bundle) if request.is_refittable else {}
+    mark_prefixes(network, refittable)
+    if request.timing_cache is not None:
+        use_timing_cache(request.timing_cache, config, library)
+    plan = run(builder, network, config, library, on_step)
+    del parser  # it held the weights
+    if request.timing_cache is not None:
+        save_timing_cache(request.timing_cache, config)
+    on_step("reading the engine back")
+    found = _read_back(plan, library, given, kept)
+    check_tensors(expected, found.tensors, "the engine")
+    check_profiles(ranges, found.profiles, "the engine")
+    inputs, outputs = found.tensors
+    record = EngineRecord(
+        name=request.name,
+        file=_NOT_YET,
+        backend=library.backend,
+        version=library.version,
+        compute_capabilities=request.compute_capabilities or (),
+        graph=graph_hash(bundle.manifest),
+        options=request.options(),
+        profiles=found.profiles,
+        inputs=inputs,
+        outputs=outputs,
+        refittable=refittable,
+        read_back=found.source,
+    )
+    return record, plan
+
+
+@dataclass(frozen=True)
+class _ReadBack:
+    tensors: Tensors
+    profiles: tuple[Profile, ...]
+    source: str
+
+
+def _read_back(plan: bytes, library: Library, given: Tensors, kept: tuple[Profile, ...]) -> _ReadBack:
+    """What an engine takes and gives: read from it on a GPU that runs it, else from the network it was built of."""
+    for tensor in (*given[0], *given[1]):
+        if tensor.name.encode() not in plan:
+            raise EngineError(f"the engine: expected a tensor named {tensor.name}, found none")
+    engine = library.open(plan) if library.has_gpu else None
+    if engine is None:
+        return _ReadBack(given, kept, "network")
+    names = tuple(profile.name for profile in kept)
+    return _ReadBack(library.tensors(engine), library.profiles(engine, names), "engine")
+
+
+def find_engine(folder: Path, bundle: Bundle, name: str | None = None) -> EngineRecord:
+    """The engine of a folder, by its name where there are several; it is of the bundle's graph, and whole.
+
+    Raises:
+        EngineError: there is none, or several and no name.
+        BundleError, BundleIntegrityError: it is stale, or damaged.
+    """
+    records = read_engines(folder)
+    fitting = [record for record in records if name in (None, record.name)]
+    if len(fitting) != 1:
+        listed = ", ".join(record.name for record in records) or "none"
+        wanted = "one engine" if name is None else f"an engine {name!r}"
+        raise EngineError(f"{folder}: expected {wanted}, found {listed}; name one of them, or build it")
+    check_engine(folder, fitting[0], bundle)
+    return fitting[0]

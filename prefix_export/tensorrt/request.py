@@ -1,0 +1,127 @@
+"""What an engine is to be: the choices, what is refused of them, and what of them changes the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefix_export.errors import EngineError
+from prefix_runtime.engine_file import BACKENDS
+from prefix_runtime.tensorrt_library import Library
+
+RTX = "tensorrt-rtx"
+PRECISIONS = ("fp16", "bf16", "int8")
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """What to build.
+
+    Attributes:
+        bundle: its folder.
+        output: the folder that the engine goes to, made where it is not there; None takes the bundle's `tensorrt`.
+        backend: "tensorrt-rtx", which needs no GPU, or "tensorrt", which builds for the machine's own.
+        compute_capabilities: of the GPUs that it is to run on, as "8.6"; TensorRT for RTX alone. None leaves the choice
+            to it: 8.0 and above.
+        max_batch: rows that decode together; None takes 8.
+        max_prompt: tokens of a prompt; None takes what the model has room for.
+        max_prefix: positions of a fed prefix; None takes the longest task's.
+        precision: what weights may be computed in where a network's types are TensorRT's to choose, before its version
+            11: "fp16", "bf16" or "int8". None computes as the graph says.
+        is_refittable: whether another prefix may take the place of those that the graph holds.
+        is_version_compatible: whether later versions of the library run it.
+        timing_cache: a file of what TensorRT measured, read and written; None for none.
+    """
+
+    bundle: Path
+    output: Path | None = None
+    backend: str = RTX
+    compute_capabilities: tuple[str, ...] | None = None
+    max_batch: int | None = None
+    max_prompt: int | None = None
+    max_prefix: int | None = None
+    precision: str | None = None
+    is_refittable: bool = False
+    is_version_compatible: bool = False
+    timing_cache: Path | None = None
+
+    def options(self) -> dict[str, Any]:
+        """What of this changes the engine, the sizes aside, which its profiles hold."""
+        return {
+            "compute_capabilities": list(self.compute_capabilities or ()),
+            "precision": self.precision,
+            "is_refittable": self.is_refittable,
+            "is_version_compatible": self.is_version_compatible,
+        }
+
+    @property
+    def name(self) -> str:
+        """The engine's: the backend, and what it is made for."""
+        return "-".join([self.backend, *(self.compute_capabilities or ())])
+
+
+def check_backend(backend: str) -> None:
+    """Refuse a backend that there is none of.
+
+    Raises:
+        EngineError
+    """
+    if backend not in BACKENDS:
+        raise EngineError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
+
+
+def check_choices(request: EngineRequest, library: Library) -> None:
+    """Refuse what the library does not offer.
+
+    Raises:
+        EngineError
+    """
+    _check_gpu(request, library)
+    offered = capabilities(library)
+    for wanted in request.compute_capabilities or ():
+        if not offered:
+            raise EngineError(
+                f"compute capability: expected none, as {library.name} builds for the GPU of this machine, found "
+                f"{wanted}; take --backend {RTX}, or build on that GPU"
+            )
+        if wanted not in offered:
+            raise EngineError(
+                f"compute capability: expected one of {', '.join(offered)}, which {library.name} builds for, found "
+                f"{wanted!r}"
+            )
+    twice = request.compute_capabilities or ()
+    if len(set(twice)) < len(twice):
+        raise EngineError(f"compute capability: expected each once, found {', '.join(twice)}")
+    if request.precision is None:
+        return
+    if request.precision not in PRECISIONS:
+        raise EngineError(f"precision: expected one of {', '.join(PRECISIONS)}, found {request.precision!r}")
+    if not hasattr(library.api.BuilderFlag, request.precision.upper()):
+        raise EngineError(
+            f"precision {request.precision}: expected none, as {library.name} computes in the types of the graph; "
+            "build the bundle with --precision fp16 instead"
+        )
+
+
+def _check_gpu(request: EngineRequest, library: Library) -> None:
+    if library.has_gpu:
+        return
+    if library.backend != RTX:
+        raise EngineError(
+            f"{library.name}: expected a GPU on this machine, which it builds for, found none; take --backend {RTX}, "
+            "which needs none"
+        )
+    if request.is_refittable:
+        raise EngineError(
+            f"refit: {library.name} prepares weights that may be replaced on a GPU: expected one on this machine, "
+            "found none; build there, or feed prefixes, which need no refit (--mode feed)"
+        )
+
+
+def capabilities(library: Library) -> dict[str, Any]:
+    """The compute capabilities that a library builds for without such a GPU, as "8.6", with its names for them."""
+    listed = getattr(library.api, "ComputeCapability", None)
+    members = getattr(listed, "__members__", {})
+    names = [name for name in members if name.startswith("SM")]
+    return {f"{name[2:-1]}.{name[-1]}": members[name] for name in sorted(names, key=lambda name: int(name[2:]))}
