@@ -35,9 +35,9 @@ NORM = {"gpt2": "SkipLayerNormalization", "opt": "SkipLayerNormalization"}
 # Of a layer, without its two norms and its attention.
 LAYER = {
     "gpt2": {"MatMul": 4, "Add": 1, "FastGelu": 1},
-    "opt": {"FusedMatMul": 4, "Add": 2, "Relu": 1},
-    "llama": {"FusedMatMul": 5, "QuickGelu": 1, "Mul": 1},
-    "gemma": {"FusedMatMul": 5, "FastGelu": 1, "Mul": 1},
+    "opt": {"MatMul": 4, "Add": 2, "Relu": 1},
+    "llama": {"MatMul": 5, "QuickGelu": 1, "Mul": 1},
+    "gemma": {"MatMul": 5, "FastGelu": 1, "Mul": 1},
 }
 
 

@@ -19,6 +19,7 @@ PUBLIC = [
     "Chunk",
     "CompositionError",
     "ContextOverflowError",
+    "Cuda",
     "DuplicateTaskError",
     "Engine",
     "GenerationOptions",
