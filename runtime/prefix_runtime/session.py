@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
@@ -122,6 +123,8 @@ class Binding:
             self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
             for options in (self._options, self._waiting_options):
                 options.add_run_config_entry("gpu_graph_id", str(graph))
+            if graph != _WITHOUT_GRAPH:
+                weakref.finalize(self, _release, session, device, graph).atexit = False
         self._binding = session.io_binding()
         # onnxruntime is given addresses: the arrays must live as long as they are bound.
         self._arrays: dict[str, np.ndarray] = {}
@@ -178,6 +181,12 @@ class Binding:
                 )
         except Exception as error:  # as above
             raise ProviderError(f"onnxruntime {ort.__version__} cannot run the graph: {error}") from error
+
+
+def _release(session: ort.InferenceSession, device: Device, graph: int) -> None:
+    """Let go of what a binding's run was captured as; the memory that it names is about to be freed."""
+    with device.lock:
+        session.release_captured_graph(graph)
 
 
 def save_opened(path: Path, target: Path, provider: str = "cpu") -> None:

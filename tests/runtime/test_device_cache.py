@@ -5,6 +5,7 @@ The device is in the host's memory (`host_device`), the graph is one for GPUs, r
 
 from __future__ import annotations
 
+import gc
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 from host_device import HostDevice
 
 import prefix_runtime
-from prefix_runtime import Bundle, ContextOverflowError, Cuda, Geometry, LayerGeometry, ProviderError, Sampling
+from prefix_runtime import (
+    Bundle,
+    ContextOverflowError,
+    Cuda,
+    Geometry,
+    LayerGeometry,
+    ProviderError,
+    Sampling,
+    bandwidth,
+)
 from prefix_runtime.cache_format import CacheFormat
 from prefix_runtime.device_buffer import DeviceBuffer
 from prefix_runtime.device_cache import DeviceCache
@@ -169,6 +179,20 @@ def test_rows_that_have_left_are_run_along_from_an_empty_beginning(on_device, pr
     assert [row.prefix is None and row.length == 0 for row in on_device.rows] == [False, False, False, True, False]
 
 
+def test_what_was_captured_goes_with_the_buffers(session, geometry, resident, monkeypatch):
+    released = []
+    monkeypatch.setattr(session._session, "release_captured_graph", released.append)
+    cache = DeviceCache(session, geometry, 2, CAPACITY, cache_format=HALF, prefixes=resident)
+    for row in range(2):
+        cache.seed(row, None)
+    cache.choose([1, 2], is_last=True)
+    cache.choose([1], is_last=True)
+    assert released == []
+    del cache
+    gc.collect()
+    assert len(set(released)) == 2
+
+
 def test_a_full_row_is_refused_before_anything_runs(session, geometry, resident):
     cache = DeviceCache(session, geometry, 1, 4, cache_format=HALF, prefixes=resident)
     cache.seed(0, None)
@@ -239,6 +263,13 @@ class TestResidentPrefixes:
                 found = np.empty(array.shape, np.float16)
                 device.stream.download(found, buffer.address(index, part))
                 np.testing.assert_array_equal(found, array.astype(np.float16))
+
+
+def test_bandwidth_is_what_a_copy_reads_and_writes(device, monkeypatch):
+    monkeypatch.setattr(bandwidth, "MOST_BYTES", 1 << 10)
+    clock = iter([0.0, 3.0, 10.0, 12.0, 20.0, 25.0, 30.0, 34.0])
+    monkeypatch.setattr(bandwidth.time, "perf_counter", lambda: next(clock))
+    assert bandwidth.CopyProbe(device).measure() == 2 * device.stream.copied["copy"] / 4 / 2.0
 
 
 class TestEngine:
