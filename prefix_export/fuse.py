@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnxscript.rewriter import pattern
@@ -118,19 +119,45 @@ _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def _in_type_of(value: ir.Value, constant: ir.Value) -> ir.Value:
-    """A constant in a value's type, made once."""
-    producer, given = value.producer(), constant.const_value
-    assert producer is not None
-    assert producer.graph is not None
+    """A constant in a value's type."""
+    given = constant.const_value
     assert value.dtype is not None
     assert given is not None
-    initializers, name = producer.graph.initializers, f"{constant.name}.rounded"
+    return _constant(value, f"{constant.name}.rounded", given.numpy().astype(value.dtype.numpy()))
+
+
+def _constant(beside: ir.Value, name: str, array: np.ndarray) -> ir.Value:
+    """A constant in the graph that computes a value, made once for a name."""
+    producer = beside.producer()
+    assert producer is not None
+    assert producer.graph is not None
+    initializers = producer.graph.initializers
     if name not in initializers:
-        tensor = ir.tensor(given.numpy().astype(value.dtype.numpy()), name=name)
-        initializers[name] = ir.Value(
-            name=name, shape=ir.Shape(given.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
+        tensor = ir.tensor(array, name=name)
+        shape, kind = ir.Shape(array.shape), ir.TensorType(tensor.dtype)
+        initializers[name] = ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
     return initializers[name]
+
+
+class _BiasesOfSum(pattern.RewriteRuleClassBase):
+    """Two projections that are added, each with its bias (GPT-NeoX): one bias, for the norm behind to take."""
+
+    def pattern(self, op: Any, x: Any, y: Any, first: Any, second: Any) -> Any:
+        return op.Add(op.Add(x, first), op.Add(y, second))
+
+    def check(self, op: Any, first: ir.Value, second: ir.Value, **_: Any) -> Any:  # noqa: ARG002  # as above
+        found = pattern.MatchResult()
+        constants = [value.const_value for value in (first, second)]
+        is_bias = [constant is not None and len(constant.shape) == 1 for constant in constants]
+        return found if all(is_bias) else found.fail("no biases", first)
+
+    def rewrite(self, op: Any, x: ir.Value, y: ir.Value, first: ir.Value, second: ir.Value) -> ir.Value:
+        arrays = [value.const_value.numpy() for value in (first, second) if value.const_value is not None]
+        total = arrays[0].astype(np.float32) + arrays[1].astype(np.float32)
+        bias = _constant(x, f"{first.name}+{second.name}", total.astype(arrays[0].dtype))
+        both = cast(ir.Value, op.Add(x, y))
+        both.shape, both.type = x.shape, x.type  # which the rules for norms look at
+        return cast(ir.Value, op.Add(both, bias))
 
 
 class _FastGelu(pattern.RewriteRuleClassBase):
@@ -164,6 +191,7 @@ class _Silu(pattern.RewriteRuleClassBase):
 _RULES = pattern.RewriteRuleSet(
     [
         _RoundBeforeScale.rule(),
+        _BiasesOfSum.rule(),
         *(_NormOfSum.rule(f"norm of a sum, {order}", order) for order in (False, True)),
         _FastGeluOfSum.rule(),
         _FastGelu.rule(),

@@ -38,6 +38,7 @@ def simplify(model: ir.Model, positions: int) -> None:
     for node in _attention(model):
         _absorb_scale(node)
         _pack_split(node)
+        _pack_interleaved(model, node)
         _pack_projections(model, node)
     passes.CommonSubexpressionEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
@@ -137,15 +138,25 @@ class _Projection:
 
     Attributes:
         node: that multiplies.
-        constants: its weights, as one or several tensors.
-        axes: of the layer's outputs in each of them.
+        weights: its constants, one or several.
+        axis: of the layer's outputs in each of them.
         bias: that is added, by a node of its own, or None.
     """
 
     node: ir.Node
-    constants: tuple[ir.Value, ...]
-    axes: tuple[int, ...]
+    weights: tuple[ir.Value, ...]
+    axis: int
     bias: ir.Value | None = None
+
+    @property
+    def tensors(self) -> tuple[ir.Value, ...]:
+        """All that is constant, the bias last."""
+        return self.weights if self.bias is None else (*self.weights, self.bias)
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Of the layer's outputs in each of the tensors."""
+        return (self.axis,) * len(self.weights) + (0,) * (self.bias is not None)
 
 
 def _pack_projections(model: ir.Model, node: ir.Node) -> None:
@@ -154,32 +165,57 @@ def _pack_projections(model: ir.Model, node: ir.Node) -> None:
     projections = [projection for projection in found if projection is not None]
     if len(projections) < 3 or not _alike(projections):
         return
-    first = projections[0]
-    merged = [
-        _concatenated(model, [projection.constants[index] for projection in projections], axis)
-        for index, axis in enumerate(first.axes)
+    tensors = zip(*(projection.tensors for projection in projections), strict=True)
+    packed = [
+        np.concatenate([_array(value) for value in parts], axis)
+        for parts, axis in zip(tensors, projections[0].axes, strict=True)
     ]
-    replaced = dict(zip(first.constants, merged, strict=True))
-    attributes = dict(first.node.attributes)
+    _set_packed(node, _projected(model, projections[0], packed))
+
+
+def _pack_interleaved(model: ir.Model, node: ir.Node) -> None:
+    """Query, key and value of a head beside one another (GPT-NeoX): the projection makes those of all heads so."""
+    parted = [_made_by(value, "Reshape") for value in node.inputs[:3]]
+    swapped = [_made_by(part.inputs[0], "Transpose") for part in parted if part is not None]
+    parts = [part.inputs[0] for part in swapped if part is not None and _swaps_heads(part)]
+    split = _made_by(parts[0], "Split") if len(parts) == 3 else None
+    if split is None or list(split.outputs) != parts:
+        return
+    transpose = _made_by(split.inputs[0], "Transpose")
+    heads = _made_by(transpose.inputs[0], "Reshape") if transpose is not None and _swaps_heads(transpose) else None
+    projection = _projection(heads.inputs[0]) if heads is not None else None
+    shape = heads.outputs[0].shape if heads is not None else None
+    count = node.attributes["num_heads"].as_int()
+    if projection is None or shape is None or shape[2] != count or not isinstance(shape[3], int):
+        return
+    size = shape[3] // 3
+    order = np.arange(count * 3 * size).reshape(count, 3, size).swapaxes(0, 1).ravel()
+    arrays = [_array(value).take(order, axis) for value, axis in zip(projection.tensors, projection.axes, strict=True)]
+    _set_packed(node, _projected(model, projection, arrays))
+
+
+def _projected(model: ir.Model, like: _Projection, tensors: Sequence[np.ndarray]) -> ir.Value:
+    """What a linear layer like another, of other weights and another bias, makes of the same activation."""
+    names = [_new_name(model, f"{value.name}.packed") for value in like.tensors]
+    values = [_initializer(model, name, array) for name, array in zip(names, tensors, strict=True)]
+    replaced = dict(zip(like.weights, values, strict=False))
+    attributes = dict(like.node.attributes)
     if "N" in attributes:
-        outputs = sum(projection.node.attributes["N"].as_int() for projection in projections)
-        attributes["N"] = ir.AttrInt64("N", outputs)
-    packed = ir.Node(
-        first.node.domain,
-        first.node.op_type,
-        [replaced.get(value, value) if value is not None else None for value in first.node.inputs],
+        attributes["N"] = ir.AttrInt64("N", tensors[0].shape[0])
+    product = ir.Node(
+        like.node.domain,
+        like.node.op_type,
+        [replaced.get(value, value) if value is not None else None for value in like.node.inputs],
         attributes=attributes.values(),
     )
-    packed.outputs[0].type = first.node.outputs[0].type
-    model.graph.insert_before(first.node, packed)
-    output = packed.outputs[0]
-    biases = [projection.bias for projection in projections if projection.bias is not None]
-    if biases:
-        added = ir.node("Add", [output, _concatenated(model, biases, 0)])
-        added.outputs[0].type = output.type
-        model.graph.insert_after(packed, added)
-        output = added.outputs[0]
-    _set_packed(node, output)
+    product.outputs[0].type = like.node.outputs[0].type
+    model.graph.insert_before(like.node, product)
+    if like.bias is None:
+        return product.outputs[0]
+    added = ir.node("Add", [product.outputs[0], values[-1]])
+    added.outputs[0].type = product.outputs[0].type
+    model.graph.insert_after(product, added)
+    return added.outputs[0]
 
 
 def _projection(value: ir.Value | None) -> _Projection | None:
@@ -195,7 +231,7 @@ def _projection(value: ir.Value | None) -> _Projection | None:
     constants = tuple(value for value in node.inputs[1:] if value is not None)
     if any(value.const_value is None or len(value.uses()) > 1 for value in constants):
         return None
-    return _Projection(node, constants, (_PRODUCTS[node.op_type],) * len(constants))
+    return _Projection(node, constants, _PRODUCTS[node.op_type])
 
 
 def _alike(projections: Sequence[_Projection]) -> bool:
@@ -208,12 +244,16 @@ def _alike(projections: Sequence[_Projection]) -> bool:
     return all(kind(projection) == kind(projections[0]) for projection in projections)
 
 
-def _concatenated(model: ir.Model, values: Sequence[ir.Value], axis: int) -> ir.Value:
-    arrays = [value.const_value.numpy() for value in values if value.const_value is not None]
-    # Layers whose biases are equal share one, by one name.
-    name = f"{values[0].name}.packed"
+def _array(value: ir.Value) -> np.ndarray:
+    assert value.const_value is not None
+    array: np.ndarray = value.const_value.numpy()
+    return array
+
+
+def _new_name(model: ir.Model, name: str) -> str:
+    """A name that no constant has: layers whose biases are equal share one, by one name."""
     taken = sum(known.startswith(name) for known in model.graph.initializers)
-    return _initializer(model, f"{name}.{taken}" if taken else name, np.concatenate(arrays, axis))
+    return f"{name}.{taken}" if taken else name
 
 
 def _initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
@@ -229,80 +269,105 @@ def _apply_rotary_in_attention(
     positions: int,
     tables: dict[tuple[str | None, ...], tuple[ir.Value, ir.Value]],
 ) -> None:
-    """Queries and keys that are rotated in full, by the same angles, just before attention: it rotates them itself."""
-    rotations = [_rotation(value) for value in node.inputs[:2]]
-    if rotations[0] is None or rotations[1] is None or not _can_rotate(node):
+    """Queries and keys that are rotated by the same angles just before attention: it rotates them itself."""
+    query, key = (_rotation(value) for value in node.inputs[:2])
+    if query is None or key is None or query.angles != key.angles or not _can_rotate(node, query):
         return
-    angles = rotations[0].inputs[1:3]
-    if list(angles) != list(rotations[1].inputs[1:3]):
-        return
-    key = tuple(value.name for value in angles if value is not None)
-    if key not in tables:
-        tables[key] = _tables(model, angles, positions)
-    for index, rotation in enumerate(rotations):
-        node.replace_input_with(index, _before_rotation(model, node, rotation))
+    name = tuple(value.name for value in query.angles)
+    if name not in tables:
+        tables[name] = _tables(model, query.angles, positions)
+    for index, rotation in enumerate((query, key)):
+        node.replace_input_with(index, _packed_heads(model, node, rotation.source))
     position_ids = next(value for value in model.graph.inputs if value.name == "position_ids")
     node.resize_inputs(max(10, len(node.inputs)))
-    for index, value in zip((7, 8, 9), (*tables[key], position_ids), strict=True):
+    for index, value in zip((7, 8, 9), (*tables[name], position_ids), strict=True):
         node.replace_input_with(index, value)
     node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 1)
 
 
-def _can_rotate(attention: ir.Node) -> bool:
-    """Whether onnxruntime's operator takes rotary positions for this head size (1.32: a multiple of 16)."""
-    past = attention.inputs[3]
-    head_dim = past.shape[3] if past is not None and past.shape is not None else None
-    return isinstance(head_dim, int) and head_dim % 16 == 0
+def _can_rotate(attention: ir.Node, rotation: _Rotation) -> bool:
+    """Whether onnxruntime's operator takes these positions (1.32: heads and what is rotated in multiples of 16)."""
+    past, angles = attention.inputs[3], rotation.angles[0]
+    sizes = [value.shape[-1] for value in (past, angles) if value is not None and value.shape is not None]
+    return len(sizes) == 2 and all(isinstance(size, int) and size % 16 == 0 for size in sizes)
 
 
-def _rotation(value: ir.Value | None) -> ir.Node | None:
+@dataclass(frozen=True)
+class _Rotation:
+    """What is rotated, [batch, heads, sequence, head_dim], in all of its last axis or the first part; and by what."""
+
+    source: ir.Value
+    angles: tuple[ir.Value, ...]
+
+
+def _rotation(value: ir.Value | None) -> _Rotation | None:
     """The rotary embedding, fused by onnxscript's rule, whose result reaches attention as it is."""
-    reshape = value.producer() if value is not None else None
-    if reshape is None or reshape.op_type != "Reshape" or reshape.inputs[0] is None:
+    reshape = _made_by(value, "Reshape")
+    transpose = _made_by(reshape.inputs[0], "Transpose") if reshape is not None else None
+    if transpose is None or not _swaps_heads(transpose):
         return None
-    transpose = reshape.inputs[0].producer()
-    if transpose is None or not _swaps_heads(transpose) or transpose.inputs[0] is None:
+    rotated = transpose.inputs[0]
+    whole, joined = _made_by(rotated, "RotaryEmbedding"), _made_by(rotated, "Concat")
+    if whole is not None:
+        return _rotated(whole, whole.inputs[0])
+    if joined is None or len(joined.inputs) != 2:
         return None
-    rotation = transpose.inputs[0].producer()
-    if rotation is None or rotation.op_type != "RotaryEmbedding" or rotation.inputs[0] is None:
+    first = _made_by(joined.inputs[0], "RotaryEmbedding")
+    parts = [_made_by(first.inputs[0], "Slice") if first is not None else None, _made_by(joined.inputs[1], "Slice")]
+    slices = [part for part in parts if part is not None]
+    if (
+        first is None
+        or len(slices) < 2
+        or slices[0].inputs[0] is not slices[1].inputs[0]
+        or not _are_all_of_one(slices)
+    ):
         return None
-    source = rotation.inputs[0].producer()
-    return rotation if source is not None and _swaps_heads(source) else None
+    return _rotated(first, slices[0].inputs[0])
+
+
+def _rotated(embedding: ir.Node, source: ir.Value | None) -> _Rotation | None:
+    angles = tuple(value for value in embedding.inputs[1:3] if value is not None)
+    return _Rotation(source, angles) if source is not None and len(angles) == 2 else None
+
+
+def _made_by(value: ir.Value | None, operator: str) -> ir.Node | None:
+    """The node that makes a value, where it is one of this kind."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == operator else None
 
 
 def _swaps_heads(node: ir.Node) -> bool:
     return node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == _TO_HEADS_FIRST
 
 
-def _before_rotation(model: ir.Model, attention: ir.Node, rotation: ir.Node | None) -> ir.Value:
-    """What is rotated, as [batch, sequence, heads * head_dim]."""
-    assert rotation is not None
-    assert rotation.inputs[0] is not None
-    transpose = rotation.inputs[0].producer()
-    assert transpose is not None
-    heads = transpose.inputs[0]  # [batch, sequence, heads, head_dim]
-    assert heads is not None
-    reshape = heads.producer()
-    if reshape is not None and reshape.op_type == "Reshape" and reshape.inputs[0] is not None:
-        source = reshape.inputs[0]
-        if source.shape is not None and len(source.shape) == 3:
-            return source
-    shape = _initializer(model, f"{heads.name}.packed_shape", np.array([0, 0, -1], np.int64))
+def _packed_heads(model: ir.Model, attention: ir.Node, heads_first: ir.Value) -> ir.Value:
+    """[batch, heads, sequence, head_dim] as [batch, sequence, heads * head_dim]."""
+    transpose = _made_by(heads_first, "Transpose")
+    heads = transpose.inputs[0] if transpose is not None and _swaps_heads(transpose) else None
+    if heads is None:
+        swapped = ir.node("Transpose", [heads_first], {"perm": _TO_HEADS_FIRST})
+        model.graph.insert_before(attention, swapped)
+        heads = swapped.outputs[0]
+    reshape = _made_by(heads, "Reshape")
+    source = reshape.inputs[0] if reshape is not None else None
+    if source is not None and source.shape is not None and len(source.shape) == 3:
+        return source
+    shape = _initializer(model, f"{heads_first.name}.packed_shape", np.array([0, 0, -1], np.int64))
     packed = ir.node("Reshape", [heads, shape])
     model.graph.insert_before(attention, packed)
     return packed.outputs[0]
 
 
-def _tables(model: ir.Model, angles: Sequence[ir.Value | None], positions: int) -> tuple[ir.Value, ir.Value]:
+def _tables(model: ir.Model, angles: Sequence[ir.Value], positions: int) -> tuple[ir.Value, ir.Value]:
     """Cosines and sines [positions, head_dim / 2] float32, by the graph's own computation from `position_ids`."""
     # Some versions of torch read the batch's size off another input: all are there.
     feeds = {str(value.name): _example(value, positions) for value in model.graph.inputs}
     feeds["position_ids"] = np.arange(positions, dtype=np.int64)[None]
-    part = ir.convenience.extract(model.graph, list(feeds), [value for value in angles if value is not None])
+    part = ir.convenience.extract(model.graph, list(feeds), list(angles))
     computation = ReferenceEvaluator(ir.to_proto(ir.Model(part, ir_version=model.ir_version)))
     found = [np.asarray(array) for array in computation.run(None, feeds)]
     halves = [np.ascontiguousarray(array.reshape(positions, -1)[:, : array.shape[-1] // 2]) for array in found]
-    names = [f"{value.name}.table" for value in angles if value is not None]
+    names = [f"{value.name}.table" for value in angles]
     cosines, sines = (_initializer(model, name, half) for name, half in zip(names, halves, strict=True))
     return cosines, sines
 

@@ -11,9 +11,15 @@ from collections import Counter
 import numpy as np
 import onnx
 import onnx.numpy_helper
+import onnxruntime as ort
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+
+from prefix_export.attention import probe
+from prefix_export.decoder import FastDecoder
+from prefix_export.graph import export_graph
+from tests.conftest import CONFIGS, VOCAB_SIZE
 
 LAYERS = 3
 
@@ -60,7 +66,28 @@ def test_rotary_tables_are_the_models_own(workshop):
 
 
 @pytest.mark.parametrize("architecture", ["stablelm", "gpt_neox"])
-def test_partial_rotation_stays_in_the_graph(workshop, architecture):
+def test_so_is_partial_rotation_and_queries_keys_and_values_of_each_head_beside_one_another(tmp_path, architecture):
+    config_class, sizes = CONFIGS[architecture]
+    # Heads of 64, of which 16 are rotated; grouped queries in StableLM.
+    wide = {**sizes, "hidden_size": 256, "num_hidden_layers": 1}
+    model = AutoModelForCausalLM.from_config(config_class(vocab_size=VOCAB_SIZE, **wide)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    export_graph(FastDecoder(model, probe(model), torch.float32), 320, tmp_path / "model.onnx", opset=21)
+    (node,) = attention_of(graph_of(tmp_path))
+    assert {attribute.i for attribute in node.attribute if attribute.name == "do_rotary"} == {1}
+    assert not node.input[1]
+    session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    past = {value.name: np.zeros((1, value.shape[1], 32, 64), np.float32) for value in session.get_inputs()[3:5]}
+    ids = np.arange(40, 57)[None]
+    mask, positions = np.ones_like(ids), np.arange(5, 22)[None]
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "num_logits_to_keep": np.array(0)}
+    expected = model(torch.from_numpy(ids), position_ids=torch.from_numpy(positions)).logits.detach()
+    np.testing.assert_allclose(session.run(["logits"], past | given)[0], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["stablelm", "gpt_neox"])
+def test_rotation_of_less_than_the_operator_takes_stays_in_the_graph(workshop, architecture):
     graph = graph_of(workshop.bundle(architecture))
     assert not any(attribute.name == "do_rotary" for node in attention_of(graph) for attribute in node.attribute)
     assert not {node.domain for node in graph.node} - {"", "com.microsoft"}
