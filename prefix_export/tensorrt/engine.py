@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prefix_export.errors import EngineError
 from prefix_export.progress import StepListener
-from prefix_runtime import Bundle
+from prefix_runtime import Bundle, BundleIntegrityError
 from prefix_runtime.engine_file import (
     EngineRecord,
     add_engine,
@@ -89,7 +89,10 @@ def _up_to_date(
     for record in read_engines(folder):
         found = recipe_hash(record.graph, record.backend, record.version, record.options, record.profiles)
         if found == wanted:
-            check_engine(folder, record, bundle)
+            try:
+                check_engine(folder, record, bundle)
+            except BundleIntegrityError:
+                return None  # missing or damaged: to be built anew
             return record
     return None
 

@@ -29,6 +29,13 @@ class Row:
         """The position of the next token of text."""
         return self.length + self.offset
 
+    def begin(self) -> int:
+        """Go back to where text begins, behind its prefix if it has one; returns the positions that are filled."""
+        prefix = self.prefix
+        self.length = prefix.prefix_length if prefix is not None else 0
+        self.offset = prefix.position_base - prefix.prefix_length if prefix is not None else 0
+        return self.length
+
 
 class Cache(ABC):
     """The keys and values of some rows for every layer, run with a graph.

@@ -92,17 +92,16 @@ class DeviceCache(Cache):
                 self._stream.wait_for(resident.arrived)
                 self._buffer.copy_row(row, resident.buffer, 0, prefix.prefix_length)
         held.prefix = prefix
-        held.offset = prefix.position_base - prefix.prefix_length if prefix is not None else 0
         self.reset(row)
 
     def reset(self, row: int) -> None:
         """See `Cache`."""
-        held = self.rows[row]
-        self._fill(row, held.prefix.prefix_length if held.prefix is not None else 0)
+        self._fill(row, self.rows[row].begin())
 
     def move(self, source: int, target: int) -> None:
         """See `Cache`."""
         left, right = self.rows[source], self.rows[target]
+        right.prefix = None  # until the copy is whole
         with self._device.lock:
             self._buffer.copy_row(target, self._buffer, source, left.length)
         right.prefix, right.offset = left.prefix, left.offset
@@ -121,7 +120,7 @@ class DeviceCache(Cache):
         self._run_prompt(row, token_ids, logits.address, kept)
         self._fill(row, held.length + count)
         self._read(found, logits.address)
-        return found if keep_all_logits else found[0]
+        return found.copy() if keep_all_logits else found[0]  # page-locked memory stays here
 
     def step(self, token_ids: Sequence[int]) -> np.ndarray:
         """See `Cache`."""

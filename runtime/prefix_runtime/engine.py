@@ -117,6 +117,14 @@ def _without_graphs(bundle: Bundle, provider: str | Cuda) -> Cuda:
 
 
 def _check_provider(bundle: Bundle, provider: str | Cuda) -> None:
+    if not isinstance(provider, str | Cuda):
+        raise ProviderError(f"provider: expected a name or a Cuda, found {provider!r}")
+    manifest = bundle.manifest
+    if (provider == "cuda" or isinstance(provider, Cuda)) and manifest.flavour == "fast" and manifest.target != "cuda":
+        raise ProviderError(
+            f"{bundle.root}: provider: expected cpu for a bundle of target {manifest.target}, found cuda; build it "
+            "with --target cuda for a GPU"
+        )
     if bundle.manifest.cache == "bf16" and provider == "cpu":
         raise ProviderError(
             f"{bundle.root}: provider: expected cuda for a bundle in bfloat16, which onnxruntime does not run on a "
@@ -309,8 +317,11 @@ class Engine:
         """
         check_ids(token_ids)
         request = self._request(token_ids, task, {"max_new_tokens": 0}, least_new_tokens=0)
-        with self._pool.lease([request.prefix], request.length) as (cache, _):
-            return cache.prefill(0, request.prompt, keep_all_logits=True)
+        try:
+            with self._pool.lease([request.prefix], request.length) as (cache, _):
+                return cache.prefill(0, request.prompt, keep_all_logits=True)
+        finally:
+            self._forget_removed([request])
 
     def _run(self, requests: Sequence[Request]) -> list[GenerationResult]:
         answers: list[GrowingAnswer] = []
@@ -327,13 +338,13 @@ class Engine:
         """Decode requests together; appends their answers, in order, and returns after each token of each."""
         started = time.perf_counter()
         prefixes = [request.prefix for request in requests]
-        with self._pool.lease(prefixes, max(request.length for request in requests)) as (cache, rows):
-            lease = time.perf_counter() - started
-            answers += [GrowingAnswer(request, self._codec, lease) for request in requests]
-            try:
+        try:
+            with self._pool.lease(prefixes, max(request.length for request in requests)) as (cache, rows):
+                lease = time.perf_counter() - started
+                answers += [GrowingAnswer(request, self._codec, lease) for request in requests]
                 yield from decode(cache, rows, answers)
-            finally:
-                self._forget_removed(requests)
+        finally:
+            self._forget_removed(requests)
 
     def _forget_removed(self, requests: Sequence[Request]) -> None:
         """Let go of the buffers of tasks that were removed after these requests had found them."""

@@ -106,8 +106,8 @@ def read_engines(folder: Path) -> list[EngineRecord]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise BundleError(
-            f"{path}: expected a record of engines, found one that is damaged ({reason}); build them anew with: "
-            "prefix-export tensorrt"
+            f"{path}: expected a record of engines, found one that is damaged ({reason}); remove it, and "
+            "build them anew with: prefix-export tensorrt"
         ) from error
     for record in found:
         check_relative_path(record.file.path, f"{path}: engine {record.name!r}: file")
@@ -157,7 +157,10 @@ def check_engine(folder: Path, record: EngineRecord, bundle: Bundle) -> Path:
         )
     path = folder / record.file.path
     if not path.is_file():
-        raise BundleIntegrityError(f"{path}: expected an engine of {record.file.size} bytes, found none")
+        raise BundleIntegrityError(
+            f"{path}: expected an engine of {record.file.size} bytes, found none; build it anew with: prefix-export "
+            f"tensorrt {bundle.root}"
+        )
     if (found := sha256_of_file(path)) != record.file.sha256:
         raise BundleIntegrityError(
             f"{path}: expected SHA-256 {record.file.sha256}, found {found}; the engine was changed or damaged: build "

@@ -54,28 +54,30 @@ class GrowingCache(Cache):
     def seed(self, row: int, prefix: Prefix | None) -> None:
         """See `Cache`."""
         held = self.rows[row]
-        held.prefix, held.offset = prefix, 0
-        if prefix is not None:
-            if self._task_id is not None:
-                self._task_ids[row] = self._task_id(prefix)
-            else:
-                held.offset = prefix.position_base - prefix.prefix_length
-                if held.offset and "position_ids" not in self._session.inputs:
-                    raise PrefixMismatchError(
-                        "expected a prefix behind which text begins, as the graph counts positions itself, found one "
-                        f"whose text begins at {prefix.position_base}"
-                    )
+        held.prefix = None  # until the new one is known to fit
+        if prefix is not None and self._task_id is not None:
+            self._task_ids[row] = self._task_id(prefix)
+        elif prefix is not None and prefix.position_base != prefix.prefix_length:
+            self._check_positions(prefix)
+        held.prefix = prefix
         self.reset(row)
+
+    def _check_positions(self, prefix: Prefix) -> None:
+        if "position_ids" not in self._session.inputs:
+            raise PrefixMismatchError(
+                "expected a prefix behind which text begins, as the graph counts positions itself, found one "
+                f"whose text begins at {prefix.position_base}"
+            )
 
     def reset(self, row: int) -> None:
         """See `Cache`."""
         self._part()
         held = self.rows[row]
         self._alone[row] = self._empty()
-        held.length = 0
+        held.length = held.offset = 0
         if held.prefix is not None and self._task_id is None:
             self._alone[row] = [(key[None], value[None]) for key, value in self._format.stored(held.prefix)]
-            held.length = held.prefix.prefix_length
+            held.begin()
 
     def move(self, source: int, target: int) -> None:
         """See `Cache`."""

@@ -58,13 +58,11 @@ class KeyValueCache(Cache):
                 for array, part in zip(arrays, stored, strict=True):
                     array[row, :, : prefix.prefix_length] = part
         held.prefix = prefix
-        held.offset = prefix.position_base - prefix.prefix_length if prefix is not None else 0
         self.reset(row)
 
     def reset(self, row: int) -> None:
         """See `Cache`."""
-        held = self.rows[row]
-        self._fill(row, held.prefix.prefix_length if held.prefix is not None else 0)
+        self._fill(row, self.rows[row].begin())
 
     def move(self, source: int, target: int) -> None:
         """See `Cache`."""

@@ -34,6 +34,8 @@ class Cuda:
     def __post_init__(self) -> None:
         _check("device", self.device, 0)
         _check("prefix_bytes", self.prefix_bytes, 0)
+        if not isinstance(self.uses_graphs, bool):
+            raise ProviderError(f"cuda: uses_graphs: expected True or False, found {self.uses_graphs!r}")
         for name in ("memory_limit", "stream"):
             if (value := getattr(self, name)) is not None:
                 _check(name, value, 1)

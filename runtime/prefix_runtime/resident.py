@@ -67,9 +67,9 @@ class ResidentPrefixes:
             if (found := self._find(prefix)) is not None:  # another thread was faster
                 return found
             resident = self._brought_in(prefix)
-        with self._lock:
-            self._held[id(prefix)] = prefix, resident
-            self._bytes += resident.buffer.nbytes
+            with self._lock:
+                self._held[id(prefix)] = prefix, resident
+                self._bytes += resident.buffer.nbytes
         return resident
 
     def forget(self, prefix: Prefix) -> None:

@@ -346,7 +346,7 @@ class Terminal(io.StringIO):
 def test_progress_is_shown_on_a_terminal_and_not_in_a_pipe(monkeypatch, stream, shown):
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
-    with cli._progress() as on_step:
+    with cli.showing_progress() as on_step:
         on_step("exporting the graph")
     assert ("exporting the graph" in stream.getvalue()) is shown
     assert bool(stream.getvalue()) is shown
@@ -400,6 +400,8 @@ def test_the_commands_are_those_of_the_design():
         "prepare",
         "fold",
         "compose",
+        "tensorrt",
+        "tensorrt-refit",
     }
 
 

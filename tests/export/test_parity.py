@@ -183,7 +183,7 @@ class Scripted:
     row: list[float]
     tokens: list[int]
     together: list[int] | None = None  # where they differ in a batch
-    bundle = SimpleNamespace(manifest=SimpleNamespace(cache="fp32", precision="fp32"))
+    bundle = SimpleNamespace(manifest=SimpleNamespace(cache="fp32", precision="fp32", target="cpu"))
 
     def logits(self, token_ids, task):
         assert task == "t"

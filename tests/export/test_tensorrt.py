@@ -263,6 +263,8 @@ def test_a_damaged_engine_or_record_is_refused(with_engine):
     (folder / record.file.path).write_bytes(b"vtrt")
     with pytest.raises(BundleIntegrityError, match="the engine was changed or damaged"):
         find_engine(folder, bundle)
+    build_engine(EngineRequest(with_engine, **SMALL))  # as the message says
+    assert find_engine(folder, bundle).name == record.name
     content = json.loads((folder / "engines.json").read_text())
     content["engines"][0]["file"]["path"] = "../model.onnx"
     (folder / "engines.json").write_text(json.dumps(content))

@@ -400,7 +400,7 @@ class TestFiles:
             ("cells.0.samples.0.task_selection", 9.0, "expected a task_selection of at most the time_to_first_token"),
             ("bandwidth", [1e9], "bandwidth: expected a sample for each of 2 rounds, found 1"),
             ("bandwidth", [0, 1], "above 0, found 0"),
-            ("subject.cache", "fp8", "cache: expected one of fp32, fp16, int8, found 'fp8'"),
+            ("subject.cache", "fp8", "cache: expected one of fp32, fp16, bf16, int8, found 'fp8'"),
             ("subject.weight_bytes", 0, "above 0, found 0"),
             ("request.rounds", 0, "rounds: expected whole numbers from 1"),
             ("request.prefix_lengths", [], "prefix_lengths: expected at least one, found none"),

@@ -93,6 +93,10 @@ def plain(opened):
     return prefix_runtime.load(opened.root, threads=1)
 
 
+def failing(*_):
+    raise ProviderError("no room")
+
+
 def begun(cache, prefixes):
     """The first token of each row's answer to its prompt."""
     for row, prefix in enumerate(prefixes):
@@ -230,6 +234,26 @@ def test_layers_of_several_shapes_are_copied_each_as_it_is(device):
         np.testing.assert_array_equal(found[:, :3], expected)
 
 
+def test_a_prefix_that_cannot_be_brought_in_leaves_nothing_behind(on_device, on_host, make_prefix, monkeypatch):
+    other, lost = (make_prefix(8, seed=seed, position_base=0) for seed in range(2))
+    on_device.seed(0, other)
+    with monkeypatch.context() as patch:
+        patch.setattr(ResidentPrefixes, "get", failing)
+        with pytest.raises(ProviderError):
+            on_device.seed(0, lost)
+    on_device.reset(0)  # as the pool does for a request without a prefix
+    on_host.seed(0, None)
+    np.testing.assert_array_equal(on_device.prefill(0, PROMPTS[0]), on_host.prefill(0, PROMPTS[0]))
+
+
+def test_a_row_that_cannot_be_moved_holds_no_prefix(on_device, prefixes, monkeypatch):
+    begun(on_device, prefixes)
+    monkeypatch.setattr(DeviceBuffer, "copy_row", failing)
+    with pytest.raises(ProviderError):
+        on_device.move(4, 1)
+    assert on_device.rows[1].prefix is None
+
+
 class TestResidentPrefixes:
     def test_the_least_recently_used_go_first(self, device, geometry, make_prefix):
         one = 4 * 2 * geometry.values_per_position
@@ -319,6 +343,7 @@ class TestCuda:
             ({"device": True}, "cuda: device: expected a whole number, 0 or more, found True"),
             ({"memory_limit": 0}, "cuda: memory_limit: expected a whole number, 1 or more, found 0"),
             ({"stream": "s"}, "cuda: stream: expected a whole number, 1 or more, found 's'"),
+            ({"uses_graphs": "no"}, "cuda: uses_graphs: expected True or False, found 'no'"),
             ({"prefix_bytes": 1.5}, "cuda: prefix_bytes: expected a whole number, 0 or more, found 1.5"),
         ],
     )
@@ -331,6 +356,14 @@ class TestCuda:
     def test_an_onnxruntime_without_it_is_named(self, opened, provider):
         with pytest.raises(ProviderError, match=r"^provider 'cuda': this onnxruntime has only "):
             prefix_runtime.load(opened.root, provider=provider)
+
+    def test_a_bundle_for_cpus_is_refused_before_it_is_opened(self, shared_bundle):
+        with pytest.raises(ProviderError, match=r"expected cpu for a bundle of target cpu, found cuda; build it with "):
+            prefix_runtime.load(shared_bundle, provider="cuda")
+
+    def test_what_is_no_provider_is_refused(self, opened):
+        with pytest.raises(ProviderError, match=r"^provider: expected a name or a Cuda, found b'cuda'$"):
+            prefix_runtime.load(opened.root, provider=b"cuda")
 
     def test_settings_are_values(self):
         assert replace(Cuda(), device=1) == Cuda(device=1)
