@@ -72,6 +72,8 @@ def fold(source: Path | None, model: str, output: Path, **options: Any) -> None:
     text, text_file = options["text"], options["text_file"]
     if sum(given is not None for given in (source, text, text_file)) != 1:
         raise click.UsageError("expected one of SOURCE, --text and --text-file")
+    if source is None and options["wanted"]:
+        raise click.UsageError("--format goes with SOURCE; a text is of no format")
     with libraries_quiet():
         if source is not None:
             folded = _folded(source, model, options["wanted"])
