@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -39,6 +40,7 @@ class CachePool:
         self._lock = threading.Lock()
         self._idle: list[Cache] = []  # the least recently used first
         self._lent: list[Cache] = []
+        self._returned: deque[Cache] = deque()  # by their requests, and not taken in yet
         self._lent_bytes = 0  # with those that are being made
 
     @contextmanager
@@ -58,6 +60,7 @@ class CachePool:
     def forget(self, prefix: Prefix) -> None:
         """Drop the caches that hold a prefix, those of running requests as soon as they end."""
         with self._lock:
+            self._settle()
             self._idle = [cache for cache in self._idle if not _holds(cache, prefix) or cache.let_go(prefix)]
             for cache in self._lent:
                 cache.is_wanted = cache.is_wanted and not _holds(cache, prefix)
@@ -69,6 +72,7 @@ class CachePool:
     def _take(self, prefixes: Sequence[Prefix | None], capacity: int) -> Cache:
         needed = len(prefixes) * capacity * self._position_bytes
         with self._lock:
+            self._settle()
             cache = self._find(prefixes, capacity, needed)
             if cache is not None:
                 self._idle.remove(cache)
@@ -104,7 +108,19 @@ class CachePool:
         return fitting[0] if in_use + needed > self._budget else None
 
     def _give_back(self, cache: Cache) -> None:
-        with self._lock:
+        # Without waiting for the lock: a stream that nobody reads on may be collected in this very thread while it is
+        # held, and would wait for itself. Who holds it next settles.
+        self._returned.append(cache)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._settle()
+            finally:
+                self._lock.release()
+
+    def _settle(self) -> None:
+        """Take in what was given back; with the lock held."""
+        while self._returned:
+            cache = self._returned.popleft()
             self._lent.remove(cache)
             self._lent_bytes -= cache.nbytes
             if cache.is_wanted:

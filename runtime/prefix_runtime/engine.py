@@ -35,7 +35,7 @@ from .prefix import TEXT_HAS_BEGUN, Prefix
 from .prepared import prepared_graph, provider_folder
 from .provider import Cuda
 from .results import Chunk, GenerationResult
-from .session import Session, check_provider
+from .session import Session, check_known, check_provider
 from .tasks import TaskStore
 from .tensorrt_cache import TensorRTCache
 from .tensorrt_engine import EngineSession, open_engine
@@ -117,8 +117,8 @@ def _without_graphs(bundle: Bundle, provider: str | Cuda) -> Cuda:
 
 
 def _check_provider(bundle: Bundle, provider: str | Cuda) -> None:
-    if not isinstance(provider, str | Cuda):
-        raise ProviderError(f"provider: expected a name or a Cuda, found {provider!r}")
+    if not isinstance(provider, Cuda):
+        check_known(provider)
     manifest = bundle.manifest
     if (provider == "cuda" or isinstance(provider, Cuda)) and manifest.flavour == "fast" and manifest.target != "cuda":
         raise ProviderError(

@@ -320,10 +320,20 @@ def _provider_options(device: Device | None) -> dict[str, str]:
     return chosen if limit is None else chosen | {"gpu_mem_limit": str(limit)}
 
 
+def check_known(provider: object) -> None:
+    """Refuse what names no execution provider.
+
+    Raises:
+        ProviderError: the message lists those that there are.
+    """
+    known = [*_PROVIDERS, ENGINE]
+    if not isinstance(provider, str) or provider not in known:
+        raise ProviderError(f"provider: expected one of {', '.join(known)}, found {provider!r}")
+
+
 def _provider_name(provider: str) -> str:
-    name = _PROVIDERS.get(provider) if isinstance(provider, str) else None
-    if name is None:
-        raise ProviderError(f"provider: expected one of {', '.join([*_PROVIDERS, ENGINE])}, found {provider!r}")
+    check_known(provider)
+    name = _PROVIDERS[provider]
     available: Sequence[Any] = ort.get_available_providers()
     if name not in available and provider != "tensorrt-rtx":  # which may come as a plug-in
         hint = f"; it needs {_NEEDS[provider]}" if provider in _NEEDS else ""

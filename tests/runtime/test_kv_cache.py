@@ -264,6 +264,16 @@ class TestPool:
                 answer(again)
         assert seeds == {prefix: 1}
 
+    def test_a_cache_that_is_given_back_while_the_pool_is_busy_does_not_wait(self, new_pool, make_prefix):
+        # As a stream that nobody reads on does, which is collected in the middle of another request's beginning.
+        pool, prefix = new_pool(), make_prefix()
+        lease = pool.lease([prefix], 40)
+        cache, _ = lease.__enter__()
+        with pool._lock:
+            lease.__exit__(None, None, None)
+        with pool.lease([prefix], 40) as (again, _):
+            assert again is cache
+
     def test_tasks_that_take_turns_keep_their_caches(self, new_pool, seeds, make_prefix):
         pool, tasks = new_pool(), [make_prefix(seed=0), make_prefix(seed=1), None]
         caches = {}
