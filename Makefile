@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-clients lint bench clean
+.PHONY: demo test test-clients test-gpu lint bench clean
 
 # Both distributions, installed as a user would, with the versions that were tested.
 $(VENV)/.installed: pyproject.toml runtime/pyproject.toml constraints.txt
@@ -24,9 +24,17 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/pytest
 
-# Other people's programs on real bundles; their environments and packages are kept under build/clients.
+# Other people's programs on real bundles; their environments and packages are kept under build/clients. Chromium and g++ come
+# from Debian where they are missing and root asks; else a test that needs one fails and says so.
 test-clients: $(VENV)/.installed
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then for package in chromium g++; do \
+		command -v $$package > /dev/null || { apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends $$package; } > /dev/null; done; fi
 	$(BIN)/pytest -m clients
+
+# On a machine with an NVIDIA GPU, in the environment of $(PYTHON): the extra [gpu] of the runtime, [dev], torch for CUDA.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu -n 0 tests/gpu
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

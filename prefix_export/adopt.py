@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from prefix_runtime import ProviderError
 from prefix_runtime.session import Session
@@ -16,6 +17,7 @@ from .errors import ExportError
 from .graph import weight_bytes
 
 _PARTS = ("key", "value")
+_ROUNDED = frozenset({"DequantizeLinear", "DynamicQuantizeLinear", "MatMulNBits", "GatherBlockQuantized"})
 _KNOWN = ("input_ids", "attention_mask", "position_ids", "num_logits_to_keep")
 
 
@@ -50,10 +52,34 @@ def _check_contract(source: Path, layers: Sequence[AttentionLayer], vocab_size: 
         onnx.checker.check_model(source)  # by its path: a model in memory may not be larger than 2 GiB
         model = onnx.load(source, load_external_data=False)
     except Exception as error:  # protobuf's errors and onnx' own share no base
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join((str(error).strip() or type(error).__name__).split())
         raise ExportError(f"graph {source}: expected an ONNX model, whole with its weights, found {reason}") from error
+    _check_weights(model.graph, source)
+    if rounded := next((node for node in model.graph.node if node.op_type in _ROUNDED), None):
+        raise ExportError(
+            f"graph {source}: node {rounded.name!r}: expected weights in float32, found {rounded.op_type}; export the "
+            "graph before its weights are rounded"
+        )
     _check_inputs(model.graph, layers, source)
     _check_outputs(model.graph, layers, vocab_size, source)
+
+
+def _check_weights(graph: onnx.GraphProto, source: Path) -> None:
+    """Refuse a file of weights that ends before they do, which onnxruntime says in its own words alone."""
+    for tensor in filter(uses_external_data, graph.initializer):
+        try:
+            place = ExternalDataInfo(tensor)
+        except ValueError as error:
+            raise ExportError(
+                f"graph {source}: weight {tensor.name}: expected its place in a file, found {error}"
+            ) from error
+        path = source.parent / place.location
+        needed, found = (place.offset or 0) + (place.length or 0), path.stat().st_size
+        if needed > found:
+            raise ExportError(
+                f"graph {source}: weight {tensor.name}: expected {path.name} of {needed} bytes or more, found "
+                f"{found}; copy it again, it is not whole"
+            )
 
 
 def _check_inputs(graph: onnx.GraphProto, layers: Sequence[AttentionLayer], source: Path) -> None:
@@ -105,6 +131,8 @@ def _check_value(value: onnx.ValueInfoProto, shape: tuple[int | None, ...], kind
 
 
 def _check_type(value: onnx.ValueInfoProto, kind: int, source: Path) -> None:
+    if not value.type.tensor_type.HasField("shape"):
+        raise ExportError(f"graph {source}: {value.name}: expected a tensor with a shape, found none")
     found = value.type.tensor_type.elem_type
     if found != kind:
         names = (onnx.TensorProto.DataType.Name(each).lower() for each in (kind, found))

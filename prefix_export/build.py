@@ -140,12 +140,7 @@ def build(
         if scales is not None:
             save_scales(scales, folder)
         save_configs(base, folder)
-        if plan.has_adapters:
-            save_adapters(prefixes, folder, CACHE_TYPES[plan.cache])
-        if plan.name == "portable" and plan.mode == "bake" and len(prefixes) == 1:
-            (prefix,) = prefixes.values()
-            room = base.geometry.room(prefix, max_length)
-            write_json(folder / GENAI_CONFIG_NAME, genai_config(base, plan.graph, room))
+        _save_for_clients(plan, base, prefixes, max_length, folder)
         on_step("hashing")
         manifest = _manifest(plan, settings, base, prefixes, weight_bytes, max_length=max_length, folder=folder)
         _write_manifest(folder, manifest)
@@ -159,6 +154,18 @@ def build(
             _write_manifest(folder, replace(manifest, parity=certificate(parity, quality, graph_bytes)))
         on_step("writing the bundle")
     return BuildResult(Bundle.open(request.output), parity, quality, time.perf_counter() - started, warnings)
+
+
+def _save_for_clients(
+    plan: targets.Plan, base: BaseModel, prefixes: Mapping[str, Prefix], max_length: int, folder: Path
+) -> None:
+    """Write what other people's programs read beside the graph."""
+    if plan.has_adapters:
+        save_adapters(prefixes, folder, CACHE_TYPES[plan.cache])
+    if plan.name == "portable" and plan.mode == "bake" and len(prefixes) == 1:
+        (prefix,) = prefixes.values()
+        room = base.geometry.room(prefix, max_length)
+        write_json(folder / GENAI_CONFIG_NAME, genai_config(base, plan.graph, room))
 
 
 def _plan(request: BuildRequest) -> targets.Plan:
@@ -217,12 +224,17 @@ def _fold_all(request: BuildRequest, plan: targets.Plan, base: BaseModel, max_le
 def _check_one_base(prefixes: Mapping[str, Prefix]) -> None:
     """Refuse to bake prefixes that say that they were trained on different models: no run could tell.
 
-    A Hub id names a model; a folder's name says little, so that a doubt of it is a warning alone (`lint`).
+    A Hub id names a model, with or without its owner (`gpt2` is `openai-community/gpt2`); a folder's name says little,
+    so that a doubt of it is a warning alone (`lint`).
     """
-    said = {name: task for task, prefix in prefixes.items() if "/" in (name := prefix.metadata.get("base_model", ""))}
-    if len(said) > 1:
+    said = {name: task for task, prefix in prefixes.items() if (name := prefix.metadata.get("base_model"))}
+    owned = {name for name in said if "/" in name}
+    if len(owned) > 1 or len({name.rpartition("/")[2].casefold() for name in said}) > 1:
         found = ", ".join(f"{name!r} (task {task!r})" for name, task in said.items())
-        raise ExportError(f"mode bake: expected prefixes of one base model, found {found}")
+        raise ExportError(
+            f"mode bake: expected prefixes of one base model, found {found}; bake those of each model by "
+            "themselves, or, where these are names of one model, write one of them into the adapters' configurations"
+        )
 
 
 def _check_graph(request: BuildRequest, plan: targets.Plan) -> None:

@@ -36,7 +36,7 @@ def lint(prefix: Prefix, shape: Shape, max_length: int | None = None) -> list[st
 
 
 def _base(prefix: Prefix, shape: Shape) -> Iterator[str]:
-    said = prefix.metadata.get("base_model", "")
+    said = prefix.metadata.get("base_model") or prefix.metadata.get("base_folder", "")
     # Of a folder only the last part says anything, of a Hub id all of it.
     both = (said, shape.name) if "/" in said and "/" in shape.name else (Path(said).name, Path(shape.name).name)
     if said and both[0] != both[1]:

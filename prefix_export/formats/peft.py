@@ -11,9 +11,10 @@ begins at position `prefix_length` (`_adjust_prompt_learning_kwargs`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ KEYS_AND_VALUES = ("PREFIX_TUNING", "CARTRIDGE")
 EMBEDDINGS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 _TENSOR = "prompt_embeddings"
 _COLUMNS, _ROWS = "prefix_task_cols", "prefix_task_rows"
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _FACTORS = 2000
 """Numbers of the tasks' factors, which are few, that have to be there to tell whether they were trained."""
 _EMBEDDING_NAMES = ("wte.", "wpe.", "embed_", "embeddings.", "lm_head.", "embed_tokens.")
@@ -84,9 +86,11 @@ class _Adapter:
     def metadata(self) -> dict[str, str]:
         base = self.config.get("base_model_name_or_path")
         found = {"task_type": str(self.config["task_type"])} if self.config.get("task_type") != "CAUSAL_LM" else {}
-        if isinstance(base, str) and base:
-            # A folder of the machine that it was trained on says nothing elsewhere, and is nobody's business.
-            found["base_model"] = Path(base).name if Path(base).is_absolute() else base
+        if isinstance(base, str) and _HUB_ID.fullmatch(base):
+            found["base_model"] = base
+        elif isinstance(base, str) and (folder := PureWindowsPath(base).name.strip(".")):
+            # Where a folder lay on the machine that it was trained on says nothing elsewhere, and is nobody's business.
+            found["base_folder"] = folder
         return found
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,11 +40,21 @@ def python_of(name):
     wanted = (HERE / "requirements" / f"{name}.txt").read_text(encoding="utf-8")
     home = KEPT / name
     python, stamp = home / "bin" / "python", home / ".installed"
-    if not stamp.exists() or stamp.read_text(encoding="utf-8") != wanted:
-        run([sys.executable, "-m", "venv", "--clear", home])
-        run([python, "-m", "pip", "install", "--quiet", "--requirement", HERE / "requirements" / f"{name}.txt"])
-        stamp.write_text(wanted, encoding="utf-8")
+    with one_at_a_time(home):
+        if not stamp.exists() or stamp.read_text(encoding="utf-8") != wanted:
+            run([sys.executable, "-m", "venv", "--clear", home])
+            run([python, "-m", "pip", "install", "--quiet", "--requirement", HERE / "requirements" / f"{name}.txt"])
+            stamp.write_text(wanted, encoding="utf-8")
     return python
+
+
+@contextmanager
+def one_at_a_time(home):
+    """Let one of the tests' processes install into a folder, while the others wait."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with home.with_name(f"{home.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def program(*names, install):
@@ -65,26 +77,27 @@ def chromium():
 
 
 def install_packages(folder):
-    """Have a folder's `node_modules` hold what its `package-lock.json` lists."""
-    installed = folder / "node_modules" / ".package-lock.json"
-    if not installed.exists() or locked_versions(installed) != locked_versions(folder / "package-lock.json"):
+    """Have a folder's `node_modules` hold what its `package-lock.json` lists.
+
+    npm's own record of what it installed leaves out other systems' packages, so that it never equals the list; and to
+    install once more would take the folder away under a test of the other process.
+    """
+    wanted = (folder / "package-lock.json").read_text(encoding="utf-8")
+    stamp = folder / "node_modules" / ".installed"
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != wanted:
         npm = program("npm", install="npm, which comes with Node.js")
         run([npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=folder, timeout=600)
-
-
-def locked_versions(lock):
-    """The version of each package, by its path, that a `package-lock.json` lists."""
-    packages = json.loads(lock.read_text(encoding="utf-8"))["packages"]
-    return {path: package["version"] for path, package in packages.items() if path}
+        stamp.write_text(wanted, encoding="utf-8")
 
 
 def node_packages():
     """The folder whose `node_modules` holds what `package-lock.json` lists."""
     home = KEPT / "node"
-    home.mkdir(parents=True, exist_ok=True)
-    for name in ("package.json", "package-lock.json"):
-        shutil.copy(HERE / name, home)
-    install_packages(home)
+    with one_at_a_time(home):
+        home.mkdir(exist_ok=True)
+        for name in ("package.json", "package-lock.json"):
+            shutil.copy(HERE / name, home)
+        install_packages(home)
     return home
 
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prefix_runtime
 from prefix_export.build import BuildRequest, build
 from prefix_runtime import LayerPrefix, Prefix
-from tests.clients.conftest import DEMO, HERE, ROOT, TASKS, chromium, install_packages, locked_versions, node
+from tests.clients.conftest import DEMO, HERE, ROOT, TASKS, chromium, install_packages, node
 
 pytestmark = pytest.mark.clients
 
@@ -419,8 +419,8 @@ def test_a_screenshot(browser, serve, shared_bundle, tmp_path):
 def test_what_is_installed_is_locked_and_names_no_host():
     lock = (WEB / "package-lock.json").read_text(encoding="utf-8")
     assert "://" not in lock
+    locked = json.loads(lock)["packages"]
     package = json.loads((WEB / "package.json").read_text(encoding="utf-8"))
     asked = {**package["dependencies"], **package["devDependencies"]}
     assert all(re.fullmatch(r"\d+\.\d+\.\d+", version) for version in asked.values())
-    locked = locked_versions(WEB / "package-lock.json")
-    assert asked == {name: locked[f"node_modules/{name}"] for name in asked}
+    assert asked == {name: locked[f"node_modules/{name}"]["version"] for name in asked}

@@ -62,8 +62,21 @@ def test_a_graph_becomes_a_bundle_that_agrees_with_peft(portable, request_of):
     assert result.bundle.manifest.weight_bytes == Bundle.open(portable.parent).manifest.weight_bytes
 
 
-def without(name):
-    return lambda graph: graph.input.remove(named(graph.input, name))
+def renamed(name):
+    """An input and its uses under another name."""
+
+    def change(graph):
+        named(graph.input, name).name = "other"
+        for node in graph.node:
+            node.input[:] = ["other" if each == name else each for each in node.input]
+
+    return change
+
+
+def dequantized(graph):
+    graph.node.insert(0, onnx.helper.make_node("DequantizeLinear", ["q", "s"], ["w"], name="first"))
+    graph.initializer.append(onnx.helper.make_tensor("q", onnx.TensorProto.INT8, [1], [1]))
+    graph.initializer.append(onnx.helper.make_tensor("s", FLOAT, [], [1.0]))
 
 
 def resized(name, axis, size):
@@ -95,6 +108,9 @@ def renamed_output(graph):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
+        (renamed("input_ids"), "expected an input input_ids, found attention_mask, other, past_key_values"),
+        (renamed("past_key_values.2.key"), r"expected an input past_key_values\.2\.key, found "),
+        (dequantized, "node 'first': expected weights in float32, found DequantizeLinear; export the graph before"),
         (added("use_cache_branch"), "input use_cache_branch: .*found an input that the runtime does not know"),
         (resized("past_key_values.1.key", 1, 3), r"past_key_values.1.key: expected shape \[\?, 4, \?, 16\], found"),
         (resized("present.0.value", 3, 32), r"present.0.value: expected shape \[\?, 4, \?, 16\], found"),
@@ -112,6 +128,29 @@ def renamed_output(graph):
 def test_what_breaks_the_contract_is_named(changed, request_of, tmp_path, function, message):
     with pytest.raises(ExportError, match=message):
         build(request_of(changed(function), verify=False))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_weights_that_is_cut_short_is_named(changed, request_of, tmp_path, capfd):
+    path = changed(lambda graph: None)
+    with path.with_name("model.onnx.data").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(
+        ExportError, match=r"expected model\.onnx\.data of \d+ bytes or more, found 1000; copy it again"
+    ):
+        build(request_of(path))
+    assert not (tmp_path / "out").exists()
+    assert "onnxruntime" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("key", "value"), [("length", "many"), ("offset", "-8")])
+def test_a_weight_whose_place_is_nonsense_is_an_error_in_one_line(changed, request_of, tmp_path, key, value):
+    def misplace(graph):
+        tensor = next(each for each in graph.initializer if each.external_data)
+        next(entry for entry in tensor.external_data if entry.key == key).value = value
+
+    with pytest.raises(ExportError, match=r"^graph \S+model\.onnx: .*expected .*, found [^\n]+$"):
+        build(request_of(changed(misplace), verify=False))
     assert not (tmp_path / "out").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import prefix_runtime
 from prefix_export.bake import PrefixBank
-from prefix_export.build import BuildRequest, build
+from prefix_export.build import BuildRequest, _check_one_base, build
 from prefix_export.errors import ExportError
 from prefix_runtime import Bundle, BundleError, LayerPrefix, Prefix, RequestError
 
@@ -265,6 +266,16 @@ class TestBank:
                 assert not keys[place, :, : 5 - length].any()
 
 
+def trained_on(workshop, folder, *bases):
+    """Adapters that name these base models, by task: t0, t1 and so on."""
+    adapters = {f"t{index}": folder / f"t{index}" for index in range(len(bases))}
+    for base, adapter in zip(bases, adapters.values(), strict=True):
+        shutil.copytree(workshop.adapter(workshop.model(), 3), adapter)
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    return adapters
+
+
 class TestRefused:
     def test_a_graph_without_prefixes_to_bake(self, workshop, tmp_path):
         with pytest.raises(
@@ -273,17 +284,32 @@ class TestRefused:
             build(BuildRequest(str(workshop.model()), {}, tmp_path / "out", mode="bake"))
         assert not list(tmp_path.iterdir())
 
-    def test_prefixes_of_different_base_models(self, workshop, tmp_path):
-        adapters = {name: tmp_path / name for name in ("left", "right")}
-        for name, folder in adapters.items():
-            shutil.copytree(workshop.adapter(workshop.model(), 3), folder)
-            config = json.loads((folder / "adapter_config.json").read_text())
-            config["base_model_name_or_path"] = f"{name}/gpt2"
-            (folder / "adapter_config.json").write_text(json.dumps(config))
+    @pytest.mark.parametrize(
+        "bases", [("left/gpt2", "right/gpt2"), ("gpt2", "distilgpt2"), ("gpt2", "someone/other")], ids=" and ".join
+    )
+    def test_prefixes_of_different_base_models(self, workshop, tmp_path, bases):
+        adapters = trained_on(workshop, tmp_path, *bases)
         request = BuildRequest(str(workshop.model()), adapters, tmp_path / "out", mode="bake")
-        with pytest.raises(ExportError, match=r"of one base model, found 'left/gpt2' \(task 'left'\), 'right/gpt2'"):
+        message = (
+            f"of one base model, found '{bases[0]}' (task 't0'), '{bases[1]}' (task 't1'); bake those of each model"
+        )
+        with pytest.raises(ExportError, match=re.escape(message)):
             build(request)
         assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        "metadata",
+        [
+            ({"base_folder": "left"}, {"base_folder": "right"}),
+            ({"base_model": "gpt2"}, {"base_folder": "right"}),
+            ({"base_model": "gpt2"}, {"base_model": "openai-community/gpt2"}),
+            ({"base_model": "gpt2"}, {}),
+        ],
+    )
+    def test_names_that_may_be_of_one_model_are_no_refusal(self, metadata):
+        layer = LayerPrefix(*np.zeros((2, 1, 1, 8), np.float32))
+        prefixes = [Prefix({"decoder": (layer,)}, position_base=1, metadata=each) for each in metadata]
+        _check_one_base(dict(zip("ab", prefixes, strict=True)))
 
     def test_another_folders_name_is_a_doubt_and_no_refusal(self, workshop, tmp_path):
         # A copy of a model is the model, whatever its folder is called.
