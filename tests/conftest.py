@@ -44,7 +44,7 @@ CONFIGS = {
     "mistral": (transformers.MistralConfig, {**_LLAMA, "sliding_window": None}),
     "gemma": (transformers.GemmaConfig, {**_LLAMA, "head_dim": 16}),
     "stablelm": (transformers.StableLmConfig, _LLAMA),
-    "granite": (transformers.GraniteConfig, _LLAMA),
+    "granite": (transformers.GraniteConfig, {**_LLAMA, "attention_multiplier": 1 / 16}),  # as published: 1 / head_dim
     "mistral_windowed": (transformers.MistralConfig, {**_LLAMA, "sliding_window": 24}),
     "phi3_longrope": (
         transformers.Phi3Config,

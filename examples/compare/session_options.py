@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -72,12 +73,18 @@ class Contestant:
 class GivenSession:
     """A session as the runtime knows it, of options of ours."""
 
+    device = None
+
     def __init__(self, path: Path, options: ort.SessionOptions) -> None:
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
+    def ask(self, work: Callable[[ort.InferenceSession], Any]) -> Any:
+        """As the runtime's own."""
+        return work(self._session)
+
     def binding(self) -> Binding:
         """As the runtime's own."""
-        return Binding(self._session)
+        return Binding(self)  # type: ignore[arg-type]
 
 
 def open_with(bundle: Bundle, choose: Callable[[ort.SessionOptions], None], threads: int) -> Contestant:

@@ -41,7 +41,7 @@ _OPTIONS = (
         callback=_numbers,
         multiple=True,
         metavar="N,N,...",
-        help="Of random prefixes; 0 is the bare model. Repeatable. Default: 0,1,5,10,20,50,100,200.",
+        help="Of random prefixes, 0 for none; not of baked bundles. Repeatable. Default: 0,1,5,10,20,50,100,200.",
     ),
     click.option(
         "--task", "tasks", multiple=True, help="A task of the bundle to measure too. Repeatable. Default: the first 8."

@@ -98,12 +98,12 @@ class Cache(ABC):
             ContextOverflowError: there is no room in one of them.
         """
 
-    def choose(self, token_ids: Sequence[int], *, is_last: bool) -> list[int]:  # noqa: ARG002  # some caches run ahead
+    def choose(self, token_ids: Sequence[int], *, more: int) -> list[int]:  # noqa: ARG002  # some caches run ahead
         """Run a step as `step` does, and return the most likely next token of each row; of equal ones the first.
 
         Args:
             token_ids: one for each of the first rows.
-            is_last: whether no step of the same rows follows.
+            more: steps of the same rows that may follow.
 
         Raises:
             ContextOverflowError: there is no room in one of them.

@@ -79,8 +79,8 @@ def _step(cache: Cache, active: Sequence[Generation]) -> None:
     """A token more for each row; where all take the most likely one, the cache chooses it where the logits are."""
     tokens = [generation.last_token for generation in active]
     if all(generation.is_greedy for generation in active):
-        is_last = any(generation.tokens_left == 1 for generation in active)
-        for generation, token_id in zip(active, cache.choose(tokens, is_last=is_last), strict=True):
+        more = min(generation.tokens_left for generation in active) - 1
+        for generation, token_id in zip(active, cache.choose(tokens, more=more), strict=True):
             generation.accept(token_id)
         return
     for generation, logits in zip(active, cache.step(tokens), strict=True):

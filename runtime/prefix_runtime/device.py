@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 try:
     from cuda.bindings import runtime as cuda
+    from cuda.bindings.driver import cuuint64_t
 except ImportError as error:
     raise ImportError("the provider cuda needs CUDA's Python bindings: pip install 'prefix-runtime[gpu]'") from error
 
@@ -25,11 +27,12 @@ class Event:
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
-        weakref.finalize(self, cuda.cudaEventDestroy, handle)
+        weakref.finalize(self, _destroy_event, handle).atexit = False
 
     def wait(self) -> None:
         """Let the host wait until the stream has got there."""
-        _check(cuda.cudaEventSynchronize(self.handle), "wait for the GPU")
+        with _beside_captures():
+            _check(cuda.cudaEventSynchronize(self.handle), "wait for the GPU")
 
 
 class Stream:
@@ -73,7 +76,7 @@ class Stream:
         _check(cuda.cudaStreamWaitEvent(self._stream, event.handle, 0), "order two streams")
 
     def synchronize(self) -> None:
-        """Let the host wait until the stream is idle."""
+        """Let the host wait until the stream is idle; nothing may be captured on it."""
         _check(cuda.cudaStreamSynchronize(self._stream), "wait for the GPU")
 
     def _copy(self, target: int, source: int, nbytes: int, kind: Any) -> None:
@@ -90,7 +93,7 @@ class Memory:
 
     def __init__(self, address: int, nbytes: int, free: Callable[[int], object]) -> None:
         self.address, self.nbytes = address, nbytes
-        weakref.finalize(self, free, address)
+        weakref.finalize(self, free, address).atexit = False  # the stream may be gone by then
 
 
 class Device:
@@ -101,8 +104,6 @@ class Device:
         index: the GPU's number.
         stream: of the engine.
         uploads: a stream beside it, for what is brought in meanwhile.
-        lock: held while something runs or memory is taken. A capture by one thread forbids all others to take memory
-            or to use the stream.
 
     Raises:
         ProviderError: there is no such GPU, or no driver.
@@ -115,17 +116,44 @@ class Device:
         count = _value(cuda.cudaGetDeviceCount(), "find a GPU")
         if not 0 <= self.index < count:
             raise ProviderError(f"cuda: device: expected 0 to {count - 1}, found {self.index}")
-        self.lock = threading.RLock()
+        self._lock = threading.RLock()
         self.stream = self._new_stream() if options.stream is None else Stream(options.stream)
         self.uploads = self._new_stream()
+        self._pool = self._new_pool()
+        self._brought = self.new_event()
 
-    def allocate(self, nbytes: int) -> Memory:
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """A thread's turn at the GPU: needed for all that is asked of it but for waiting.
+
+        While a thread captures a CUDA graph, no other may use its stream. All else is allowed beside a capture. Turns
+        nest; the thread is left with the GPU that it used before.
+        """
+        with self._lock, _beside_captures():
+            before = _value(cuda.cudaGetDevice(), "find the GPU in use")
+            _check(cuda.cudaSetDevice(self.index), f"use GPU {self.index}")
+            try:
+                yield
+            finally:
+                cuda.cudaSetDevice(before)
+
+    def allocate(self, nbytes: int, stream: Stream | None = None) -> Memory:
         """Memory on the GPU, of any content.
+
+        What is freed may be taken again at once, without waiting for what runs: CUDA orders one after the other.
+
+        Args:
+            nbytes: how much.
+            stream: that uses it first; None for the engine's.
 
         Raises:
             ProviderError: there is not so much left.
         """
-        address = self._made(lambda: cuda.cudaMalloc(max(nbytes, 1)), f"take {nbytes} bytes of GPU {self.index}")
+        handle = (stream or self.stream).handle
+        address = self._made(
+            lambda: cuda.cudaMallocFromPoolAsync(max(nbytes, 1), self._pool, handle),
+            f"take {nbytes} bytes of GPU {self.index}",
+        )
         return Memory(int(address), nbytes, self._free)
 
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -143,14 +171,27 @@ class Device:
         flags = cuda.cudaStreamNonBlocking
         return Stream(int(self._made(lambda: cuda.cudaStreamCreateWithFlags(flags), "make a stream")))
 
+    def _new_pool(self) -> Any:
+        """Memory that stays with the process when it is freed, as long as this device is in use."""
+        place = cuda.cudaMemPoolProps()
+        place.allocType = cuda.cudaMemAllocationType.cudaMemAllocationTypePinned
+        place.location.type = cuda.cudaMemLocationType.cudaMemLocationTypeDevice
+        place.location.id = self.index
+        pool = self._made(lambda: cuda.cudaMemPoolCreate(place), "make a pool of memory")
+        weakref.finalize(self, cuda.cudaMemPoolDestroy, pool).atexit = False
+        attribute = cuda.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
+        _check(cuda.cudaMemPoolSetAttribute(pool, attribute, cuuint64_t(2**64 - 1)), "keep freed memory")
+        return pool
+
     def _free(self, address: int) -> None:
-        with self.lock:
-            cuda.cudaFree(address)
+        with self.turn():
+            self.uploads.record(self._brought)  # what is freed may be on its way still
+            self.stream.wait_for(self._brought)
+            cuda.cudaFreeAsync(address, self.stream.handle)
 
     def _made(self, make: Callable[[], tuple[Any, ...]], what: str) -> Any:
         """What CUDA makes on this GPU."""
-        with self.lock:
-            _check(cuda.cudaSetDevice(self.index), f"use GPU {self.index}")
+        with self.turn():
             return _value(make(), what)
 
 
@@ -159,7 +200,34 @@ class _LockedBuffer:
 
     def __init__(self, address: int, nbytes: int) -> None:
         self.__array_interface__ = {"data": (address, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
-        weakref.finalize(self, cuda.cudaFreeHost, address)
+        weakref.finalize(self, _free_host, address).atexit = False
+
+
+_BESIDE = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
+"""Of a thread: it may take memory and wait for events while another captures, which CUDA forbids by default."""
+
+
+def _exchange_mode(mode: Any) -> Any:
+    return _value(cuda.cudaThreadExchangeStreamCaptureMode(mode), "run beside a capture")
+
+
+@contextmanager
+def _beside_captures() -> Iterator[None]:
+    before = _exchange_mode(_BESIDE)
+    try:
+        yield
+    finally:
+        _exchange_mode(before)
+
+
+def _destroy_event(handle: Any) -> None:
+    with _beside_captures():
+        cuda.cudaEventDestroy(handle)
+
+
+def _free_host(address: int) -> None:
+    with _beside_captures():
+        cuda.cudaFreeHost(address)
 
 
 def _pitched(blocks: Blocks) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .geometry import Geometry, LayerGeometry
 
 if TYPE_CHECKING:
-    from .device import Device
+    from .device import Device, Stream
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class DeviceBuffer:
         itemsize: bytes of a number.
         rows: of the batch.
         length: positions of each row.
+        first_user: the stream that writes it first; None for the engine's.
 
     Attributes:
         rows, length: as given.
@@ -58,7 +59,16 @@ class DeviceBuffer:
         ProviderError: the GPU has no room.
     """
 
-    def __init__(self, device: Device, geometry: Geometry, itemsize: int, rows: int, length: int) -> None:
+    def __init__(
+        self,
+        device: Device,
+        geometry: Geometry,
+        itemsize: int,
+        rows: int,
+        length: int,
+        *,
+        first_user: Stream | None = None,
+    ) -> None:
         self.rows, self.length = rows, length
         self._groups: list[_Group] = []
         self._places: dict[int, tuple[_Group, int]] = {}
@@ -69,7 +79,7 @@ class DeviceBuffer:
             self._places |= {index: (group, place) for place, index in enumerate(indices)}
             start += 2 * len(indices) * self._row_bytes(group) * rows
         self.nbytes = start
-        self._memory, self._stream = device.allocate(start), device.stream
+        self._memory, self._stream = device.allocate(start, first_user), device.stream
 
     def address(self, layer: int, part: int, row: int = 0) -> int:
         """Where a row of a layer's keys (part 0) or values (part 1) begins."""

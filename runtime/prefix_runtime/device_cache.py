@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -22,15 +23,17 @@ if TYPE_CHECKING:
 _INT64, _FLOAT32 = np.dtype(np.int64), np.dtype(np.float32)
 _STATE = ("input_ids", "position_ids", "attention_mask")
 """Inputs of a step, which the graph returns for the next one as `next_…`."""
+_UNDER_WAY = 2
+"""Steps that the GPU is asked for at once: it begins the next one while the host reads the tokens of the last."""
 
 
 class DeviceCache(Cache):
     """A cache for graphs of the target "cuda", whose buffers lie on a GPU.
 
     The graph returns what the next step is given: the most likely token, the next position, the mask with one more
-    position. These are copied over its inputs on the GPU, so that the next step can be asked for before the host has
-    read the token. Steps are captured as CUDA graphs, one for each number of rows; rows that have left are run along
-    until fewer than half of them are left, so that there are few of these.
+    position. These are copied over its inputs on the GPU, so that the next step is asked for before the host waits for
+    the token of this one. Steps are captured as CUDA graphs, one for each number of rows; rows that have left are run
+    along until fewer than half of them are left, so that there are few of these.
 
     Args:
         session: of the graph, with its device.
@@ -74,12 +77,14 @@ class DeviceCache(Cache):
         self._vocab_size = geometry.vocab_size
         self._logits = self._device.allocate(rows * geometry.vocab_size * _FLOAT32.itemsize)
         self._host_logits = self._device.pinned((rows, geometry.vocab_size), _FLOAT32)
-        self._chosen = self._device.pinned((rows,), _INT64)
-        self._is_chosen = self._device.new_event()
+        self._is_read = self._device.new_event()
         self._prompt = session.binding()
         self._steps: dict[int, Binding] = {}
-        self._running: list[int] | None = None
-        """The tokens that a step is under way for, which was asked for ahead of the host."""
+        self._chosen = tuple(_Chosen(self._device, rows) for _ in range(_UNDER_WAY))
+        self._running: deque[_Chosen] = deque()
+        """Of the steps that are under way, the oldest first."""
+        self._asked: list[int] = []
+        """The tokens that the oldest of these was given."""
         self._ready = _Ready()
 
     def seed(self, row: int, prefix: Prefix | None) -> None:
@@ -88,7 +93,7 @@ class DeviceCache(Cache):
         held.prefix = None  # until the new one is whole
         if prefix is not None:
             resident = self._prefixes.get(prefix)
-            with self._device.lock:
+            with self._device.turn():
                 self._stream.wait_for(resident.arrived)
                 self._buffer.copy_row(row, resident.buffer, 0, prefix.prefix_length)
         held.prefix = prefix
@@ -102,7 +107,7 @@ class DeviceCache(Cache):
         """See `Cache`."""
         left, right = self.rows[source], self.rows[target]
         right.prefix = None  # until the copy is whole
-        with self._device.lock:
+        with self._device.turn():
             self._buffer.copy_row(target, self._buffer, source, left.length)
         right.prefix, right.offset = left.prefix, left.offset
         self._fill(target, left.length)
@@ -127,54 +132,57 @@ class DeviceCache(Cache):
         count = len(token_ids)
         self._begin(token_ids)
         self._launch()
+        self._running.clear()  # the caller chooses
         self._end(count)
         self._read(self._host_logits[:count], self._logits.address)
         return self._host_logits[:count]
 
-    def choose(self, token_ids: Sequence[int], *, is_last: bool) -> list[int]:
-        """See `Cache`: unless this is the last step, the GPU begins the next one before the host has this one's."""
+    def choose(self, token_ids: Sequence[int], *, more: int) -> list[int]:
+        """See `Cache`: where more may follow, the GPU has the next step to do before the host waits for this one."""
         tokens = list(token_ids)
-        if self._running != tokens:
+        if not self._running or self._asked != tokens:
             self._begin(tokens)
             self._launch()
-        self._running = None
-        self._is_chosen.wait()
-        chosen: list[int] = self._chosen[: len(tokens)].tolist()
-        self._end(len(tokens))
-        self._ready.token_ids = chosen
-        if not is_last and all(held.length < self.capacity for held in self.rows[: len(tokens)]):
+        while len(self._running) < min(_UNDER_WAY, 1 + more) and max(self._ready.lengths or [0]) < self.capacity:
             self._launch()
-            self._running = chosen
-        return chosen
+        self._asked = self._running.popleft().read(len(tokens))
+        self._end(len(tokens))
+        if not self._running:
+            self._ready.token_ids = self._asked
+        return self._asked
 
     def _begin(self, token_ids: Sequence[int]) -> None:
         """Let the GPU hold what a step of the first rows is given; mostly it does, and a token is all that it needs."""
         count = len(token_ids)
         for held in self.rows[:count]:
             self._check_room(held, 1)
-        given, self._running = list(token_ids), None
+        given = list(token_ids)
+        self._running.clear()
         if self._ready.lengths == [held.length for held in self.rows[:count]]:
             if self._ready.token_ids != given:
-                self._state.put_ids(self._stream, given)
+                with self._device.turn():
+                    self._state.put_ids(self._stream, given)
         else:
             together = _run_together(count, len(self.rows))
             for held in self.rows[count:together]:
                 # It has left, and is run along from an empty beginning, over what it held.
                 held.prefix, held.length, held.offset = None, 0, 0
-            self._state.put(self._stream, given, self.rows[:together])
+            with self._device.turn():
+                self._state.put(self._stream, given, self.rows[:together])
             self._ready = _Ready(together, [held.length for held in self.rows[:count]])
         self._ready.token_ids = given
 
     def _launch(self) -> None:
         """Ask for a step, for its outputs as the next one's inputs, and for the tokens."""
         together = self._ready.together
+        chosen = next(each for each in self._chosen if each not in self._running)
         if together not in self._steps:
             self._steps[together] = self._bound_step(together)
-        with self._device.lock:
-            self._steps[together].run()
+        self._steps[together].run()
+        with self._device.turn():
             self._state.advance(self._stream)
-            self._stream.download(self._chosen, self._state.address("input_ids"))
-            self._stream.record(self._is_chosen)
+            self._running.append(chosen)
+            chosen.copy(self._stream, self._state.address("input_ids"))
         self._ready.lengths = [length + 1 for length in self._ready.lengths or ()]
         self._ready.token_ids = None
 
@@ -184,12 +192,14 @@ class DeviceCache(Cache):
 
     def _fill(self, row: int, length: int) -> None:
         self.rows[row].length = length
-        self._ready, self._running = _Ready(), None
+        self._ready = _Ready()
+        self._running.clear()
 
     def _read(self, array: np.ndarray, address: int) -> None:
-        with self._device.lock:
+        with self._device.turn():
             self._stream.download(array, address)
-        self._stream.synchronize()
+            self._stream.record(self._is_read)
+        self._is_read.wait()
 
     def _bound_step(self, rows: int) -> Binding:
         binding = self._session.binding(is_replayed=True)
@@ -204,14 +214,14 @@ class DeviceCache(Cache):
     def _run_prompt(self, row: int, token_ids: Sequence[int], logits: int, kept: int) -> None:
         held, count = self.rows[row], len(token_ids)
         binding, state = self._prompt, self._prompt_state
-        with self._device.lock:
+        with self._device.turn():
             state.put_prompt(self._stream, token_ids, held)
-            for name, width in zip(_STATE, (count, count, held.length + count), strict=True):
-                binding.input_at(name, state.address(name), (1, width), _INT64)
-            binding.input("num_logits_to_keep", np.array(0 if kept > 1 else 1, np.int64))
-            binding.output_at("logits", logits, (1, kept, self._vocab_size), _FLOAT32)
-            self._bind_layers(binding, row, 1)
-            binding.run()
+        for name, width in zip(_STATE, (count, count, held.length + count), strict=True):
+            binding.input_at(name, state.address(name), (1, width), _INT64)
+        binding.input("num_logits_to_keep", np.array(0 if kept > 1 else 1, np.int64))
+        binding.output_at("logits", logits, (1, kept, self._vocab_size), _FLOAT32)
+        self._bind_layers(binding, row, 1)
+        binding.run()
 
     def _bind_layers(self, binding: Binding, row: int, rows: int) -> None:
         for index, layer in enumerate(self._geometry.layers):
@@ -220,6 +230,24 @@ class DeviceCache(Cache):
                 address = self._buffer.address(index, part, row)
                 binding.input_at(f"past_key_values.{index}.{name}", address, shape, self._format.dtype)
                 binding.output_at(f"present.{index}.{name}", address, shape, self._format.dtype)
+
+
+class _Chosen:
+    """Where a step's tokens come to on the host, [rows] int64, in page-locked memory."""
+
+    def __init__(self, device: Device, rows: int) -> None:
+        self._tokens, self._is_there = device.pinned((rows,), _INT64), device.new_event()
+
+    def copy(self, stream: Stream, address: int) -> None:
+        """Let the GPU copy them."""
+        stream.download(self._tokens, address)
+        stream.record(self._is_there)
+
+    def read(self, count: int) -> list[int]:
+        """The first ones, as soon as they are there."""
+        self._is_there.wait()
+        tokens: list[int] = self._tokens[:count].tolist()
+        return tokens
 
 
 class _Ready:

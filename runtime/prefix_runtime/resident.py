@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +21,10 @@ if TYPE_CHECKING:
     from .device import Device, Event
 
 _STAGING_BYTES = 4 << 20
-"""Of page-locked memory that a prefix passes through, in turns of two: one is filled while the other is copied."""
+"""Of page-locked memory that a part of a prefix passes through, in turns of two: one is filled, the other copied."""
+_THREADS = min(2, os.cpu_count() or 1)
+"""That fill it. An H200 takes 20 MB in 0.4 ms; one thread fills as much in 2.4, two in 1.8, four in 4.0.
+"""
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,8 @@ class ResidentPrefixes:
         self._lock, self._staging_lock = threading.Lock(), threading.Lock()
         self._held: OrderedDict[int, tuple[Prefix, Resident]] = OrderedDict()  # by identity: equality reads all numbers
         self._bytes = 0
-        self._staging = [device.pinned((_STAGING_BYTES,), np.dtype(np.uint8)) for _ in range(2)]
-        self._copied = [device.new_event() for _ in self._staging]
+        self._staging = [_Staging(device, cache_format.dtype) for _ in range(_THREADS)]
+        self._pool = ThreadPoolExecutor(_THREADS, "prefix-runtime-staging")
 
     def get(self, prefix: Prefix) -> Resident:
         """A prefix' place on the GPU; it may be on its way still.
@@ -99,28 +105,64 @@ class ResidentPrefixes:
         with self._lock:
             while self._held and self._bytes + needed > self._budget:
                 self._drop(next(iter(self._held)))
-        buffer = DeviceBuffer(self._device, self._geometry, self._format.dtype.itemsize, 1, prefix.prefix_length)
+        uploads = self._device.uploads
+        buffer = DeviceBuffer(
+            self._device, self._geometry, self._format.dtype.itemsize, 1, prefix.prefix_length, first_user=uploads
+        )
         resident = Resident(buffer, self._device.new_event())
-        self._upload(prefix, buffer)
-        with self._device.lock:
-            self._device.uploads.record(resident.arrived)
+        pieces = [
+            (buffer.address(index, part), array.reshape(-1))
+            for index, pair in enumerate(self._format.stored(prefix))
+            for part, array in enumerate(pair)
+        ]
+        share = -(-len(pieces) // _THREADS)
+        shares = [pieces[first : first + share] for first in range(0, len(pieces), share)]
+        for _ in self._pool.map(_Staging.bring, self._staging, shares):
+            pass
+        with self._device.turn():
+            uploads.record(resident.arrived)
         return resident
 
-    def _upload(self, prefix: Prefix, buffer: DeviceBuffer) -> None:
-        turn = 0
-        for index, pair in enumerate(self._format.stored(prefix)):
-            for part, array in enumerate(pair):
-                address = buffer.address(index, part)
-                flat = array.reshape(-1)
-                step = _STAGING_BYTES // self._format.dtype.itemsize
-                for first in range(0, flat.size, step):
-                    self._stage(turn % 2, address + first * self._format.dtype.itemsize, flat[first : first + step])
-                    turn += 1
 
-    def _stage(self, place: int, address: int, numbers: np.ndarray) -> None:
-        self._copied[place].wait()  # until what was in it is on the GPU
-        staged = self._staging[place].view(self._format.dtype)[: numbers.size]
-        np.copyto(staged, numbers, casting="same_kind")
-        with self._device.lock:
-            self._device.uploads.upload(address, staged)
-            self._device.uploads.record(self._copied[place])
+class _Staging:
+    """Numbers on their way to a GPU, through page-locked memory: what lies in one piece there goes in one.
+
+    Args:
+        device: the GPU.
+        dtype: of the numbers there.
+    """
+
+    def __init__(self, device: Device, dtype: np.dtype) -> None:
+        self._device = device
+        size = _STAGING_BYTES // dtype.itemsize
+        self._parts = [(device.pinned((size,), dtype), device.new_event()) for _ in range(2)]
+        self._turn = self._filled = self._address = 0
+
+    def bring(self, pieces: Sequence[tuple[int, np.ndarray]]) -> None:
+        """Let the GPU copy flat arrays, each to its address."""
+        self._filled = 0  # what a failure left has no place any more
+        for address, numbers in pieces:
+            self._write(address, numbers)
+        self._flush()
+
+    def _write(self, address: int, numbers: np.ndarray) -> None:
+        while numbers.size:
+            staged, copied = self._parts[self._turn]
+            if self._filled in (0, staged.size) or address != self._address + self._filled * staged.itemsize:
+                self._flush()
+                self._address = address
+                staged, copied = self._parts[self._turn]
+                copied.wait()  # what was in it is on the GPU
+            count = min(numbers.size, staged.size - self._filled)
+            np.copyto(staged[self._filled : self._filled + count], numbers[:count], casting="same_kind")
+            self._filled += count
+            address, numbers = address + count * staged.itemsize, numbers[count:]
+
+    def _flush(self) -> None:
+        if not self._filled:
+            return
+        staged, copied = self._parts[self._turn]
+        with self._device.turn():
+            self._device.uploads.upload(self._address, staged[: self._filled])
+            self._device.uploads.record(copied)
+        self._turn, self._filled = 1 - self._turn, 0

@@ -174,7 +174,7 @@ class TensorRTCache(Cache):
         starts = np.array([[self.rows[row].position] for row in rows], np.int64)
         positions = starts + np.arange(sequence, dtype=np.int64)
         stream, device = self._device.stream, self._device
-        with device.lock:
+        with device.turn():
             bound = self._inputs.put(token_ids, positions, mask, self._task_ids[list(rows)])
             bound |= dict(past.tensors("past_key_values")) | dict(present.tensors("present"))
             bound["logits"] = (logits.address, (count, kept, vocab))
@@ -188,7 +188,7 @@ class TensorRTCache(Cache):
         before, layers = self._prefixes[row]
         if before is not prefix:
             layers = self._new(1, prefix.prefix_length)
-            with self._device.lock:
+            with self._device.turn():
                 layers.upload(self._format.stored(prefix), self._format.dtype)
                 self._device.stream.synchronize()  # the host's arrays may go
             self._prefixes[row] = (prefix, layers)
@@ -205,7 +205,7 @@ class TensorRTCache(Cache):
             return
         joined = self._pair[0]
         joined.rows, joined.length = count, longest
-        with self._device.lock:
+        with self._device.turn():
             if min(lengths) < longest:
                 joined.clear()  # what is masked must be numbers all the same
                 self._device.stream.synchronize()
@@ -218,7 +218,7 @@ class TensorRTCache(Cache):
         joined, self._joined = self._joined, None
         if joined is None or joined is self._alone[0]:
             return
-        with self._device.lock:
+        with self._device.turn():
             for row, held in enumerate(self.rows[: len(self._mask)]):
                 own = self._own[row]
                 own.rows, own.length = 1, held.length

@@ -109,7 +109,7 @@ def open_engine(
     _check_version(record, library)
     device = device or _device(options)
     where = f"{folder / record.file.path}"
-    with device.lock:
+    with device.turn():
         engine = library.open(content)
         if engine is None:
             raise ProviderError(f"{where}: {library.name} cannot open the engine {library.complaint()}")

@@ -65,9 +65,12 @@ class HostDevice:
     def __init__(self, options=None):
         self.options = options or Cuda()
         self.stream, self.uploads = HostStream(), HostStream()
-        self.lock = threading.RLock()
+        self._lock = threading.RLock()
 
-    def allocate(self, nbytes):
+    def turn(self):
+        return self._lock
+
+    def allocate(self, nbytes, stream=None):  # noqa: ARG002
         return HostMemory(nbytes)
 
     def pinned(self, shape, dtype):

@@ -24,8 +24,8 @@ class Recorder:
         self.asked.append(("step", list(token_ids)))
         return np.eye(VOCAB, dtype=np.float32)[np.array(token_ids) + 1]
 
-    def choose(self, token_ids, *, is_last):
-        self.asked.append(("last" if is_last else "choose", list(token_ids)))
+    def choose(self, token_ids, *, more):
+        self.asked.append(("choose", list(token_ids), more))
         return [token_id + 1 for token_id in token_ids]
 
     def move(self, source, target):
@@ -111,14 +111,14 @@ def test_every_row_gets_its_own_tokens_whoever_leaves_first(counts):
 def test_tokens_are_chosen_where_the_logits_are_while_all_rows_are_greedy():
     cache, generations = Recorder(), [Counting([5], 4, is_greedy=True), Counting([20], 2)]
     list(decode(cache, [0, 1], generations))
-    assert cache.asked[2:] == [("step", [6, 21]), ("choose", [7]), ("last", [8])]
+    assert cache.asked[2:] == [("step", [6, 21]), ("choose", [7], 1), ("choose", [8], 0)]
     assert [generation.tokens for generation in generations] == [[6, 7, 8, 9], [21, 22]]
 
 
 def test_a_cache_is_told_when_a_row_is_about_to_leave():
     cache, generations = Recorder(), [Counting([5], 4, is_greedy=True), Counting([20], 3, is_greedy=True)]
     list(decode(cache, [0, 1], generations))
-    assert cache.asked[2:] == [("choose", [6, 21]), ("last", [7, 22]), ("last", [8])]
+    assert cache.asked[2:] == [("choose", [6, 21], 1), ("choose", [7, 22], 0), ("choose", [8], 0)]
 
 
 def test_time_goes_on():

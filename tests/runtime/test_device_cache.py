@@ -30,7 +30,7 @@ from prefix_runtime import (
 )
 from prefix_runtime.cache_format import CacheFormat
 from prefix_runtime.device_buffer import DeviceBuffer
-from prefix_runtime.device_cache import DeviceCache
+from prefix_runtime.device_cache import DeviceCache, _Chosen
 from prefix_runtime.engine import Engine
 from prefix_runtime.kv_cache import KeyValueCache
 from prefix_runtime.resident import ResidentPrefixes
@@ -117,9 +117,9 @@ def answers(cache, prefixes):
         if number in (4, 13):
             tokens = cache.step(tokens).argmax(1).tolist()
         elif number == 15:
-            tokens = cache.choose([7] * len(tokens), is_last=False)
+            tokens = cache.choose([7] * len(tokens), more=9)
         else:
-            tokens = cache.choose(tokens, is_last=number == 17)
+            tokens = cache.choose(tokens, more=17 - number)
         found.append(tokens)
     return found
 
@@ -141,10 +141,10 @@ def test_logits_are_those_of_the_host(on_device, on_host, prefixes):
 
 
 def test_a_greedy_step_copies_tokens_to_the_host_and_nothing_from_it(on_device, prefixes, device):
-    tokens = on_device.choose(begun(on_device, prefixes), is_last=False)
+    tokens = on_device.choose(begun(on_device, prefixes), more=9)
     before = device.stream.copied.copy()
     for _ in range(5):
-        tokens = on_device.choose(tokens, is_last=False)
+        tokens = on_device.choose(tokens, more=9)
     copied = device.stream.copied - before
     assert copied["upload"] == 0
     assert copied["download"] == 5 * ROWS * np.dtype(np.int64).itemsize
@@ -164,22 +164,32 @@ def test_the_last_step_is_not_followed_by_one_that_nobody_asked_for(on_device, p
     tokens = begun(on_device, prefixes)
     launch = DeviceCache._launch
     monkeypatch.setattr(DeviceCache, "_launch", lambda cache: (runs.append(1), launch(cache)))
-    on_device.choose(tokens, is_last=True)
-    assert len(runs) == 1
-    on_device.choose(tokens, is_last=False)
-    assert len(runs) == 3
+    for more, expected in ((2, 2), (1, 3), (0, 3)):  # one ahead of the host, until none may follow
+        tokens = on_device.choose(tokens, more=more)
+        assert len(runs) == expected
+
+
+def test_the_next_step_is_asked_for_before_the_host_waits_for_this_one(on_device, prefixes, monkeypatch):
+    happened = []
+    tokens = begun(on_device, prefixes)
+    launch, read = DeviceCache._launch, _Chosen.read
+    monkeypatch.setattr(DeviceCache, "_launch", lambda cache: (happened.append("launch"), launch(cache)))
+    monkeypatch.setattr(_Chosen, "read", lambda *args: (happened.append("read"), read(*args))[1])
+    for _ in range(2):
+        tokens = on_device.choose(tokens, more=9)
+    assert happened == ["launch", "launch", "read", "launch", "read"]
 
 
 def test_steps_are_bound_for_few_numbers_of_rows(on_device, prefixes):
     tokens = begun(on_device, prefixes)
     for count in (5, 4, 3, 2, 1):
-        on_device.choose(tokens[:count], is_last=False)
+        on_device.choose(tokens[:count], more=9)
     assert sorted(on_device._steps) == [1, 2, 4, 5]
 
 
 def test_rows_that_have_left_are_run_along_from_an_empty_beginning(on_device, prefixes):
     tokens = begun(on_device, prefixes)
-    on_device.choose(tokens[:3], is_last=True)
+    on_device.choose(tokens[:3], more=0)
     assert [row.prefix is None and row.length == 0 for row in on_device.rows] == [False, False, False, True, False]
 
 
@@ -189,8 +199,8 @@ def test_what_was_captured_goes_with_the_buffers(session, geometry, resident, mo
     cache = DeviceCache(session, geometry, 2, CAPACITY, cache_format=HALF, prefixes=resident)
     for row in range(2):
         cache.seed(row, None)
-    cache.choose([1, 2], is_last=True)
-    cache.choose([1], is_last=True)
+    cache.choose([1, 2], more=0)
+    cache.choose([1], more=0)
     assert released == []
     del cache
     gc.collect()
@@ -201,9 +211,9 @@ def test_a_full_row_is_refused_before_anything_runs(session, geometry, resident)
     cache = DeviceCache(session, geometry, 1, 4, cache_format=HALF, prefixes=resident)
     cache.seed(0, None)
     tokens = [int(cache.prefill(0, [1, 2, 3]).argmax())]
-    tokens = cache.choose(tokens, is_last=False)
+    tokens = cache.choose(tokens, more=9)
     with pytest.raises(ContextOverflowError, match=r"^expected at most 4 positions, found 5$"):
-        cache.choose(tokens, is_last=False)
+        cache.choose(tokens, more=9)
     with pytest.raises(ContextOverflowError):
         cache.step(tokens)
     with pytest.raises(ContextOverflowError):

@@ -58,8 +58,11 @@ class StandInStream:
 
 class StandInDevice:
     def __init__(self):
-        self.stream, self.lock = StandInStream(), threading.RLock()
+        self.stream, self._lock = StandInStream(), threading.RLock()
         self._held = []
+
+    def turn(self):
+        return self._lock
 
     def allocate(self, nbytes):
         array = np.full(max(nbytes, 1), 0xFF, np.uint8)
