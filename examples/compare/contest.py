@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -84,6 +85,7 @@ class Entry:
     reason: str | None = None
     equal_tokens: dict[int, int] = field(default_factory=dict)
     answers: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    bandwidths: list[float] = field(default_factory=list)  # bytes a second, before each of its turns: machines drift
 
 
 class Contest:
@@ -92,7 +94,7 @@ class Contest:
     def __init__(self, shop: Workshop, names: Sequence[str], prompt: list[int], new_tokens: int) -> None:
         self._shop, self._prompt, self._new_tokens = shop, prompt, new_tokens
         self.entries = {name: Entry() for name in names}
-        self.bandwidths: list[float] = []  # bytes a second, one a round: machines drift
+        self._random = random.Random(0)
         self._commands: dict[str, list[str]] = {}
         self._workers: dict[str, Worker] = {}
         self._reference: dict[tuple[int, bool], list[int]] = {}
@@ -109,13 +111,15 @@ class Contest:
     def run(self, rounds: int, reopen: bool) -> None:
         """Compare tokens, then time everyone once a round; the first round warms up and is left out.
 
-        With `reopen` one contestant is in memory at a time: opened, warmed up, timed and closed in every round.
+        Who has idled while others ran answers a short request before it is timed, each prefix length's in another order
+        every round. With `reopen` one contestant is in memory at a time: opened, warmed up, timed and closed in every
+        round.
         """
         probe = BandwidthProbe(self._shop.order.threads)
         for turn in range(rounds + 1):
-            self.bandwidths.append(probe.measure())
             for name in list(self._commands):
                 _show(f"round {turn} of {rounds}: {name}")
+                self.entries[name].bandwidths += [probe.measure()] if turn else []
                 self._take_turn(name, timed=turn > 0, reopen=reopen)
         self.close()
 
@@ -128,10 +132,14 @@ class Contest:
         entry = self.entries[name]
         try:
             worker = self._worker(name)
-            for length in self._shop.order.lengths:
-                if not timed or reopen:
+            if not timed or reopen:
+                for length in self._shop.order.lengths:
                     entry.equal_tokens[length] = self._count_equal_tokens(name, worker, length)
-                if timed:
+            if timed:
+                lengths = list(self._shop.order.lengths)
+                self._random.shuffle(lengths)
+                self._ask(worker, lengths[0], new_tokens=2)
+                for length in lengths:
                     entry.answers.setdefault(length, []).append(self._ask(worker, length))
         except WorkerError as error:
             entry.reason = str(error)
@@ -150,8 +158,8 @@ class Contest:
         if name in self._workers:
             self._workers.pop(name).close()
 
-    def _ask(self, worker: Worker, length: int) -> dict[str, Any]:
-        return worker.ask(prefix_length=length, prompt=self._prompt, new_tokens=self._new_tokens)
+    def _ask(self, worker: Worker, length: int, new_tokens: int | None = None) -> dict[str, Any]:
+        return worker.ask(prefix_length=length, prompt=self._prompt, new_tokens=new_tokens or self._new_tokens)
 
     def _count_equal_tokens(self, name: str, worker: Worker, length: int) -> int:
         """Of its greedy tokens, how many are the product's at float32 before the first that is not."""

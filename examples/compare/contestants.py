@@ -47,6 +47,13 @@ def _product(label: str, precision: str, *options: str) -> Contestant:
     return Contestant(label, precision, REAL, command)
 
 
+def _on_small_pages(precision: str) -> Contestant:
+    def command(shop: Workshop) -> list[str]:
+        return _here("product.py", shop.bundle(precision), shop.order.threads, "--small-pages")
+
+    return Contestant(f"prefix-export, {precision}, pages of 4 KiB", precision, REAL, command)
+
+
 def _graph(label: str, graph: Callable[[Workshop], Path]) -> Contestant:
     def command(shop: Workshop) -> list[str]:
         return _here("graph.py", graph(shop), shop.prefixes, shop.order.threads)
@@ -95,6 +102,7 @@ CONTESTANTS = {
     "product-int8-cache": _product("prefix-export, int8, keys and values too", "int8", "--cache", "int8"),
     "product-int4-cache": _product("prefix-export, int4, keys and values int8", "int4", "--cache", "int8"),
     "product-int4-128": _product("prefix-export, int4, block 128", "int4", "--block-size", "128"),
+    **{f"product-{precision}-4k": _on_small_pages(precision) for precision in ("float32", "int8", "int4")},
     "product-text": Contestant("prefix-export, float32, text as prompt", "float32", IN_REQUEST, _text_in_product),
     "peft-eager": _peft("PEFT, eager torch", REAL),
     "peft-lora": _peft("PEFT, eager torch, LoRA unmerged", NONE, "--lora"),

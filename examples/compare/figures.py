@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from transformers import PreTrainedConfig
 
 PASSES = ("first request", "later requests")
 """Over tasks asked for in turn, as workers name them."""
@@ -23,13 +22,6 @@ def show(figure: dict[str, float] | None, scale: float = 1.0, digits: int = 2) -
         return "—"
     median, first, third = (f"{figure[key] * scale:.{digits}f}" for key in ("median", "first", "third"))
     return f"{median} [{first}, {third}]"
-
-
-def prefix_bytes(config: PreTrainedConfig, length: int) -> int:
-    """Bytes of a float32 prefix."""
-    head_dim = config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    return 2 * config.num_hidden_layers * heads * length * head_dim * 4
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:

@@ -27,8 +27,9 @@ def draw(report: dict[str, Any], names: list[str]) -> Figure:
     found = {name: report["contestants"][name] for name in names or measured(report)}
     for name, contestant in found.items():
         draw_line(axes, contestant, PRODUCT_COLOURS.get(name))
-    for precision in sorted({contestant["precision"] for contestant in found.values()}):
-        draw_floor(axes, report, precision)
+    for name in PRODUCT_COLOURS:
+        if name in found:
+            draw_floor(axes, found[name])
     title = f"{report['model']}, random weights, {report['machine']}"
     axes.set(xlabel="prefix length (positions)", ylabel="ms a token", ylim=(0, None), title=title)
     axes.spines[["top", "right"]].set_visible(False)
@@ -55,11 +56,11 @@ def draw_line(axes: Axes, contestant: dict[str, Any], colour: str | None) -> Non
     axes.annotate(f"{medians[-1]:.1f}", (lengths[-1], medians[-1]), (6, 0), textcoords="offset points", va="center")
 
 
-def draw_floor(axes: Axes, report: dict[str, Any], precision: str) -> None:
-    """The time to read the weights and the prefix once."""
-    floors = {int(length): row[precision] * 1e3 for length, row in report["floor, seconds"].items()}
+def draw_floor(axes: Axes, contestant: dict[str, Any]) -> None:
+    """The time to read weights, prefix and text once."""
+    floors = {int(length): row["floor"]["median"] * 1e3 for length, row in contestant["lengths"].items()}
     lengths = sorted(floors)
-    label = f"reading {precision} weights once"
+    label = f"reading what a {contestant['precision']} step reads"
     axes.plot(lengths, [floors[length] for length in lengths], "--", color=FLOOR_COLOUR, label=label)
 
 

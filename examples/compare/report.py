@@ -25,7 +25,9 @@ def _contestant(name: str, entry: Entry, entries: Mapping[str, Entry]) -> dict[s
     if entry.reason is not None:
         return about | {"reason": entry.reason}
     lengths = {
-        str(length): _figures(entry, length) | _ratios(entry, length, entries.get(PRODUCT[contestant.precision]))
+        str(length): _figures(entry, length)
+        | _floor(entry, length)
+        | _ratios(entry, length, entries.get(PRODUCT[contestant.precision]))
         for length in entry.answers
     }
     return about | entry.opened | {"lengths": lengths, "longest over shortest": _growth(entry)}
@@ -39,6 +41,16 @@ def _figures(entry: Entry, length: int) -> dict[str, Any]:
         "equal_tokens": entry.equal_tokens[length],
         "tokens": len(answers[0]["tokens"]),
     }
+
+
+def _floor(entry: Entry, length: int) -> dict[str, Any]:
+    """Seconds in which memory was read, before each turn, as much as a step has to; and the step over that."""
+    pairs = list(zip(entry.answers[length], entry.bandwidths, strict=True))
+    if any(answer["step_bytes"] is None for answer, _ in pairs):
+        return {"floor": None, "inter_token over floor": None}
+    floors = [answer["step_bytes"] / bandwidth for answer, bandwidth in pairs]
+    ratios = [answer["inter_token"] / floor for (answer, _), floor in zip(pairs, floors, strict=True)]
+    return {"floor": quartiles(floors), "inter_token over floor": quartiles(ratios)}
 
 
 def _ratios(entry: Entry, length: int, product: Entry | None) -> dict[str, Any]:
@@ -64,7 +76,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     """The whole report."""
     lines = [f"`{report['command']}`", "", report["machine"], "", f"Versions: {_versions(report['contestants'])}", ""]
     bandwidth = show(report["read bandwidth, bytes a second"], 1e-9, 1)
-    lines += [f"Memory was read at {bandwidth} GB/s, measured in each round.", ""]
+    lines += [f"Memory was read at {bandwidth} GB/s, measured before each turn.", ""]
     lines.append(f"Medians [quartiles] of {report['rounds']} rounds; {report['new_tokens']} new tokens, batch 1.")
     for length in report["prefix_lengths"]:
         lines += ["", f"## Prefix length {length}, prompt of {report['prompt_length']}", "", *_length(report, length)]
@@ -75,34 +87,19 @@ def to_markdown(report: Mapping[str, Any]) -> str:
 
 
 def _length(report: Mapping[str, Any], length: int) -> list[str]:
-    header = ("", "a token, ms", "product / this", "first token, ms", "product / this", "resident, MB", "equal tokens")
-    rows = [_row(found, str(length), len(header)) for found in report["contestants"].values()]
-    floors = [
-        (
-            f"floor: reading {precision} weights once",
-            f"{seconds * 1e3:.2f}",
-            f"{_over_floor(report, precision, length, seconds):.2f}",
-            *[""] * (len(header) - 3),
-        )
-        for precision, seconds in report["floor, seconds"][str(length)].items()
-    ]
-    return markdown_table(header, [*rows, *floors])
-
-
-def _over_floor(report: Mapping[str, Any], precision: str, length: int, floor: float) -> float:
-    """The product's time at a precision over its floor."""
-    found = report["contestants"][PRODUCT[precision]]
-    return float("nan") if "reason" in found else found["lengths"][str(length)]["inter_token"]["median"] / floor
+    token, first = ("a token, ms", "product / this", "its floor, ms", "/ floor"), ("first token, ms", "product / this")
+    header = ("", *token, *first, "resident, MB", "equal tokens")
+    return markdown_table(header, [_row(found, str(length), len(header)) for found in report["contestants"].values()])
 
 
 def _row(found: Mapping[str, Any], length: str, width: int) -> list[str]:
     if "reason" in found:
         return [found["label"], f"not measured: {_escape(found['reason'])}", *[""] * (width - 2)]
     figures = found["lengths"][length]
-    cells = [
-        cell for field in FIELDS for cell in (show(figures[field], 1e3), show(figures[f"{field}, product over this"]))
-    ]
-    return [found["label"], *cells, f"{figures['resident_bytes'] / 1e6:.0f}", _agreement(found, figures)]
+    token, first = ((show(figures[field], 1e3), show(figures[f"{field}, product over this"])) for field in FIELDS)
+    floor = show(figures["floor"], 1e3), show(figures["inter_token over floor"])
+    resident = f"{figures['resident_bytes'] / 1e6:.0f}"
+    return [found["label"], *token, *floor, *first, resident, _agreement(found, figures)]
 
 
 def _agreement(found: Mapping[str, Any], figures: Mapping[str, Any]) -> str:

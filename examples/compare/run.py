@@ -11,7 +11,7 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ import numpy as np
 from contest import Contest, Worker
 from contestants import CONTESTANTS, REFERENCE
 from environments import ENVIRONMENTS, PreparationError
-from figures import PASSES, prefix_bytes, quartiles
+from figures import PASSES, quartiles
 from random_model import CONFIGS
-from report import PRODUCT, contestants_report, to_markdown
+from report import contestants_report, to_markdown
 from workshop import WORK, Order, Workshop
 
-from prefix_runtime import Bundle
 from prefix_runtime.machine import processor_name
 
 CACHE_GIBIBYTES = (2, 8)
@@ -39,15 +38,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     contest = Contest(shop, arguments.peers, prompt, arguments.new_tokens)
     contest.prepare()
     contest.run(arguments.rounds, arguments.reopen)
-    bandwidth = quartiles(contest.bandwidths)
     return {
         "command": "python examples/compare/run.py " + " ".join(sys.argv[1:]),
         "machine": f"{processor_name()}, {arguments.threads} threads, {platform.system()}",
         **{
             key: getattr(arguments, key) for key in ("model", "prefix_lengths", "prompt_length", "new_tokens", "rounds")
         },
-        "read bandwidth, bytes a second": bandwidth,
-        "floor, seconds": floors(shop, bandwidth["median"], contest.entries),
+        "read bandwidth, bytes a second": quartiles(
+            list(chain(*(each.bandwidths for each in contest.entries.values())))
+        ),
         "contestants": contestants_report(contest.entries),
         "task selection": measure_selection(arguments, shop),
     }
@@ -59,22 +58,6 @@ def place_order(arguments: argparse.Namespace) -> Order:
     longest_request = max(lengths) + arguments.prompt_length + arguments.new_tokens
     pythons = {name: python for name in ENVIRONMENTS if (python := getattr(arguments, f"{name}_python"))}
     return Order(arguments.model, lengths, longest_request, arguments.threads, arguments.folder, pythons)
-
-
-def floors(shop: Workshop, bandwidth: float, names: Iterable[str]) -> dict[str, dict[str, float]]:
-    """Seconds in which the product's weights, with their scales, and a prefix can be read, by its length."""
-    config = CONFIGS[shop.order.model]
-    weights = {
-        precision: Bundle.open(shop.bundle(precision)).manifest.weight_bytes
-        for precision, name in PRODUCT.items()
-        if name in names
-    }
-    return {
-        str(length): {
-            precision: (count + prefix_bytes(config, length)) / bandwidth for precision, count in weights.items()
-        }
-        for length in shop.order.lengths
-    }
 
 
 def measure_selection(arguments: argparse.Namespace, shop: Workshop) -> dict[str, Any]:

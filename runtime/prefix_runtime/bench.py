@@ -157,7 +157,7 @@ class _Contestant:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=machine.versions(),
             machine=machine.describe(),
-            subject=_subject(self._plan.bundle),
+            subject=Subject.of(self._plan.bundle),
             request=self._request,
             bandwidth=bandwidth,
             cells=tuple(
@@ -221,15 +221,3 @@ def _generate(engine: Engine, task: str | None, prompts: list[list[int]], new_to
 def _switch(row: Row, samples: Sequence[tuple[float, float]]) -> Switch:
     cold, warm = zip(*samples, strict=True)
     return Switch(row.task, row.prefix_length, cold, warm)
-
-
-def _subject(bundle: Bundle) -> Subject:
-    manifest = bundle.manifest
-    return Subject(
-        name=bundle.root.resolve().name,
-        model=manifest.model.name,
-        precision=manifest.precision,
-        cache=manifest.cache,
-        weight_bytes=manifest.weight_bytes,
-        values_per_position=manifest.geometry.values_per_position,
-    )

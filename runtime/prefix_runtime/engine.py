@@ -31,6 +31,7 @@ from .errors import BundleError, ContextOverflowError, PrefixError, ProviderErro
 from .generation import GrowingAnswer, Request
 from .growing_cache import GrowingCache
 from .kv_cache import KeyValueCache
+from .pages import let_go, on_huge_pages
 from .prefix import TEXT_HAS_BEGUN, Prefix
 from .prepared import prepared_graph, provider_folder
 from .provider import Cuda
@@ -138,7 +139,10 @@ def _open(bundle: Bundle, kept: Path | None, provider: str, threads: int | None)
             return Session(kept, provider, threads)
         except ProviderError:
             pass  # it is damaged: the bundle's own is whole, or says what is wrong
-    return Session(bundle.graph_path, provider, threads)
+    with on_huge_pages():
+        session = Session(bundle.graph_path, provider, threads)
+    let_go(bundle.graph_path.with_name(f"{bundle.graph_path.name}.data"))  # packed
+    return session
 
 
 class Engine:

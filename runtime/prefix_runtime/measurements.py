@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
+from .bundle import Bundle
 from .errors import BenchError
 
 DEFAULT_PREFIX_LENGTHS = (0, 1, 5, 10, 20, 50, 100, 200)
@@ -178,9 +179,9 @@ class Opening:
         task, prefix_length, prompt_length, batch_size: of the row; see `Cell`.
         import_seconds: to import the module.
         open_seconds: to open the bundle: `load`.
-        opened_bytes: the process' peak resident memory after that; None where the system does not tell.
-        generated_bytes: the same after the row.
-        resident_bytes: resident after the row.
+        opened_bytes: of the process that are in memory then; None where the system does not tell.
+        generated_bytes: that were in memory at once, at the most, up to the row's end.
+        resident_bytes: that are in memory after the row.
     """
 
     task: str | None
@@ -218,6 +219,19 @@ class Subject:
     cache: str
     weight_bytes: int
     values_per_position: int
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Subject:
+        """A bundle, as it is measured."""
+        manifest = bundle.manifest
+        return cls(
+            name=bundle.root.resolve().name,
+            model=manifest.model.name,
+            precision=manifest.precision,
+            cache=manifest.cache,
+            weight_bytes=manifest.weight_bytes,
+            values_per_position=manifest.geometry.values_per_position,
+        )
 
     @property
     def label(self) -> str:

@@ -52,7 +52,7 @@ def observe(import_seconds: float, path: str, wanted: str) -> str:
     started = time.perf_counter()
     engine = load(path, provider=provider, threads=threads, max_batch=row.batch_size)
     open_seconds = time.perf_counter() - started
-    opened_bytes = peak_memory()
+    opened_bytes = resident_memory()
     task = row.task
     if task is None and row.prefix_length:
         task = free_name("random", engine.tasks)

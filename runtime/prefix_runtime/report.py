@@ -79,7 +79,7 @@ def general_tables(report: BenchReport) -> list[Table]:
         selecting = ("prefix", "ms cold, first request", "ms warm, later requests")
         found.append(Table("selecting a task", selecting, tuple(map(_switch_row, report.switches))))
     if report.openings:
-        opening = ("prefix", "s to import", "s to open", "peak MB, opened", "peak MB, generated", "resident MB")
+        opening = ("prefix", "s to import", "s to open", "MB once open", "peak MB", "MB after the row")
         several = len(report.settings) > 1
         rows = [_opening_row(_opening_name(each, several=several), [each]) for each in report.openings]
         if len(report.openings) > 1:

@@ -1,29 +1,36 @@
 """The product, as it is deployed: without torch.
 
-python product.py BUNDLE THREADS [--as-text]
+python product.py BUNDLE THREADS [--as-text] [--small-pages]
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 from collections.abc import Sequence
 
 from protocol import Generation, serve, stand_in
 
 import prefix_runtime
 from prefix_runtime.bench_inputs import random_prefix
+from prefix_runtime.measurements import Subject
 
 TASKS = 100
+_DISABLE_HUGE_PAGES = 41  # PR_SET_THP_DISABLE of prctl(2)
 
 
 class Product:
     """An engine whose tasks are called after their prefix lengths, `p200`; with `as_text` text takes the prefix' place.
 
-    The text is part of the request, and so of the time to the first token.
+    The text is part of the request, and so of the time to the first token. With `small_pages` the process gets no huge
+    pages.
     """
 
-    def __init__(self, bundle: str, threads: int, as_text: bool) -> None:
+    def __init__(self, bundle: str, threads: int, as_text: bool, small_pages: bool) -> None:
+        if small_pages and ctypes.CDLL(None).prctl(_DISABLE_HUGE_PAGES, 1, 0, 0, 0):
+            raise OSError("the system does not let a process do without huge pages")
         self._engine = prefix_runtime.load(bundle, threads=threads)
+        self._subject = Subject.of(self._engine.bundle)
         self._bundle, self._threads, self._as_text = bundle, threads, as_text
 
     def generate(self, prefix_length: int, prompt: list[int], new_tokens: int) -> Generation:
@@ -34,7 +41,9 @@ class Product:
         result = self._engine.generate(token_ids=prompt, task=task, max_new_tokens=new_tokens)
         metrics = result.metrics
         seconds = [metrics.time_to_first_token, *metrics.inter_token_latencies]
-        return Generation(list(result.token_ids), seconds)
+        positions = prefix_length + len(prompt) + new_tokens / 2
+        step_bytes = self._subject.weight_bytes + self._subject.key_value_bytes(positions)
+        return Generation(list(result.token_ids), seconds, step_bytes)
 
     def select(self, prefix_length: int, cache_bytes: int) -> dict[str, list[float]]:
         """Seconds to select each of 100 tasks, asked for in turn: each one's first request, then its second."""
@@ -65,6 +74,7 @@ def main() -> None:
     parser.add_argument("bundle")
     parser.add_argument("threads", type=int)
     parser.add_argument("--as-text", action="store_true")
+    parser.add_argument("--small-pages", action="store_true")
     arguments = parser.parse_args()
     serve(lambda: Product(**vars(arguments)), "onnxruntime")
 

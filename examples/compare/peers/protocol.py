@@ -1,9 +1,9 @@
 """How a peer is asked and answers: JSON, a line each way, on standard input and output.
 
 Once it is open it says `{"open_seconds", "resident_bytes", "versions"}`. Asked `{"prefix_length", "prompt",
-"new_tokens"}` it answers `{"tokens", "first_token", "inter_token", "resident_bytes"}`, in seconds, `inter_token` the
-median. A request may name another of the peer's methods as `"call"`. Imports nothing but the standard library, because
-every environment runs it.
+"new_tokens"}` it answers `{"tokens", "first_token", "inter_token", "step_bytes", "resident_bytes"}`, in seconds,
+`inter_token` the median, `step_bytes` what that step has to read of memory, or null. A request may name another of the
+peer's methods as `"call"`. Imports nothing but the standard library, because every environment runs it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ from typing import Any, TextIO
 
 @dataclass
 class Generation:
-    """Greedy tokens, and the seconds that each of them took; the first's counted from the request."""
+    """Greedy tokens, and the seconds that each of them took; the first's counted from the request.
+
+    `step_bytes` are the weights, keys and values that the step in their middle reads, where the peer knows.
+    """
 
     tokens: list[int]
     seconds: list[float]
+    step_bytes: float | None = None
 
 
 def greedy(step: Callable[[list[int]], int], prompt: Sequence[int], new_tokens: int) -> Generation:
@@ -66,7 +70,12 @@ def resident_bytes() -> int:
 
 def _summary(generation: Generation) -> dict[str, Any]:
     first, *later = generation.seconds
-    return {"tokens": generation.tokens, "first_token": first, "inter_token": median(later)}
+    return {
+        "tokens": generation.tokens,
+        "first_token": first,
+        "inter_token": median(later),
+        "step_bytes": generation.step_bytes,
+    }
 
 
 def _claim_standard_output() -> TextIO:

@@ -1,0 +1,148 @@
+"""Pages of memory: what is allocated in a block comes onto huge ones, a mapped file's are let go of, numbers stay."""
+
+from __future__ import annotations
+
+import mmap
+import re
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import prefix_runtime
+from prefix_runtime import Bundle, pages
+from prefix_runtime.pages import _difference, _whole_pages, let_go, on_huge_pages
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems are left alone")
+SIZE = 16 << 20
+IDS = [5, 6, 7, 260, 12]
+
+
+def private_memory():
+    """Private memory of this process' own, every page written to."""
+    memory = mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = np.arange(SIZE // mmap.PAGESIZE) % 251
+    return memory
+
+
+def expected():
+    content = np.zeros(SIZE, np.uint8)
+    content[:: mmap.PAGESIZE] = np.arange(SIZE // mmap.PAGESIZE) % 251
+    return content
+
+
+def kibibytes(name, *, address=None, path=None):
+    """A line of /proc/self/smaps, summed over the mappings that hold an address, or of a file; None without any."""
+    found = None
+    for block in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
+        place = re.match(r"([0-9a-f]+)-([0-9a-f]+) .*?(/.*)?\n", block)
+        if not place:
+            continue
+        first, end = (int(bound, 16) for bound in place.groups()[:2])
+        if place[3] == str(path) or (address is not None and first <= address < end):
+            found = (found or 0) + int(re.search(rf"(?m)^{name}: +(\d+)", block)[1])
+    return found
+
+
+def settled():
+    """Wait for the threads that move pages."""
+    for thread in threading.enumerate():
+        if thread.name == "prefix-runtime-pages":
+            thread.join()
+
+
+@linux
+def test_what_is_allocated_meanwhile_comes_onto_huge_pages_and_stays_what_it_is():
+    before = private_memory()
+    with on_huge_pages():
+        memory = private_memory()
+    settled()
+    found = {
+        name: kibibytes("AnonHugePages", address=np.frombuffer(each, np.uint8).ctypes.data + SIZE // 2)
+        for name, each in (("before", before), ("meanwhile", memory))
+    }
+    # What lies at the ends may be in pages that other memory has a part of.
+    assert found["meanwhile"] >= (SIZE >> 10) - 4096 if pages._huge_page_size() else found["meanwhile"] == 0
+    np.testing.assert_array_equal(np.frombuffer(memory, np.uint8), expected())
+    np.testing.assert_array_equal(np.frombuffer(before, np.uint8), expected())
+
+
+@pytest.mark.parametrize("setting", ["always madvise [never]\n", None])
+def test_where_huge_pages_are_not_to_be_nothing_is_asked(monkeypatch, tmp_path, setting):
+    if setting is not None:
+        (tmp_path / "enabled").write_text(setting)
+        (tmp_path / "hpage_pmd_size").write_text("2097152\n")
+    monkeypatch.setattr(pages, "_SETTINGS", tmp_path)
+    monkeypatch.setattr(pages, "_move", lambda spans: pytest.fail("pages are moved"))
+    with on_huge_pages():
+        memory = private_memory()
+    settled()
+    assert memory[0] == 0
+
+
+def test_a_block_that_fails_moves_nothing(monkeypatch):
+    monkeypatch.setattr(pages, "_move", lambda spans: pytest.fail("pages are moved"))
+    with pytest.raises(RuntimeError, match="no graph"), on_huge_pages():
+        raise RuntimeError("no graph")
+
+
+@linux
+def test_a_mapped_files_pages_are_let_go_of_and_come_again(tmp_path):
+    path = tmp_path / "weights of a graph"
+    path.write_bytes(expected().tobytes())
+    with path.open("r+b") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    array = np.frombuffer(mapped, np.uint8)
+    assert array.sum() > 0
+    assert kibibytes("Rss", path=path) == SIZE >> 10
+    let_go(path)
+    assert kibibytes("Rss", path=path) == 0
+    np.testing.assert_array_equal(array, expected())
+
+
+@linux
+def test_what_was_written_to_a_mapped_file_stays(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(SIZE))
+    with path.open("r+b") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    mapped[SIZE // 2] = 7
+    let_go(path)
+    assert mapped[SIZE // 2] == 7
+
+
+@linux
+@pytest.mark.parametrize("options", [{}, {"precision": "int8"}, {"target": "portable"}])
+def test_an_engine_answers_from_pages_that_were_let_go_of(workshop, options):
+    bundle = Bundle.open(workshop.bundle(**options))
+    data = bundle.graph_path.with_name("model.onnx.data")
+    engine = prefix_runtime.load(bundle.root, threads=1)
+    assert kibibytes("Rss", path=data) in (0, None)
+    first = engine.logits(IDS, "p20")
+    let_go(data)
+    np.testing.assert_array_equal(engine.logits(IDS, "p20"), first)
+
+
+@pytest.mark.parametrize(
+    ("span", "others", "left"),
+    [
+        ((10, 20), [], [(10, 20)]),
+        ((10, 20), [(10, 20)], []),
+        ((10, 20), [(0, 30)], []),
+        ((10, 20), [(0, 10), (20, 30)], [(10, 20)]),
+        ((10, 20), [(5, 12)], [(12, 20)]),
+        ((10, 20), [(18, 25)], [(10, 18)]),
+        ((10, 20), [(12, 14), (16, 17)], [(10, 12), (14, 16), (17, 20)]),
+    ],
+)
+def test_what_was_there_before_is_left_out(span, others, left):
+    assert list(_difference([span], others)) == left
+
+
+@pytest.mark.parametrize(
+    ("span", "left"), [((0, 4096), [(0, 4096)]), ((1, 8193), [(4096, 8192)]), ((1, 8191), []), ((4096, 8191), [])]
+)
+def test_pages_are_whole(span, left):
+    assert list(_whole_pages([span], 4096)) == left
