@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,7 +28,8 @@ _LLAMA = {
     "intermediate_size": 96,
     "max_position_embeddings": CONTEXT,
 }
-_NEOX = dict(_LLAMA)
+_SMALL = {**_LLAMA, "num_hidden_layers": 2}  # enough to tell one from the next; each takes a second of every export
+_NEOX = dict(_SMALL)
 _NEOX.pop("num_key_value_heads")
 
 CONFIGS = {
@@ -38,18 +42,18 @@ CONFIGS = {
     ),
     "gpt_neox": (transformers.GPTNeoXConfig, _NEOX),
     "llama": (transformers.LlamaConfig, _LLAMA),
-    "qwen2": (transformers.Qwen2Config, _LLAMA),
-    "qwen3": (transformers.Qwen3Config, {**_LLAMA, "head_dim": 16}),
-    "phi3": (transformers.Phi3Config, {**_LLAMA, "original_max_position_embeddings": CONTEXT, "sliding_window": None}),
-    "mistral": (transformers.MistralConfig, {**_LLAMA, "sliding_window": None}),
-    "gemma": (transformers.GemmaConfig, {**_LLAMA, "head_dim": 16}),
-    "stablelm": (transformers.StableLmConfig, _LLAMA),
-    "granite": (transformers.GraniteConfig, {**_LLAMA, "attention_multiplier": 1 / 16}),  # as published: 1 / head_dim
-    "mistral_windowed": (transformers.MistralConfig, {**_LLAMA, "sliding_window": 24}),
+    "qwen2": (transformers.Qwen2Config, _SMALL),
+    "qwen3": (transformers.Qwen3Config, {**_SMALL, "head_dim": 16}),
+    "phi3": (transformers.Phi3Config, {**_SMALL, "original_max_position_embeddings": CONTEXT, "sliding_window": None}),
+    "mistral": (transformers.MistralConfig, {**_SMALL, "sliding_window": None}),
+    "gemma": (transformers.GemmaConfig, {**_SMALL, "head_dim": 16}),
+    "stablelm": (transformers.StableLmConfig, _SMALL),
+    "granite": (transformers.GraniteConfig, {**_SMALL, "attention_multiplier": 1 / 16}),  # as published: 1 / head_dim
+    "mistral_windowed": (transformers.MistralConfig, {**_SMALL, "sliding_window": 24}),
     "phi3_longrope": (
         transformers.Phi3Config,
         {
-            **_LLAMA,
+            **_SMALL,
             "original_max_position_embeddings": 64,
             "rope_parameters": {
                 "rope_type": "longrope",
@@ -61,12 +65,19 @@ CONFIGS = {
     ),
     "llama_dynamic": (
         transformers.LlamaConfig,
-        {**_LLAMA, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+        {**_SMALL, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
     ),
     "bloom": (transformers.BloomConfig, {"hidden_size": 64, "n_head": 4, "n_layer": 3}),
     "gptj": (transformers.GPTJConfig, {**_GPT, "rotary_dim": 8}),
     "t5": (transformers.T5Config, {"d_model": 64, "num_layers": 2, "num_heads": 4, "d_kv": 16, "d_ff": 96}),
 }  # fmt: skip
+
+
+def layers_of(architecture: str) -> int:
+    """How many layers a test's model has."""
+    config_class, sizes = CONFIGS[architecture]
+    found: int = config_class(**sizes).num_hidden_layers
+    return found
 
 
 def pytest_configure():
@@ -75,15 +86,24 @@ def pytest_configure():
 
 
 class Workshop:
-    """Makes models, adapters and bundles in a folder, each once."""
+    """Makes models, adapters and bundles in a folder, each once, whichever of the tests' processes asks first."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    def _once(self, folder: Path, make: Callable[[], None]) -> Path:
+        """A folder that the first process makes that wants it, while others wait."""
+        with (self.root / f"{folder.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                make()
+        return folder
+
     def model(self, architecture: str = "gpt2", *, tokenizer: bool = False, seed: int = 0) -> Path:
         """A folder with a random model whose logits are spread wide enough to tell right from wrong."""
         folder = self.root / f"{architecture}-{seed}{'-text' if tokenizer else ''}"
-        if not folder.exists():
+
+        def make() -> None:
             config_class, sizes = CONFIGS[architecture]
             special = {"bos_token_id": None, "eos_token_id": 0 if tokenizer else None, "pad_token_id": None}
             config = config_class(vocab_size=VOCAB_SIZE, **sizes, **special)
@@ -96,12 +116,14 @@ class Workshop:
             model.save_pretrained(folder)
             if tokenizer:
                 byte_tokenizer().save_pretrained(folder)
-        return folder
+
+        return self._once(folder, make)
 
     def adapter(self, model: Path, length: int, *, projection: bool = False, seed: int = 0) -> Path:
         """An adapter folder that PEFT saved: a random prefix of this length."""
         folder = self.root / f"{model.name}-adapter-{length}-{projection}-{seed}"
-        if not folder.exists():
+
+        def make() -> None:
             config = PrefixTuningConfig(
                 task_type="CAUSAL_LM", num_virtual_tokens=length, prefix_projection=projection, encoder_hidden_size=16
             )
@@ -110,7 +132,8 @@ class Workshop:
             for parameter in wrapped.prompt_encoder.parameters():
                 torch.nn.init.normal_(parameter)
             wrapped.save_pretrained(folder)
-        return folder
+
+        return self._once(folder, make)
 
     def bundle(
         self, architecture: str = "gpt2", lengths: tuple[int, ...] = (3, 20), *, tokenizer: bool = True, **options
@@ -122,11 +145,13 @@ class Workshop:
         chosen = [f"{name}={value}" for name, value in options.items()]
         parts = [architecture, *map(str, lengths), *chosen, *(["text"] if tokenizer else [])]
         folder = self.root / f"{'-'.join(parts)}.bundle"
-        if not folder.exists():
+
+        def make() -> None:
             model = self.model(architecture, tokenizer=tokenizer)
             prefixes = {f"p{length}": self.adapter(model, length) for length in lengths}
             build(BuildRequest(str(model), prefixes, folder, **options))
-        return folder
+
+        return self._once(folder, make)
 
 
 def _spread(model: torch.nn.Module) -> None:
@@ -155,7 +180,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("workshop"))
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "workshop"
+    root.mkdir(exist_ok=True)
+    return Workshop(root)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from prefix_export.attention import AttentionLayer, GroupQueryAttention, attenti
 from prefix_export.decoder import FastDecoder
 from prefix_export.errors import UnsupportedArchitectureError
 from prefix_export.graph import export_graph
-from tests.conftest import CONFIGS
+from tests.conftest import CONFIGS, layers_of
 
 OFF_THE_INTERFACE = {"bloom": "BloomForCausalLM", "gptj": "GPTJForCausalLM"}
 ON_THE_INTERFACE = sorted(set(CONFIGS) - set(OFF_THE_INTERFACE) - {"t5"})
@@ -31,7 +31,7 @@ def expected_layer(architecture):
 
 @pytest.mark.parametrize("architecture", ON_THE_INTERFACE)
 def test_the_probe_finds_what_the_config_says(workshop, architecture):
-    assert probe(load(workshop, architecture)) == (expected_layer(architecture),) * 3
+    assert probe(load(workshop, architecture)) == (expected_layer(architecture),) * layers_of(architecture)
 
 
 def test_the_probe_finds_a_sliding_window(workshop):

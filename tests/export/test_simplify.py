@@ -19,9 +19,7 @@ from transformers import AutoModelForCausalLM
 from prefix_export.attention import probe
 from prefix_export.decoder import FastDecoder
 from prefix_export.graph import export_graph
-from tests.conftest import CONFIGS, VOCAB_SIZE
-
-LAYERS = 3
+from tests.conftest import CONFIGS, VOCAB_SIZE, layers_of
 
 
 def graph_of(bundle):
@@ -40,7 +38,7 @@ def test_projections_are_packed(workshop, architecture, precision):
     graph = graph_of(workshop.bundle(architecture, precision=precision))
     kind = "MatMul" if precision == "fp32" else "MatMulNBits"
     projections = {"gpt2": 4, "phi3": 4}.get(architecture, 5)
-    assert Counter(node.op_type for node in graph.node)[kind] == projections * LAYERS + 1
+    assert Counter(node.op_type for node in graph.node)[kind] == projections * layers_of(architecture) + 1
     assert all(not node.input[1] and not node.input[2] for node in attention_of(graph))
 
 
