@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from contest import Worker
 from environments import PreparationError
 from figures import PASSES, markdown_table, quartiles, show
 from random_model import CONFIGS, LORA_RANK
+from worker import Worker
 from workshop import HERE, WORK, Order, Workshop
 
 from prefix_runtime import Bundle

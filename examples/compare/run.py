@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contest import Contest, Worker
+from contest import Contest
 from contestants import CONTESTANTS, REFERENCE
 from environments import ENVIRONMENTS, PreparationError
 from figures import PASSES, quartiles
 from random_model import CONFIGS
 from report import contestants_report, to_markdown
+from worker import Worker
 from workshop import WORK, Order, Workshop
 
 from prefix_runtime.machine import processor_name

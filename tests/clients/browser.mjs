@@ -50,6 +50,18 @@ const actions = {
     await page.getByRole("button", { name: "Run" }).click();
   },
 
+  /** Run, and note every text that the answer is on its way. */
+  async watch({ task, prompt }) {
+    await page.getByText(task, { exact: true }).click();
+    await page.getByLabel("Prompt").fill(prompt);
+    await page.evaluate(() => {
+      const answer = document.getElementById("answer");
+      window.seen = [];
+      new MutationObserver(() => window.seen.push(answer.textContent)).observe(answer, { childList: true });
+      document.getElementById("run").click();
+    });
+  },
+
   /** Run, and press "Stop" when the first text appears. */
   async runAndStop({ task, prompt }) {
     await page.getByText(task, { exact: true }).click();
@@ -87,6 +99,7 @@ for await (const line of createInterface({ input: process.stdin })) {
     shown[id] = await text(`#${id}`);
   }
   shown.tasks = await page.locator("#tasks label").allTextContents();
+  shown.seen = await page.evaluate(() => window.seen ?? []);
   console.log(JSON.stringify({ ...shown, ...notes }));
 }
 await browser.close();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import queue
@@ -200,6 +201,15 @@ def test_what_it_took_is_shown(browser, serve, shared_bundle):
     tokens = len(prefix_runtime.load(shared_bundle, threads=1).generate(PROMPTS[0], task="describe").token_ids)
     assert re.fullmatch(rf"[\d.,]+ ms \({tokens} tokens\)", shown["each"])
     assert not re.search(r"\d", browser.run(task=NO_PREFIX, prompt=PROMPTS[0])["fetched"])
+
+
+def test_text_is_shown_as_it_comes(browser, serve, shared_bundle):
+    browser.open(url=serve(shared_bundle).url)
+    shown = browser.watch(task="describe", prompt=PROMPTS[0])
+    growing = list(filter(None, shown["seen"]))
+    assert growing[-1] == shown["answer"]
+    assert len(set(growing)) > 10, "a text that comes at once proves nothing"
+    assert all(later.startswith(before) for before, later in itertools.pairwise(growing))
 
 
 def test_a_prefix_is_fetched_when_it_is_chosen_and_once(browser, serve, shared_bundle):
