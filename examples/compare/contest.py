@@ -46,7 +46,7 @@ class Contest:
             try:
                 self._commands[name] = CONTESTANTS[name].command(self._shop)
             except PreparationError as error:
-                entry.reason = str(error)[:SHOWN_REASON]
+                entry.reason = str(error).replace(f"{self._shop.order.folder}/", "")[:SHOWN_REASON]
 
     def run(self, rounds: int, reopen: bool) -> None:
         """Compare tokens, then time everyone once a round; the first round warms up and is left out.
