@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -123,3 +124,19 @@ def test_session_options_are_compared_with_the_defaults(shared_bundle):
     rows = {cells[1].strip(): cells for cells in (line.split("|") for line in table.splitlines()[2:])}
     assert float(rows["defaults, again"][3].split()[0]) == 1
     assert {"no spinning", "no prepacking"} < set(rows)
+
+
+def test_two_are_compared_in_turns(folder):
+    names = ["product-float32", "peft-eager"]
+    options = ["--model", "tiny", "--prefix-lengths", *LENGTHS, "--pairs", 6, "--new-tokens", 4, "--threads", 1]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in run("pairs.py", *names, *options, "--folder", folder).splitlines()
+        if line.startswith(("| product", "| peft"))
+    ]
+    assert [row[:2] for row in rows] == [[name, length] for length in LENGTHS for name in names]
+    for product, peer in zip(rows[::2], rows[1::2], strict=True):
+        ratio, low, high = map(float, re.findall(r"\d+\.\d+", product[3]))
+        assert 0 < low <= ratio <= high
+        assert float(product[4].split()[0]) > 0
+        assert (peer[3], peer[4]) == ("", "—")
