@@ -53,7 +53,9 @@ def _check_contract(source: Path, layers: Sequence[AttentionLayer], vocab_size: 
         model = onnx.load(source, load_external_data=False)
     except Exception as error:  # protobuf's errors and onnx' own share no base
         reason = " ".join((str(error).strip() or type(error).__name__).split())
-        raise ExportError(f"graph {source}: expected an ONNX model, whole with its weights, found {reason}") from error
+        raise ExportError(
+            f"graph {source}: expected an ONNX model, whole with its weights, none of them links, found {reason}"
+        ) from error
     _check_weights(model.graph, source)
     if rounded := next((node for node in model.graph.node if node.op_type in _ROUNDED), None):
         raise ExportError(

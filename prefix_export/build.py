@@ -423,6 +423,12 @@ def _warnings(
         )
     if request.cache == "fp16" and target.flavour == "fast" and not target.is_for_gpu:
         found.append("cache fp16: on a CPU onnxruntime widens the whole buffer in every step: slower than fp32, int8")
+    if request.mode == "bake" and len(prefixes) > 1:
+        numbered = ", ".join(f"{index} {task}" for index, task in enumerate(sorted(prefixes)))
+        found.append(
+            f"the graph has an input task_id ({numbered}), which optimum, onnxruntime-genai and transformers.js do not "
+            "give: for them bake one prefix"
+        )
     if base.tokenizer is None:
         found.append(f"{request.model} has no tokenizer: the bundle takes token ids, not text")
     for task, prefix in prefixes.items():

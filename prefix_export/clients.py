@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from prefix_runtime import Prefix
-from prefix_runtime.bundle import ADAPTER_SUFFIX
+from prefix_runtime.bundle import adapter_path
 from prefix_runtime.session import save_adapter
 
 from .errors import ExportError
@@ -33,7 +33,7 @@ def save_adapters(prefixes: Mapping[str, Prefix], folder: Path, dtype: np.dtype)
         for index, layer in enumerate(prefix.sites["decoder"]):
             for part, array in (("key", layer.key), ("value", layer.value)):
                 tensors[f"prefix.{index}.{part}"] = np.ascontiguousarray(array[None], dtype)
-        save_adapter(folder / "adapters" / f"{task}{ADAPTER_SUFFIX}", tensors)
+        save_adapter(folder / adapter_path(task), tensors)
 
 
 def genai_config(base: BaseModel, graph: str, room: int) -> dict[str, Any]:

@@ -37,12 +37,14 @@ _BACKEND = click.option(
 @click.option("--max-batch", type=int, help="Rows that decode together. Default: 8.")
 @click.option("--max-prompt", type=int, help="Tokens of a prompt. Default: all that the model has room for.")
 @click.option("--max-prefix", type=int, help="Positions of a fed prefix. Default: the longest task's.")
-@click.option("--precision", help="With TensorRT before 11: also compute in fp16, bf16 or int8. Default: as the graph.")
+@click.option("--precision", help="With TensorRT before 11: also compute in fp16 or bf16. Default: as the graph.")
 @click.option("--refit", "is_refittable", is_flag=True, help="Baked prefixes may be replaced; needs a GPU.")
 @click.option(
     "--version-compatible", "is_version_compatible", is_flag=True, help="Later versions of the library run it, too."
 )
-@click.option("--timing-cache", type=_FOLDER, help="File of what TensorRT measured, read and written.")
+@click.option(
+    "--timing-cache", type=_FOLDER, help="With --backend tensorrt: file of what it measured, read and written."
+)
 def tensorrt(bundle: Path, compute_capabilities: tuple[str, ...], **options: Any) -> None:
     """Build a TensorRT engine of BUNDLE's graph, with a profile for prompts and one for decode steps."""
     from .cli import showing_progress

@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 
 from prefix_runtime import Bundle, Engine, Prefix, ProviderError, load
-from prefix_runtime.session import Session, check_provider
+from prefix_runtime.bundle import adapter_path
+from prefix_runtime.session import Session, check_provider, run_with_adapter
 
-from .errors import ExportError
+from .errors import ExportError, ParityError
 from .models import BaseModel
 from .parity import Expectation, PrefixSource, TaskParity, compare, observe, reference
 from .progress import StepListener, shown_task
@@ -84,7 +86,37 @@ def compare_all(
         for task, expectation in expected.items():
             on_step(f"comparing {shown_task(task)}")
             parity[task] = compare(expectation, engine, task)
+    _compare_adapters(bundle, expected, parity, on_step)
     return parity
+
+
+def _compare_adapters(
+    bundle: Bundle,
+    expected: Mapping[str | None, Expectation],
+    parity: Mapping[str | None, TaskParity],
+    on_step: StepListener,
+) -> None:
+    """The graph as other programs run it, each task's adapter file active, from no past at all.
+
+    Raises:
+        ParityError: logits differ by more than is accepted of the task.
+    """
+    adapters = {
+        task: bundle.root / path for task in bundle.tasks if (path := adapter_path(task)) in bundle.manifest.files
+    }
+    session = Session(bundle.graph_path, is_exact=True) if adapters else None
+    for task, adapter in adapters.items():
+        on_step(f"comparing the adapter file of {shown_task(task)}")
+        assert session is not None
+        for prompt, logits in zip(expected[task].prompts, expected[task].logits, strict=True):
+            ids = np.array([prompt], np.int64)
+            inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.size)[None]}
+            difference = float(np.abs(run_with_adapter(session, adapter, inputs)[0] - logits).max())
+            if not difference <= parity[task].tolerance:  # NaN never is
+                raise ParityError(
+                    f"task {task!r}: expected the graph with its adapter file to agree with {expected[task].reference} "
+                    f"within {parity[task].tolerance:.1e}, found logits {difference:.1e} apart"
+                )
 
 
 def assess_all(

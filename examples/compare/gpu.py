@@ -4,7 +4,8 @@ python gpu.py --model gpt2-medium --rounds 5 --steps 200 --output gpu-gpt2-mediu
 
 Writes OUTPUT.json and OUTPUT.md. Every contestant runs in a process of its own, idle while others run: whatever else
 runs in a process lengthens its steps. A row is a contestant at a prefix length; every row runs once a round, the rounds
-in shuffled order. A latency is what passes on the host from one token to the next, the token read back included.
+in shuffled order. A latency is what passes on the host from one token to the next, the token read back included. To the
+first token the product chooses its task; torch begins when the prefix lies in the cache, and with a step not compiled.
 """
 
 from __future__ import annotations
@@ -52,7 +53,14 @@ def measure(arguments: argparse.Namespace, workshop: Path) -> dict[str, Any]:
     bundle = workshop / "bundle"
     if not bundle.exists():
         script, options = str(HERE / "random_bundle.py"), ("--target", "cuda", "--precision", arguments.precision)
-        subprocess.run([sys.executable, script, arguments.model, str(bundle), *options], check=True)
+        if subprocess.run([sys.executable, script, arguments.model, str(bundle), *options], check=False).returncode:
+            sys.exit(f"{bundle}: could not be built")
+    manifest = Bundle.open(bundle).manifest
+    if (manifest.model.name, manifest.precision) != (arguments.model, arguments.precision):
+        sys.exit(
+            f"{bundle}: expected {arguments.model} in {arguments.precision}, found {manifest.model.name} in "
+            f"{manifest.precision}; choose another --workshop"
+        )
     with ExitStack() as stack:
         workers = {
             name: stack.enter_context(Worker([sys.executable, *command], workshop / f"{name}.log"))
@@ -69,7 +77,7 @@ def measure(arguments: argparse.Namespace, workshop: Path) -> dict[str, Any]:
             "switch, on the GPU": switching(product, max(arguments.prefix_lengths), 201),
             "switch, on the host": switching(away, max(arguments.prefix_lengths), 51),
         }
-    return summary(arguments, rows, Bundle.open(bundle).manifest.weight_bytes) | found
+    return summary(arguments, rows, manifest.weight_bytes) | found
 
 
 def commands(arguments: argparse.Namespace, bundle: Path) -> dict[str, list[str]]:
@@ -152,7 +160,7 @@ def summary(arguments: argparse.Namespace, rows: Sequence[Row], weight_bytes: in
             for row in rows
         ],
         "prefix/none": {
-            length: ratio(row.latencies, product[min(product)].latencies) for length, row in product.items() if length
+            length: ratio(row.latencies, product[0].latencies) for length, row in product.items() if length
         },
     }
 
@@ -225,7 +233,7 @@ def main() -> None:
     """Measure what the command line asks for and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="gpt2-medium", help="of prefix_export.random_model")
-    parser.add_argument("--precision", default="fp16")
+    parser.add_argument("--precision", choices=["fp16", "bf16"], default="fp16", help="which torch has too")
     parser.add_argument("--prefix-lengths", type=int, nargs="+", default=[0, 200])
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=[*PEERS])
     parser.add_argument("--rounds", type=int, default=5)
@@ -235,6 +243,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="without .json and .md")
     arguments = parser.parse_args()
     arguments.given = sys.argv[1:]
+    if 0 not in arguments.prefix_lengths or max(arguments.prefix_lengths) == 0:
+        parser.error("--prefix-lengths: expected 0, and one above it")
+    if not arguments.output.absolute().parent.is_dir():
+        parser.error(f"--output: {arguments.output.absolute().parent}: expected a folder to write into, found none")
     with nullcontext(arguments.workshop) if arguments.workshop else tempfile.TemporaryDirectory() as folder:
         found = measure(arguments, Path(folder))
     found["versions"] |= {"python": versions()["python"]}

@@ -68,16 +68,18 @@ class Graph:
         self.nbytes += inputs * outputs * (self._bits / 8 + (4 / self._block if self._block else 0))
         if self._block:
             shape = (outputs, inputs // self._block, self._block * self._bits // 8)
-            scales = self._random.random(outputs * shape[1], np.float32) * 1e-3
-            given = [self._random.integers(256, size=shape, dtype=np.uint8), scales]
+            # Of whole numbers around the middle, so large that a product is about as large as what it is of.
+            scales = np.full(outputs * shape[1], _scale(self._bits, inputs), np.float32)
+            given = [self._numbers(shape), scales]
             options = {"K": inputs, "N": outputs, "bits": self._bits, "block_size": self._block, "accuracy_level": 4}
             self._emit("MatMulNBits", source, given, name, domain="com.microsoft", **options)
         elif self._bits == 8:
             values = self._random.integers(-127, 128, size=(inputs, outputs), dtype=np.int8)
-            given = [values, self._random.random(outputs, np.float32) * 1e-3]
+            given = [values, np.full(outputs, _scale(self._bits, inputs), np.float32)]
             self._emit("DynamicQuantizeMatMul", source, given, name, domain="com.microsoft")
         else:
-            self._emit("MatMul", source, [self._random.standard_normal((inputs, outputs), np.float32) / 32], name)
+            weight = self._random.standard_normal((inputs, outputs), np.float32) / np.float32(inputs**0.5)
+            self._emit("MatMul", source, [weight], name)
         return name
 
     def first(self, source: str) -> str:
@@ -100,10 +102,22 @@ class Graph:
             model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
             return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
+    def _numbers(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Bytes of one number or two, which lie evenly around the middle."""
+        if self._bits == 8:
+            return self._random.integers(1, 256, size=shape, dtype=np.uint8)
+        low, high = self._random.integers(1, 16, size=(2, *shape), dtype=np.uint8)
+        return low | high << 4
+
     def _emit(self, operator: str, source: str, given: Sequence[np.ndarray], name: str, **options: Any) -> None:
         names = [f"{name}.{index}" for index in range(len(given))]
         self._constants += [numpy_helper.from_array(array, each) for array, each in zip(given, names, strict=True)]
         self._nodes.append(helper.make_node(operator, [source, *names], [name], **options))
+
+
+def _scale(bits: int, inputs: int) -> float:
+    """With which evenly distributed whole numbers multiply a row to one as long."""
+    return float((12 / inputs) ** 0.5 / 2**bits)
 
 
 def chain(bits: int, block: int | None, threads: int) -> Chain:
@@ -116,6 +130,13 @@ def chain(bits: int, block: int | None, threads: int) -> Chain:
     return Chain(graph.opened(graph.add(row, WIDTH, VOCABULARY), threads), graph.nbytes)
 
 
+def check(name: str, product: np.ndarray) -> None:
+    """Refuse a chain that ends in nothing: zeros and infinities may be multiplied at another speed."""
+    size = float(np.abs(product).mean())
+    if not 1e-3 < size < 1e3:
+        raise ArithmeticError(f"{name}: expected products about as large as what they are of, found {size}")
+
+
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -124,14 +145,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1)
     given = parser.parse_args()
     chains = {name: chain(*settings, given.threads) for name, settings in CONTESTANTS.items()}
-    probe, given_rows = (
-        BandwidthProbe(given.threads),
-        np.random.default_rng(0).standard_normal((given.rows, WIDTH), np.float32),
-    )
-    random = np.random.default_rng(0)
+    probe, random = BandwidthProbe(given.threads), np.random.default_rng(0)
+    batch = random.standard_normal((given.rows, WIDTH), np.float32)
+    for name, found in chains.items():
+        check(name, found.session.run(None, {"x": batch})[0])
     for _ in range(given.rounds + 1):
         for index in random.permutation(len(chains)):
-            list(chains.values())[index].take_turn(probe, given_rows)
+            list(chains.values())[index].take_turn(probe, batch)
     rows = []
     for name, found in chains.items():
         seconds, bandwidths = map(np.array, zip(*found.turns[1:], strict=True))  # the first round warms up
@@ -139,9 +159,8 @@ def main() -> None:
         speed = f"{found.nbytes / np.median(seconds) / 1e9:.1f}"
         rows.append((name, f"{found.nbytes / 1e6:.0f}", show(quartiles(seconds), 1e3), speed, over_floor))
     everywhere = np.median([bandwidth for found in chains.values() for _, bandwidth in found.turns])
-    print(
-        f"{processor_name()}, {given.threads} threads, rows: {given.rows}, memory read at {everywhere / 1e9:.1f} GB/s\n"
-    )
+    where = f"{processor_name()}, {given.threads} threads, rows: {given.rows}"
+    print(f"{where}, memory read at {everywhere / 1e9:.1f} GB/s\n")
     print("\n".join(markdown_table(("", "MB", "ms", "GB/s", "/ reading them"), rows)))
 
 

@@ -18,14 +18,18 @@ from typing import Any
 
 import numpy as np
 from contestants import CONTESTANTS
+from environments import PreparationError
 from figures import markdown_table, quartiles, show
 from random_model import CONFIGS
-from worker import Worker
+from worker import Worker, WorkerError
 from workshop import WORK, Order, Workshop
 
 from prefix_runtime.bandwidth import BandwidthProbe
 from prefix_runtime.machine import processor_name
 from prefix_runtime.measurements import Ratio, paired_ratio
+
+LEAST_PAIRS, LEAST_TOKENS = 6, 2
+"""Of which an interval can be had, and a token after the first."""
 
 
 def measure(workers: Sequence[Worker], probe: BandwidthProbe, pairs: int, request: dict[str, Any]) -> list[Any]:
@@ -76,21 +80,35 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=WORK, help="environments and converted weights are kept there")
     given = parser.parse_args()
+    if given.pairs < LEAST_PAIRS or given.new_tokens < LEAST_TOKENS:
+        parser.error(f"expected {LEAST_PAIRS} pairs and {LEAST_TOKENS} new tokens or more")
+    try:
+        table = measured(given)
+    except (PreparationError, WorkerError) as error:
+        sys.exit(str(error))
+    print(f"`python examples/compare/pairs.py {' '.join(sys.argv[1:])}`, {processor_name()}, {given.threads} threads")
+    print()
+    header = ("", "prefix", "ms a token", "/ the other", "/ its floor", "ms to the first", "/ the other")
+    print("\n".join(markdown_table(header, table)))
+
+
+def measured(given: argparse.Namespace) -> list[Sequence[object]]:
+    """The table's rows."""
     longest = max(given.prefix_lengths) + given.prompt_length + given.new_tokens
     shop = Workshop(Order(given.model, given.prefix_lengths, longest, given.threads, given.folder, {}))
     prompt = np.random.default_rng(0).integers(CONFIGS[given.model].vocab_size, size=given.prompt_length).tolist()
     commands = [CONTESTANTS[name].command(shop) for name in given.names]
     table: list[Sequence[object]] = []
     with ExitStack() as stack:
-        workers = [stack.enter_context(Worker(each, shop.logs / "pairs.log")) for each in commands]
+        workers = [
+            stack.enter_context(Worker(command, shop.logs / f"pairs-{place}.log"))
+            for place, command in enumerate(commands)
+        ]
         probe = BandwidthProbe(given.threads)
         for length in given.prefix_lengths:
             request = {"prefix_length": length, "prompt": prompt, "new_tokens": given.new_tokens}
             table += rows(given.names, length, measure(workers, probe, given.pairs, request))
-    print(f"`python examples/compare/pairs.py {' '.join(sys.argv[1:])}`, {processor_name()}, {given.threads} threads")
-    print()
-    header = ("", "prefix", "ms a token", "/ the other", "/ its floor", "ms to the first", "/ the other")
-    print("\n".join(markdown_table(header, table)))
+    return table
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ from prefix_runtime.engine_file import (
 )
 from prefix_runtime.engine_profile import Profile, Tensor, limits, profiles, tensors
 from prefix_runtime.manifest import FileEntry
-from prefix_runtime.tensorrt_library import Library, check_profiles, check_tensors
+from prefix_runtime.tensorrt_library import Library, check_profiles, check_tensors, gpu_capability
 
 from . import network as networks
 from .builder import configure, run, save_timing_cache, use_timing_cache
 from .refit import mark_prefixes, prefix_weights
-from .request import EngineRequest, check_backend, check_choices
+from .request import RTX, EngineRequest, check_backend, check_choices, check_places
 
 _NOT_YET = FileEntry("", 0, "0" * 64)
 Tensors = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
@@ -58,7 +58,7 @@ def build_engine(
 
     Raises:
         EngineError: TensorRT does not take the graph or what was chosen.
-        PrefixRuntimeError: no bundle, a limit out of its range, no such library.
+        PrefixRuntimeError: no bundle, a damaged graph, a limit out of its range, no such library.
         OSError: the disk is full or not writable; the folder is as it was.
     """
     started = time.perf_counter()
@@ -73,6 +73,8 @@ def build_engine(
             "refit: expected a bundle whose graph holds prefixes (--mode bake), found one that feeds them"
         )
     folder = request.output or engines_folder(bundle)
+    check_places(folder, request.timing_cache, library)
+    bundle.verify_graph()  # an engine is known by the graph's hash
     if (known := _up_to_date(folder, request, bundle, library, ranges)) is not None:
         return EngineResult(folder, known, 0.0)
     record, plan = _build(request, bundle, library, ranges, on_step)
@@ -132,7 +134,7 @@ def _build(
         file=_NOT_YET,
         backend=library.backend,
         version=library.version,
-        compute_capabilities=request.compute_capabilities or (),
+        compute_capabilities=request.compute_capabilities or _own(library),
         graph=graph_hash(bundle.manifest),
         options=request.options(),
         profiles=found.profiles,
@@ -142,6 +144,12 @@ def _build(
         read_back=found.source,
     )
     return record, plan
+
+
+def _own(library: Library) -> tuple[str, ...]:
+    """What an engine runs on that is built for no compute capability by name: this machine's GPU's, of TensorRT."""
+    found = gpu_capability(0) if library.backend != RTX else None
+    return () if found is None else (found,)
 
 
 @dataclass(frozen=True)
@@ -176,5 +184,6 @@ def find_engine(folder: Path, bundle: Bundle, name: str | None = None) -> Engine
         listed = ", ".join(record.name for record in records) or "none"
         wanted = "one engine" if name is None else f"an engine {name!r}"
         raise EngineError(f"{folder}: expected {wanted}, found {listed}; name one of them, or build it")
+    bundle.verify_graph()
     check_engine(folder, fitting[0], bundle)
     return fitting[0]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import onnx
+from google.protobuf.message import DecodeError
 
 from prefix_export.errors import EngineError
 from prefix_runtime import Bundle
@@ -72,7 +73,10 @@ def _add_profile(profile: Profile, builder: Any, config: Any) -> Profile:
 
 def _graph(bundle: Bundle) -> bytes:
     """The graph, without its weights, whose `KEPT` must be given: what may be left out is a constant to TensorRT."""
-    model = onnx.load(bundle.graph_path, load_external_data=False)
+    try:
+        model = onnx.load(bundle.graph_path, load_external_data=False)
+    except DecodeError as error:
+        raise EngineError(f"{bundle.graph_path}: expected an ONNX graph, found a file that is none") from error
     defaults = [tensor for tensor in model.graph.initializer if tensor.name == KEPT]
     for tensor in defaults:
         model.graph.initializer.remove(tensor)

@@ -11,7 +11,8 @@ from prefix_runtime.engine_file import BACKENDS
 from prefix_runtime.tensorrt_library import Library
 
 RTX = "tensorrt-rtx"
-PRECISIONS = ("fp16", "bf16", "int8")
+PRECISIONS = ("fp16", "bf16")
+"""Not int8: where the graph has no scales TensorRT would have to be given some by a calibrator."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class EngineRequest:
         max_prompt: tokens of a prompt; None takes what the model has room for.
         max_prefix: positions of a fed prefix; None takes the longest task's.
         precision: what weights may be computed in where a network's types are TensorRT's to choose, before its version
-            11: "fp16", "bf16" or "int8". None computes as the graph says.
+            11: "fp16" or "bf16". None computes as the graph says.
         is_refittable: whether another prefix may take the place of those that the graph holds.
         is_version_compatible: whether later versions of the library run it.
         timing_cache: a file of what TensorRT measured, read and written; None for none.
@@ -49,7 +50,7 @@ class EngineRequest:
     def options(self) -> dict[str, Any]:
         """What of this changes the engine, the sizes aside, which its profiles hold."""
         return {
-            "compute_capabilities": list(self.compute_capabilities or ()),
+            "compute_capabilities": list(self._capabilities),
             "precision": self.precision,
             "is_refittable": self.is_refittable,
             "is_version_compatible": self.is_version_compatible,
@@ -58,7 +59,12 @@ class EngineRequest:
     @property
     def name(self) -> str:
         """The engine's: the backend, and what it is made for."""
-        return "-".join([self.backend, *(self.compute_capabilities or ())])
+        return "-".join([self.backend, *self._capabilities])
+
+    @property
+    def _capabilities(self) -> list[str]:
+        """In order: an engine is the same however they were given."""
+        return sorted(self.compute_capabilities or (), key=lambda wanted: tuple(map(int, wanted.split("."))))
 
 
 def check_backend(backend: str) -> None:
@@ -102,6 +108,21 @@ def check_choices(request: EngineRequest, library: Library) -> None:
             f"precision {request.precision}: expected none, as {library.name} computes in the types of the graph; "
             "build the bundle with --precision fp16 instead"
         )
+
+
+def check_places(folder: Path, timing_cache: Path | None, library: Library) -> None:
+    """Refuse, before anything is built, places that cannot be written, and a timing cache that there is no use for.
+
+    Raises:
+        EngineError
+    """
+    for what, path in (("output", folder), ("timing cache", timing_cache)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise EngineError(f"{what}: {path.absolute().parent}: expected a folder to write into, found none")
+    if folder.exists() and not folder.is_dir():
+        raise EngineError(f"output: {folder}: expected a folder, or nothing there yet, found a file")
+    if timing_cache is not None and library.backend == RTX:
+        raise EngineError(f"timing cache: expected none, as {library.name} measures nothing while it builds, found one")
 
 
 def _check_gpu(request: EngineRequest, library: Library) -> None:

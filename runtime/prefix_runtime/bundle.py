@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,7 +62,18 @@ class Bundle:
         Raises:
             BundleIntegrityError: naming the first file that differs.
         """
-        for entry in self.entries():
+        self._verify(self.entries())
+
+    def verify_graph(self) -> None:
+        """Compare the graph and its weights with their SHA-256.
+
+        Raises:
+            BundleIntegrityError: as `verify`.
+        """
+        self._verify(self.manifest.graph_files)
+
+    def _verify(self, entries: Iterable[FileEntry]) -> None:
+        for entry in entries:
             self._check_size(entry)
             found = sha256_of_file(self.root / entry.path)
             if found != entry.sha256:
@@ -223,6 +234,11 @@ def write_prefix(root: Path, name: str, prefix: Prefix) -> TaskEntry:
     path.parent.mkdir(exist_ok=True)
     prefix.save(path)
     return TaskEntry(describe_file(root, relative), prefix.prefix_length, prefix.position_base)
+
+
+def adapter_path(task: str) -> str:
+    """Where a bundle keeps a task's adapter file, if it has such."""
+    return f"adapters/{task}{ADAPTER_SUFFIX}"
 
 
 def describe_file(root: Path, relative: str) -> FileEntry:

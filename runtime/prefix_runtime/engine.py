@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,15 @@ from .cache_format import CacheFormat
 from .cache_pool import CAPACITY_STEP, CacheMaker, CachePool
 from .checks import is_whole
 from .decoding import decode
-from .errors import BundleError, ContextOverflowError, PrefixError, ProviderError, RequestError
+from .errors import (
+    BundleError,
+    CompositionError,
+    ContextOverflowError,
+    PrefixError,
+    ProviderError,
+    RequestError,
+    TaskError,
+)
 from .generation import GrowingAnswer, Request
 from .growing_cache import GrowingCache
 from .kv_cache import KeyValueCache
@@ -101,14 +110,25 @@ def load(
     elif isinstance(provider, Cuda) or provider == "cuda":
         session = Session(bundle.graph_path, _without_graphs(bundle, provider))
     elif isinstance(provider, str) and provider in TENSORRT_PROVIDERS:
-        check_provider(provider)
-        options = provider_options(provider, bundle, provider_folder(bundle, provider), max_batch)
-        session = Session(bundle.graph_path, provider, threads, provider_options=options)
+        session = _open_by_tensorrt(bundle, provider, threads, max_batch)
     else:
         # A kept graph has no hashes: who asks for verification gets what was verified.
         kept = None if verify else prepared_graph(bundle, provider)
         session = _open(bundle, kept, provider, threads)
     return Engine(bundle, session, max_length or limit, cache_bytes, max_batch)
+
+
+def _open_by_tensorrt(bundle: Bundle, provider: str, threads: int | None, max_batch: int) -> Session:
+    folder = provider_folder(bundle, provider)
+    options = provider_options(provider, bundle, folder, max_batch)
+    check_provider(provider)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return Session(bundle.graph_path, provider, threads, provider_options=options)
+    except ProviderError:
+        with suppress(OSError):
+            folder.rmdir()  # where nothing was built
+        raise
 
 
 def _without_graphs(bundle: Bundle, provider: str | Cuda) -> Cuda:
@@ -273,7 +293,8 @@ class Engine:
         tasks = [cast(str | None, task)] if single else one_each(task, len(prompts))
         each = [options] if single else options_of_each(options, len(prompts))
         # All are checked before the first is run: a list is answered whole or not at all.
-        requests = [self._request(*row) for row in zip(prompts, tasks, each, strict=True)]
+        rows = enumerate(zip(prompts, tasks, each, strict=True))
+        requests = [self._request(*row) if single else self._row(index, *row) for index, row in rows]
         size = self._max_batch
         batches = [requests[first : first + size] for first in range(0, len(requests), size)]
         results = [result for batch in batches for result in self._run(batch)]
@@ -360,6 +381,13 @@ class Engine:
         self._pool.forget(prefix)
         if self._resident is not None:
             self._resident.forget(prefix)
+
+    def _row(self, index: int, prompt: str | Sequence[int], task: str | None, options: GenerationOptions) -> Request:
+        """A request of a list, whose errors say which it is."""
+        try:
+            return self._request(prompt, task, options)
+        except (CompositionError, RequestError, TaskError) as error:
+            raise type(error)(f"row {index} of the list: {error}") from error
 
     def _request(
         self, prompt: str | Sequence[int], task: str | None, options: GenerationOptions, least_new_tokens: int = 1

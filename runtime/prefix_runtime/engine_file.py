@@ -64,9 +64,8 @@ class EngineRecord:
 
 def graph_hash(manifest: Manifest) -> str:
     """A hash of a bundle's graph with its weights, from the hashes that the manifest lists."""
-    graph = manifest.graph
-    files = [entry for name, entry in sorted(manifest.files.items()) if name in (graph, f"{graph}.data")]
-    return hashlib.sha256("".join(f"{entry.path}\n{entry.sha256}\n" for entry in files).encode()).hexdigest()
+    lines = (f"{entry.path}\n{entry.sha256}\n" for entry in manifest.graph_files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def recipe_hash(graph: str, backend: str, version: str, options: Mapping[str, Any], profiles: Sequence[Profile]) -> str:

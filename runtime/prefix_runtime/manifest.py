@@ -93,6 +93,12 @@ class Manifest:
     quantizer: str | None = None
     parity: Mapping[str, Any] | None = None
 
+    @property
+    def graph_files(self) -> list[FileEntry]:
+        """The graph and its weights."""
+        names = (self.graph, f"{self.graph}.data")
+        return [self.files[name] for name in names if name in self.files]
+
     def with_task(self, name: str, entry: TaskEntry) -> Manifest:
         """This manifest with one more task.
 

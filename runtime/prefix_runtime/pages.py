@@ -16,7 +16,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _MAPS, _SMAPS = Path("/proc/self/maps"), Path("/proc/self/smaps")
@@ -42,7 +42,8 @@ def on_huge_pages() -> Iterator[None]:
     yield
     spans = list(_whole_pages(_difference(_private_spans(), before), size))
     if spans:
-        threading.Thread(target=_move, args=(spans,), name="prefix-runtime-pages", daemon=True).start()
+        with suppress(RuntimeError):  # no more threads are to be had: the pages stay as they are
+            threading.Thread(target=_move, args=(spans,), name="prefix-runtime-pages", daemon=True).start()
 
 
 def let_go(path: Path) -> None:

@@ -75,6 +75,8 @@ def _draw(chart: Chart, axes: Axes) -> None:
     else:
         _draw_bars(chart, axes)
     axes.spines[["top", "right"]].set_visible(False)
+    if not axes.get_legend_handles_labels()[0]:
+        return
     # Below, where it can cover nothing.
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=_LEGEND_COLUMNS, frameon=False, fontsize=8)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _STAGING_BYTES = 4 << 20
 """Of page-locked memory that a part of a prefix passes through, in turns of two: one is filled, the other copied."""
 _THREADS = min(3, os.cpu_count() or 1)
-"""That fill it. 20 MB for an H100 take one thread 4.0 ms, two 2.9, three 2.6; four took longer than one beside an H200."""
+"""That fill it. 20 MB for an H100 take one 4.0 ms, two 2.9, three 2.6; beside an H200 four took longer than one."""
 
 
 @dataclass(frozen=True)

@@ -260,6 +260,24 @@ def save_adapter(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         raise OSError(f"{path}: cannot be written: {error}") from error
 
 
+def run_with_adapter(session: Session, adapter: Path, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A graph's first output while one of onnxruntime's adapter files, as `save_adapter` writes them, is active.
+
+    Raises:
+        ProviderError: the file is none, or names no inputs of the graph, or the run fails.
+    """
+    options, loaded = ort.RunOptions(), ort.LoraAdapter()
+    try:
+        loaded.Load(str(adapter.absolute()))
+        options.add_active_adapter(loaded)
+        found: np.ndarray = session.ask(lambda opened: opened.run(None, dict(inputs), options))[0]
+    except Exception as error:  # as above
+        raise ProviderError(
+            f"{adapter}: onnxruntime {ort.__version__} cannot run the graph with it: {error}"
+        ) from error
+    return found
+
+
 def check_threads(threads: int) -> None:
     """Refuse a number of threads that no session can be given.
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _LEAST_OF_RTX = (8, 0)
 """The compute capability that TensorRT for RTX builds for where none is asked for, and above."""
+_NOT_OF_RTX = (9, 10, 11)
+"""Major compute capabilities: of data centres (Hopper, Blackwell), and Thor, for which it does not build."""
 
 
 class EngineSession:
@@ -139,12 +141,17 @@ def _fitting(bundle: Bundle, index: int) -> EngineRecord:
             f"provider {ENGINE!r}: expected GPU {index} and NVIDIA's driver, found none; install the driver, or take "
             "provider 'cpu'"
         )
-    found = next((record for record in records if _runs_on(record, capability)), None)
+    fitting = [record for record in records if _runs_on(record, capability)]
+    # Who names the GPU comes before who does not say.
+    found = min(fitting, key=lambda record: capability not in record.compute_capabilities, default=None)
     if found is None:
         listed = ", ".join(record.name for record in records)
+        if int(capability.split(".", maxsplit=1)[0]) in _NOT_OF_RTX:
+            build += " --backend tensorrt on this machine, or take provider 'cuda'"
+        else:
+            build += f" --compute-capability {capability}"
         raise ProviderError(
-            f"provider {ENGINE!r}: expected an engine for compute capability {capability}, found {listed}; {build} "
-            f"--compute-capability {capability}"
+            f"provider {ENGINE!r}: expected an engine for compute capability {capability}, found {listed}; {build}"
         )
     return found
 
@@ -152,7 +159,8 @@ def _fitting(bundle: Bundle, index: int) -> EngineRecord:
 def _runs_on(record: EngineRecord, capability: str) -> bool:
     if record.compute_capabilities:
         return capability in record.compute_capabilities
-    return record.backend == "tensorrt" or tuple(map(int, capability.split("."))) >= _LEAST_OF_RTX
+    major, minor = map(int, capability.split("."))
+    return record.backend == "tensorrt" or ((major, minor) >= _LEAST_OF_RTX and major not in _NOT_OF_RTX)
 
 
 def _check_version(record: EngineRecord, library: Library) -> None:

@@ -27,7 +27,7 @@ def provider_options(provider: str, bundle: Bundle, folder: Path, max_batch: int
     Args:
         provider: "tensorrt" or "tensorrt-rtx".
         bundle: of a portable graph.
-        folder: for what they build; made where it is not there.
+        folder: for what they build; must be there when a session is opened.
         max_batch: rows that decode together.
 
     Raises:
@@ -45,7 +45,6 @@ def provider_options(provider: str, bundle: Bundle, folder: Path, max_batch: int
         )
         for place, word in enumerate(("min", "opt", "max"))
     }
-    folder.mkdir(parents=True, exist_ok=True)
     if provider == "tensorrt-rtx":
         return options | {"nv_runtime_cache_path": str(folder)}
     return options | {

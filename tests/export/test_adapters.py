@@ -10,11 +10,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import prefix_runtime
+from prefix_export import clients
 from prefix_export.build import BuildRequest, build
-from prefix_export.errors import ExportError
+from prefix_export.errors import ExportError, ParityError
 from prefix_runtime import Bundle, BundleError
 from prefix_runtime.bench import bench
 from prefix_runtime.measurements import BenchRequest
+from prefix_runtime.session import save_adapter
 
 LENGTHS = (3, 20)
 PROMPT = np.random.default_rng(2).integers(1, 384, size=9).tolist()
@@ -86,6 +88,20 @@ def test_the_runtime_feeds_the_same_bundle(workshop, architecture, bundle):
 
 def test_adapters_are_among_the_files_that_are_verified(bundle):
     assert {"adapters/p20.onnx_adapter", "adapters/p3.onnx_adapter"} <= set(bundle.manifest.files)
+
+
+def test_an_adapter_file_that_answers_otherwise_fails_the_build(workshop, tmp_path, monkeypatch):
+    def save_zeros(path, tensors):
+        save_adapter(path, {name: np.zeros_like(array) for name, array in tensors.items()})
+
+    monkeypatch.setattr(clients, "save_adapter", save_zeros)
+    model = workshop.model("gpt2")
+    request = BuildRequest(str(model), {"p3": workshop.adapter(model, 3)}, tmp_path / "out", adapters="onnx")
+    with pytest.raises(
+        ParityError, match=r"^task 'p3': expected the graph with its adapter file to agree with .* apart$"
+    ):
+        build(request)
+    assert not list(tmp_path.iterdir())
 
 
 def test_tasks_do_not_change_without_their_adapters(bundle):

@@ -167,7 +167,7 @@ def test_an_interrupt_stops_the_build_and_leaves_nothing_behind(fed, tmp_path, n
         ({"compute_capabilities": ("8.6", "8.6")}, EngineError, "compute capability: expected each once"),
         ({"compute_capabilities": ("7.5",)}, EngineError, "7.5: expected a graph in float16.*--precision fp16"),
         ({"precision": "fp16"}, EngineError, "precision fp16: expected none, as TensorRT for RTX.*types of the graph"),
-        ({"precision": "fp8"}, EngineError, "precision: expected one of fp16, bf16, int8, found 'fp8'"),
+        ({"precision": "int8"}, EngineError, "precision: expected one of fp16, bf16, found 'int8'"),
         (
             {"is_refittable": True},
             EngineError,
@@ -186,6 +186,40 @@ def test_what_cannot_be_built_is_refused_and_nothing_written(fed, tmp_path, monk
     with pytest.raises(error, match=message):
         build_engine(EngineRequest(fed, tmp_path / "engines", **given))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+def test_a_graph_that_was_damaged_is_built_of_no_more(own, name):
+    path = own / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
+    path.write_bytes(content)
+    with pytest.raises(BundleIntegrityError, match=rf"{name}: expected SHA-256"):
+        build_engine(EngineRequest(own, **SMALL))
+    assert not engines_folder(Bundle.open(own)).exists()
+
+
+def test_a_timing_cache_of_a_builder_that_measures_nothing_is_refused_and_left_as_it_is(fed, tmp_path):
+    note = tmp_path / "note.txt"
+    note.write_text("mine")
+    with pytest.raises(EngineError, match=r"^timing cache: expected none, as TensorRT for RTX .* measures nothing"):
+        build_engine(EngineRequest(fed, tmp_path / "other", timing_cache=note, **SMALL))
+    assert note.read_text() == "mine"
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("option", ["output", "timing_cache"])
+def test_a_place_that_cannot_be_written_is_refused_at_once(fed, tmp_path, option):
+    steps = []
+    with pytest.raises(EngineError, match=r"nowhere: expected a folder to write into, found none"):
+        build_engine(EngineRequest(fed, **{option: tmp_path / "nowhere" / "x"}, **SMALL), steps.append)
+    assert not steps
+
+
+def test_an_engine_is_the_same_however_its_gpus_are_listed():
+    first, second = (EngineRequest(None, compute_capabilities=each) for each in (("8.6", "12.0"), ("12.0", "8.6")))
+    assert first.name == second.name == "tensorrt-rtx-8.6-12.0"
+    assert first.options() == second.options()
 
 
 @pytest.mark.parametrize(

@@ -674,8 +674,12 @@ class TestBatches:
             engine.generate("a", sampling=[Sampling()])
 
     def test_what_is_wrong_with_one_row_is_told_before_any_is_run(self, engine):
-        with pytest.raises(RequestError, match="max_new_tokens: expected a whole number"):
+        with pytest.raises(RequestError, match=r"^row 1 of the list: max_new_tokens: expected a whole number"):
             engine.generate(["a", "b"], max_new_tokens=[3, 0])
+        with pytest.raises(RequestError, match=r"^row 1 of the list: prompt: expected at least one token, found none"):
+            engine.generate(["a", ""])
+        with pytest.raises(UnknownTaskError, match=r"^row 0 of the list: .*nowhere"):
+            engine.generate(["a", "b"], task=["nowhere", None])
 
     @pytest.mark.parametrize("rows", [0, 1.5, "8", None, True])
     def test_a_batch_has_room_for_a_row(self, shared_bundle, rows):

@@ -88,6 +88,16 @@ def test_a_block_that_fails_moves_nothing(monkeypatch):
         raise RuntimeError("no graph")
 
 
+def test_without_a_thread_for_it_pages_stay_where_they_are(monkeypatch):
+    def refuse(thread):  # noqa: ARG001  # called as Thread.start
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with on_huge_pages():
+        memory = private_memory()
+    np.testing.assert_array_equal(np.frombuffer(memory, np.uint8), expected())
+
+
 @linux
 def test_a_mapped_files_pages_are_let_go_of_and_come_again(tmp_path):
     path = tmp_path / "weights of a graph"

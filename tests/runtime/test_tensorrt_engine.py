@@ -329,13 +329,22 @@ def test_an_engine_that_takes_something_else_is_refused(opened, made):
     ("capability", "message"),
     [
         (None, r"expected GPU 0 and NVIDIA's driver, found none; install the driver, or take provider 'cpu'"),
-        ("9.0", r"expected an engine for compute capability 9.0, found tensorrt-rtx-8.6; build one .* 9.0$"),
+        ("8.9", r"expected an engine for compute capability 8.9, found tensorrt-rtx-8.6; build one .* 8.9$"),
+        ("9.0", r"compute capability 9.0, found .*; build one .* --backend tensorrt on this .* provider 'cuda'$"),
     ],
 )
 def test_a_machine_without_such_a_gpu_is_told_what_to_do(made, monkeypatch, capability, message):
     monkeypatch.setattr(module, "gpu_capability", lambda index: capability)
     with pytest.raises(ProviderError, match=message):
         prefix_runtime.load(made[0].root, provider="tensorrt-engine")
+
+
+def test_an_engine_that_names_the_gpu_comes_before_one_that_does_not(made, capability, monkeypatch):  # noqa: ARG001
+    bundle = made[0]
+    named = read_engines(engines_folder(bundle))[0]
+    other = dataclasses.replace(named, name="tensorrt", backend="tensorrt", compute_capabilities=())
+    monkeypatch.setattr(module, "read_engines", lambda folder: [other, named])
+    assert module._fitting(bundle, 0) == named
 
 
 @pytest.mark.usefixtures("capability")
