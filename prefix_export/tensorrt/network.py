@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import onnx
-from google.protobuf.message import DecodeError
 
 from prefix_export.errors import EngineError
 from prefix_runtime import Bundle
@@ -75,7 +74,7 @@ def _graph(bundle: Bundle) -> bytes:
     """The graph, without its weights, whose `KEPT` must be given: what may be left out is a constant to TensorRT."""
     try:
         model = onnx.load(bundle.graph_path, load_external_data=False)
-    except DecodeError as error:
+    except Exception as error:  # protobuf's errors share no base with others
         raise EngineError(f"{bundle.graph_path}: expected an ONNX graph, found a file that is none") from error
     defaults = [tensor for tensor in model.graph.initializer if tensor.name == KEPT]
     for tensor in defaults:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -28,8 +27,8 @@ from .cache_format import CacheFormat
 from .cache_pool import CAPACITY_STEP, CacheMaker, CachePool
 from .checks import is_whole
 from .decoding import decode
+from .end_tokens import read_end_tokens
 from .errors import (
-    BundleError,
     CompositionError,
     ContextOverflowError,
     PrefixError,
@@ -205,8 +204,8 @@ class Engine:
             make = partial(KeyValueCache, session, self._geometry, cache_format=cache_format)
         position_bytes = cache_format.dtype.itemsize * self._geometry.values_per_position
         self._pool = CachePool(make, position_bytes, max_length, cache_bytes, step)
-        self._codec = _read_codec(bundle)
-        self._end_tokens = _read_end_tokens(bundle)
+        self._codec = TextCodec.of_bundle(bundle)
+        self._end_tokens = read_end_tokens(bundle)
 
     @property
     def device(self) -> Device | None:
@@ -449,30 +448,3 @@ class Engine:
                 f"found a prompt of {prompt} and {wanted - prompt} new; shorten the prompt or lower max_new_tokens"
             )
         return min(DEFAULT_MAX_NEW_TOKENS, room - prompt) if new is None else int(new)
-
-
-def _read_codec(bundle: Bundle) -> TextCodec | None:
-    name = "tokenizer.json"
-    return TextCodec(bundle.root / name) if name in bundle.manifest.files else None
-
-
-def _read_end_tokens(bundle: Bundle) -> frozenset[int]:
-    """The end tokens of generation_config.json, or of config.json where that names none."""
-    for name in ("generation_config.json", "config.json"):
-        if name not in bundle.manifest.files:
-            continue
-        path = bundle.root / name
-        try:
-            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
-            raise BundleError(f"{path}: expected a JSON object, found text that is none") from error
-        if found is not None:
-            return frozenset(_token_list(found, path))
-    return frozenset()
-
-
-def _token_list(found: Any, path: Path) -> list[int]:
-    listed = found if isinstance(found, list) else [found]
-    if not all(map(is_whole, listed)):
-        raise BundleError(f"{path}: eos_token_id: expected a token id or a list of them, found {found!r}")
-    return listed

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from .bundle import Bundle
 from .errors import BundleError, RequestError
 
 _NO_CHARACTER = "\ufffd"
@@ -28,6 +29,12 @@ class TextCodec:
         # A prompt is taken whole, whatever the tokenizer was last used for.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle) -> TextCodec | None:
+        """A bundle's; None where it has no tokenizer."""
+        name = "tokenizer.json"
+        return cls(bundle.root / name) if name in bundle.manifest.files else None
 
     def encode(self, text: str, *, with_special_tokens: bool = True) -> list[int]:
         """The text's token ids, with the special tokens that the tokenizer's own post-processor adds, or without.
