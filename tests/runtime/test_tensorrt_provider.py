@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import onnxruntime as ort
 import pytest
 
 import prefix_runtime
-from prefix_runtime import Bundle, BundleError, ProviderError
+from prefix_runtime import Bundle, BundleError, ProviderError, engine
 from prefix_runtime.bundle import MANIFEST_NAME
+from prefix_runtime.session import Session
 from prefix_runtime.tensorrt_provider import add_plugin, provider_options
 
 NAME = "NvTensorRTRTXExecutionProvider"
@@ -48,7 +51,26 @@ def test_what_is_built_is_kept_in_the_users_folder(opened, tmp_path):
     assert (options["trt_engine_cache_enable"], options["trt_engine_cache_path"]) == ("1", str(folder))
     assert (options["trt_timing_cache_enable"], options["trt_timing_cache_path"]) == ("1", str(folder))
     assert provider_options("tensorrt-rtx", opened, folder)["nv_runtime_cache_path"] == str(folder)
-    assert folder.is_dir()
+
+
+@pytest.mark.parametrize("is_opened", [True, False])
+def test_that_folder_is_there_when_a_session_is_opened_and_goes_if_none_is(opened, monkeypatch, tmp_path, is_opened):
+    monkeypatch.setenv("PREFIX_RUNTIME_CACHE", str(tmp_path / "cache"))
+    folders = []
+
+    def open_session(path, *_, provider_options):
+        folders.append(Path(provider_options["trt_engine_cache_path"]))
+        assert folders[0].is_dir()
+        if not is_opened:
+            raise ProviderError("no GPU")
+        return Session(path)
+
+    monkeypatch.setattr(engine, "Session", open_session)
+    monkeypatch.setattr(engine, "check_provider", lambda provider: None)
+    with nullcontext() if is_opened else pytest.raises(ProviderError, match="no GPU"):
+        prefix_runtime.load(opened.root, provider="tensorrt")
+    assert folders[0].is_relative_to(tmp_path / "cache")
+    assert folders[0].exists() == is_opened
 
 
 def test_a_graph_of_the_fast_flavour_is_refused(shared_bundle, tmp_path):
