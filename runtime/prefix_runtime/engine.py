@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast, overload
@@ -28,28 +26,18 @@ from .cache_pool import CAPACITY_STEP, CacheMaker, CachePool
 from .checks import is_whole
 from .decoding import decode
 from .end_tokens import read_end_tokens
-from .errors import (
-    CompositionError,
-    ContextOverflowError,
-    PrefixError,
-    ProviderError,
-    RequestError,
-    TaskError,
-)
+from .errors import CompositionError, ContextOverflowError, PrefixError, RequestError, TaskError
 from .generation import GrowingAnswer, Request
 from .growing_cache import GrowingCache
 from .kv_cache import KeyValueCache
-from .pages import let_go, on_huge_pages
+from .open_session import open_session
 from .prefix import TEXT_HAS_BEGUN, Prefix
-from .prepared import prepared_graph, provider_folder
 from .provider import Cuda
 from .results import Chunk, GenerationResult
-from .session import Session, check_known, check_provider
+from .session import Session
 from .tasks import TaskStore
 from .tensorrt_cache import TensorRTCache
-from .tensorrt_engine import EngineSession, open_engine
-from .tensorrt_provider import ENGINE, provider_options
-from .tensorrt_provider import PROVIDERS as TENSORRT_PROVIDERS
+from .tensorrt_engine import EngineSession
 from .text import TextCodec
 
 if TYPE_CHECKING:
@@ -70,8 +58,9 @@ def load(
     cache_bytes: int = DEFAULT_CACHE_BYTES,
     max_batch: int = DEFAULT_MAX_BATCH,
     verify: bool = False,
+    prepare: bool = False,
 ) -> Engine:
-    """An engine on a bundle folder; opened from what `prefix-runtime prepare` kept of it, where there is such.
+    """An engine on a bundle folder; opened from what was kept of its graph on this machine, where there is such.
 
     Args:
         path: the bundle.
@@ -81,12 +70,16 @@ def load(
         max_length: positions that prefix and text may take together; at most, and by default, the bundle's own.
         cache_bytes: that key/value buffers may take before idle ones are dropped.
         max_batch: prompts of a list that are answered together; more are taken in turns.
-        verify: compare every file's SHA-256 first.
+        verify: compare every file's SHA-256 first, and open the bundle's own graph.
+        prepare: keep the graph as onnxruntime packs it, if it was not kept before, and open that: the first time takes
+            several times as long, and the disk twice the graph's size; see `prefix-runtime prepare`. On the CPU.
 
     Raises:
         BundleError, BundleIntegrityError: the folder is not a bundle, or not whole.
         ProviderError: onnxruntime cannot open the graph with this provider.
-        RequestError: `max_length`, `cache_bytes` or `max_batch` is out of range.
+        RequestError: `max_length`, `cache_bytes` or `max_batch` is out of range; `prepare` beside another provider or
+            `verify`.
+        OSError: the graph cannot be kept, as where the disk is full; nothing is left behind.
 
     >>> engine = load("bundle")  # doctest: +SKIP
     >>> engine.generate("name[Aromi], food[Chinese]", task="e2e").text  # doctest: +SKIP
@@ -94,7 +87,6 @@ def load(
     bundle = Bundle.open(path)
     if verify:
         bundle.verify()
-    _check_provider(bundle, provider)
     limit = bundle.manifest.max_length
     if max_length is not None and not is_whole(max_length, 1, limit):
         raise RequestError(f"max_length: expected 1 to the bundle's {limit}, found {max_length!r}")
@@ -102,66 +94,10 @@ def load(
         raise RequestError(f"cache_bytes: expected a whole number, 0 or more, found {cache_bytes!r}")
     if not is_whole(max_batch, 1):
         raise RequestError(f"max_batch: expected a whole number, 1 or more, found {max_batch!r}")
-    session: Session | EngineSession
-    if provider == ENGINE:
-        session = open_engine(bundle, Cuda())
+    session = open_session(bundle, provider, threads, max_batch, only_own=verify, prepares=prepare)
+    if isinstance(session, EngineSession):
         max_batch = min(max_batch, session.limits.batch)
-    elif isinstance(provider, Cuda) or provider == "cuda":
-        session = Session(bundle.graph_path, _without_graphs(bundle, provider))
-    elif isinstance(provider, str) and provider in TENSORRT_PROVIDERS:
-        session = _open_by_tensorrt(bundle, provider, threads, max_batch)
-    else:
-        # A kept graph has no hashes: who asks for verification gets what was verified.
-        kept = None if verify else prepared_graph(bundle, provider)
-        session = _open(bundle, kept, provider, threads)
     return Engine(bundle, session, max_length or limit, cache_bytes, max_batch)
-
-
-def _open_by_tensorrt(bundle: Bundle, provider: str, threads: int | None, max_batch: int) -> Session:
-    folder = provider_folder(bundle, provider)
-    options = provider_options(provider, bundle, folder, max_batch)
-    check_provider(provider)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        return Session(bundle.graph_path, provider, threads, provider_options=options)
-    except ProviderError:
-        with suppress(OSError):
-            folder.rmdir()  # where nothing was built
-        raise
-
-
-def _without_graphs(bundle: Bundle, provider: str | Cuda) -> Cuda:
-    """What was chosen, but for CUDA graphs of what is bound elsewhere in every step, as a growing past is."""
-    chosen = provider if isinstance(provider, Cuda) else Cuda()
-    return replace(chosen, uses_graphs=chosen.uses_graphs and bundle.manifest.flavour == "fast")
-
-
-def _check_provider(bundle: Bundle, provider: str | Cuda) -> None:
-    if not isinstance(provider, Cuda):
-        check_known(provider)
-    manifest = bundle.manifest
-    if (provider == "cuda" or isinstance(provider, Cuda)) and manifest.flavour == "fast" and manifest.target != "cuda":
-        raise ProviderError(
-            f"{bundle.root}: provider: expected cpu for a bundle of target {manifest.target}, found cuda; build it "
-            "with --target cuda for a GPU"
-        )
-    if bundle.manifest.cache == "bf16" and provider == "cpu":
-        raise ProviderError(
-            f"{bundle.root}: provider: expected cuda for a bundle in bfloat16, which onnxruntime does not run on a "
-            "CPU, found 'cpu'; build it with --precision fp16 for both"
-        )
-
-
-def _open(bundle: Bundle, kept: Path | None, provider: str, threads: int | None) -> Session:
-    if kept is not None:
-        try:
-            return Session(kept, provider, threads)
-        except ProviderError:
-            pass  # it is damaged: the bundle's own is whole, or says what is wrong
-    with on_huge_pages():
-        session = Session(bundle.graph_path, provider, threads)
-    let_go(bundle.graph_path.with_name(f"{bundle.graph_path.name}.data"))  # packed
-    return session
 
 
 class Engine:

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import prefix_runtime
-from prefix_runtime import Bundle, BundleIntegrityError, machine, prepared, session
+from prefix_runtime import Bundle, BundleIntegrityError, Cuda, RequestError, machine, prepared, session
 from prefix_runtime.cli import main
 from prefix_runtime.manifest import FileEntry
 from prefix_runtime.prepared import cache_folder, forget, prepare, prepared_graph
@@ -130,6 +130,47 @@ def test_a_damaged_graph_is_not_opened_and_made_anew(opened, name, spoil):
     assert logits(opened).shape == (len(IDS), 384)
     assert prepare(opened) == graph
     assert prepared_graph(opened) == graph
+
+
+def test_an_engine_that_prepares_keeps_the_graph_once_and_opens_it(opened, monkeypatch):
+    before, paths, init = logits(opened), [], session.Session.__init__
+
+    def note(self, path, *arguments):
+        paths.append(path)
+        init(self, path, *arguments)
+
+    monkeypatch.setattr(session.Session, "__init__", note)
+    first = prefix_runtime.load(opened.root, threads=1, prepare=True)
+    kept = prepared_graph(opened)
+    monkeypatch.setattr(prepared, "save_opened", lambda *_: pytest.fail("made again"))
+    again = prefix_runtime.load(opened.root, threads=1, prepare=True)
+    assert paths == [kept, kept]
+    for engine in (first, again):
+        np.testing.assert_array_equal(engine.logits(IDS, "p20"), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"verify": True}, "verify, which opens the bundle's own graph"),
+        ({"provider": "cuda"}, "provider 'cuda'"),
+        ({"provider": Cuda()}, r"provider Cuda\(device=0"),
+        ({"provider": "tensorrt"}, "provider 'tensorrt'"),
+        ({"provider": "tensorrt-engine"}, "provider 'tensorrt-engine'"),
+    ],
+)
+def test_an_engine_that_would_not_open_what_it_keeps_keeps_nothing(workshop, cache, options, found):
+    bundle = workshop.bundle(target="portable")
+    with pytest.raises(RequestError, match=rf"prepare: expected provider 'cpu' without verify, found {found}"):
+        prefix_runtime.load(bundle, prepare=True, **options)
+    assert not cache.exists()
+
+
+def test_an_engine_that_cannot_keep_the_graph_says_so(opened, cache):
+    cache.write_text("a file where the folder would be")
+    with pytest.raises(OSError, match=str(cache)):
+        prefix_runtime.load(opened.root, prepare=True)
+    assert prefix_runtime.load(opened.root, threads=1).logits(IDS).shape == (len(IDS), 384)
 
 
 def test_who_asks_for_verification_gets_the_bundles_own_graph(opened, monkeypatch):

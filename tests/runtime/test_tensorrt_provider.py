@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 
 import prefix_runtime
-from prefix_runtime import Bundle, BundleError, ProviderError, engine
+from prefix_runtime import Bundle, BundleError, ProviderError, open_session
 from prefix_runtime.bundle import MANIFEST_NAME
 from prefix_runtime.session import Session
 from prefix_runtime.tensorrt_provider import add_plugin, provider_options
@@ -58,15 +58,15 @@ def test_that_folder_is_there_when_a_session_is_opened_and_goes_if_none_is(opene
     monkeypatch.setenv("PREFIX_RUNTIME_CACHE", str(tmp_path / "cache"))
     folders = []
 
-    def open_session(path, *_, provider_options):
+    def opens(path, *_, provider_options):
         folders.append(Path(provider_options["trt_engine_cache_path"]))
         assert folders[0].is_dir()
         if not is_opened:
             raise ProviderError("no GPU")
         return Session(path)
 
-    monkeypatch.setattr(engine, "Session", open_session)
-    monkeypatch.setattr(engine, "check_provider", lambda provider: None)
+    monkeypatch.setattr(open_session, "Session", opens)
+    monkeypatch.setattr(open_session, "check_provider", lambda provider: None)
     with nullcontext() if is_opened else pytest.raises(ProviderError, match="no GPU"):
         prefix_runtime.load(opened.root, provider="tensorrt")
     assert folders[0].is_relative_to(tmp_path / "cache")

@@ -1,0 +1,101 @@
+"""A bundle's graph, opened by the execution provider that is asked for."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+
+from .bundle import Bundle
+from .errors import ProviderError, RequestError
+from .pages import let_go, on_huge_pages
+from .prepared import prepare, prepared_graph, provider_folder
+from .provider import Cuda
+from .session import Session, check_known, check_provider
+from .tensorrt_engine import EngineSession, open_engine
+from .tensorrt_provider import ENGINE, provider_options
+from .tensorrt_provider import PROVIDERS as TENSORRT_PROVIDERS
+
+
+def open_session(
+    bundle: Bundle,
+    provider: str | Cuda,
+    threads: int | None,
+    max_batch: int,
+    *,
+    only_own: bool = False,
+    prepares: bool = False,
+) -> Session | EngineSession:
+    """Open a bundle's graph, or what was kept of it.
+
+    Args:
+        bundle: whose graph.
+        provider: as for `engine.load`, as the next two.
+        threads: of one run.
+        max_batch: prompts of a list that are answered together.
+        only_own: open no graph that was kept, which has no hashes.
+        prepares: keep the graph first where none was kept.
+
+    Raises:
+        ProviderError: onnxruntime cannot open the graph with this provider.
+        RequestError: what is to be kept cannot be, or would not be opened.
+        BundleIntegrityError, OSError: as `prepared.prepare`.
+    """
+    _check_provider(bundle, provider)
+    if prepares and (provider != "cpu" or only_own):
+        found = f"provider {provider!r}" if provider != "cpu" else "verify, which opens the bundle's own graph"
+        raise RequestError(f"prepare: expected provider 'cpu' without verify, found {found}; leave it out")
+    if provider == ENGINE:
+        return open_engine(bundle, Cuda())
+    if isinstance(provider, Cuda) or provider == "cuda":
+        return Session(bundle.graph_path, _without_graphs(bundle, provider))
+    if provider in TENSORRT_PROVIDERS:
+        return _open_by_tensorrt(bundle, provider, threads, max_batch)
+    return _open_on_cpu(bundle, provider, threads, only_own=only_own, prepares=prepares)
+
+
+def _check_provider(bundle: Bundle, provider: str | Cuda) -> None:
+    if not isinstance(provider, Cuda):
+        check_known(provider)
+    manifest = bundle.manifest
+    if (provider == "cuda" or isinstance(provider, Cuda)) and manifest.flavour == "fast" and manifest.target != "cuda":
+        raise ProviderError(
+            f"{bundle.root}: provider: expected cpu for a bundle of target {manifest.target}, found cuda; build it "
+            "with --target cuda for a GPU"
+        )
+    if bundle.manifest.cache == "bf16" and provider == "cpu":
+        raise ProviderError(
+            f"{bundle.root}: provider: expected cuda for a bundle in bfloat16, which onnxruntime does not run on a "
+            "CPU, found 'cpu'; build it with --precision fp16 for both"
+        )
+
+
+def _open_on_cpu(bundle: Bundle, provider: str, threads: int | None, *, only_own: bool, prepares: bool) -> Session:
+    kept = prepare(bundle, provider) if prepares else None if only_own else prepared_graph(bundle, provider)
+    if kept is not None:
+        try:
+            return Session(kept, provider, threads)
+        except ProviderError:
+            pass  # it is damaged: the bundle's own is whole, or says what is wrong
+    with on_huge_pages():
+        session = Session(bundle.graph_path, provider, threads)
+    let_go(bundle.graph_path.with_name(f"{bundle.graph_path.name}.data"))  # packed
+    return session
+
+
+def _open_by_tensorrt(bundle: Bundle, provider: str, threads: int | None, max_batch: int) -> Session:
+    folder = provider_folder(bundle, provider)
+    options = provider_options(provider, bundle, folder, max_batch)
+    check_provider(provider)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return Session(bundle.graph_path, provider, threads, provider_options=options)
+    except ProviderError:
+        with suppress(OSError):
+            folder.rmdir()  # where nothing was built
+        raise
+
+
+def _without_graphs(bundle: Bundle, provider: str | Cuda) -> Cuda:
+    """What was chosen, but for CUDA graphs of what is bound elsewhere in every step, as a growing past is."""
+    chosen = provider if isinstance(provider, Cuda) else Cuda()
+    return replace(chosen, uses_graphs=chosen.uses_graphs and bundle.manifest.flavour == "fast")
