@@ -10,6 +10,7 @@ from .measurements import BenchReport, Cell, Comparison, Quartiles, Switch, quar
 from .report import milliseconds, row_name
 
 PREFIX_LENGTH = "prefix length (positions)"
+_TASKS = "tasks of the bundle"
 _TICKS = 5
 
 
@@ -102,11 +103,15 @@ def selection_chart(report: BenchReport) -> LineChart | None:
     if not report.switches:
         return None
     kinds = (("cold: a task's first request", "cold"), ("warm: later requests", "warm"))
-    series = tuple(
-        Series(name, colour, "line", tuple(_switch_points(report.switches, kind)))
-        for colour, (name, kind) in enumerate(kinds)
-    )
-    return LineChart("Selecting a task", PREFIX_LENGTH, "milliseconds", series)
+    plain = [switch for switch in report.switches if not switch.task]
+    tasks = [switch for switch in report.switches if switch.task]
+    series: list[Series] = []
+    for colour, (name, kind) in enumerate(kinds):
+        series += [
+            Series(name, colour, "line", tuple(_switch_points(plain, kind))),
+            Series(f"{name}, {_TASKS}", colour, "marks", tuple(_switch_points(tasks, kind))),
+        ]
+    return LineChart("Selecting a task", PREFIX_LENGTH, "milliseconds", _drawn(series))
 
 
 def _latency(title: str, figure: str, drawn: list[tuple[str, BenchReport]], setting: tuple[int, int]) -> LineChart:
@@ -117,23 +122,28 @@ def _latency(title: str, figure: str, drawn: list[tuple[str, BenchReport]], sett
         tasks = [cell for cell in cells if cell.task]
         series += [
             Series(_named("random prefixes", name), colour, "line", tuple(_points(plain, figure))),
-            Series(_named("tasks of the bundle", name), colour, "marks", tuple(_points(tasks, figure))),
+            Series(_named(_TASKS, name), colour, "marks", tuple(_points(tasks, figure))),
             Series(_named("floor", name), colour, "dashed", tuple(_floor_points(report, cells, figure))),
         ]
-    return LineChart(title, PREFIX_LENGTH, "milliseconds", tuple(each for each in series if each.points))
+    return LineChart(title, PREFIX_LENGTH, "milliseconds", _drawn(series))
 
 
 def _overhead(drawn: list[tuple[str, BenchReport]], setting: tuple[int, int]) -> LineChart:
     figures = (("a token", "inter_token_latency"), ("to the first token", "time_to_first_token"))
     series: list[Series] = []
-    for name, report in drawn:
+    for number, (name, report) in enumerate(drawn):
         cells = sorted(report.cells_of(setting), key=lambda cell: cell.prefix_length)
         plain = [cell for cell in cells if not cell.task]
-        for shown, figure in figures:
-            points = tuple(_overhead_points(report, plain, figure))
-            series.append(Series(_named(shown, name), len(series), "line", points))
-    kept = tuple(each for each in series if each.points)
-    return LineChart("Overhead against prefix 0, 95 % interval", PREFIX_LENGTH, "percent", kept)
+        tasks = [cell for cell in cells if cell.task]
+        for place, (shown, figure) in enumerate(figures):
+            colour = number * len(figures) + place
+            series += [
+                Series(_named(shown, name), colour, "line", tuple(_overhead_points(report, plain, figure))),
+                Series(
+                    _named(f"{shown}, {_TASKS}", name), colour, "marks", tuple(_overhead_points(report, tasks, figure))
+                ),
+            ]
+    return LineChart("Overhead against prefix 0, 95 % interval", PREFIX_LENGTH, "percent", _drawn(series))
 
 
 def _first_token(name: str, cells: list[Cell]) -> BarChart:
@@ -163,6 +173,11 @@ def _step(name: str, report: BenchReport, cells: list[Cell]) -> BarChart:
     )
 
 
+def _drawn(series: Iterable[Series]) -> tuple[Series, ...]:
+    """Those that have points."""
+    return tuple(each for each in series if each.points)
+
+
 def _named(what: str, name: str) -> str:
     return f"{what}, {name}" if name else what
 
@@ -174,9 +189,7 @@ def _points(cells: Iterable[Cell], figure: str) -> Iterable[Point]:
 
 def _switch_points(switches: Iterable[Switch], kind: str) -> Iterable[Point]:
     for switch in switches:
-        if not switch.task:
-            found = quartiles(getattr(switch, kind))
-            yield _point(switch.prefix_length, found, f"prefix {row_name(switch)}")
+        yield _point(switch.prefix_length, quartiles(getattr(switch, kind)), f"prefix {row_name(switch)}")
 
 
 def _floor_points(report: BenchReport, cells: Iterable[Cell], figure: str) -> Iterable[Point]:
@@ -197,5 +210,5 @@ def _overhead_points(report: BenchReport, cells: Iterable[Cell], figure: str) ->
             low, high = ratio.interval or (ratio.median, ratio.median)
             y, bottom, top = ((value - 1) * 100 for value in (ratio.median, low, high))
             yield Point(
-                cell.prefix_length, y, bottom, top, f"prefix {cell.label}: {y:+.1f} % [{bottom:+.1f}, {top:+.1f}]"
+                cell.prefix_length, y, bottom, top, f"prefix {row_name(cell)}: {y:+.1f} % [{bottom:+.1f}, {top:+.1f}]"
             )

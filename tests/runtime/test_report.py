@@ -13,7 +13,7 @@ import pytest
 from prefix_runtime import BenchError
 from prefix_runtime.charts import BarChart, LineChart, selection_chart, setting_charts, ticks
 from prefix_runtime.html_report import as_html
-from prefix_runtime.measurements import Comparison
+from prefix_runtime.measurements import Comparison, Switch
 from prefix_runtime.picture import as_png
 from prefix_runtime.report import WIDTH, as_text, comparison_tables, milliseconds, notes, tables
 from prefix_runtime.svg import draw
@@ -140,6 +140,27 @@ class TestCharts:
     def test_a_single_length_has_no_overhead_to_draw(self, report):
         assert not [chart for chart in setting_charts(report, (64, 1)) if "Overhead" in chart.title]
 
+    def test_the_overhead_is_drawn_of_random_prefixes_and_of_tasks(self, report):
+        (chart,) = [chart for chart in setting_charts(report, (32, 1)) if "Overhead" in chart.title]
+        drawn = {
+            series.name: (series.colour, series.style, [point.x for point in series.points]) for series in chart.series
+        }
+        assert drawn == {
+            "a token": (0, "line", [5, 200]),
+            "a token, tasks of the bundle": (0, "marks", [20]),
+            "to the first token": (1, "line", [5, 200]),
+            "to the first token, tasks of the bundle": (1, "marks", [20]),
+        }
+        assert chart.series[1].points[0].text == "prefix headline (20): +1.9 % [+1.7, +2.0]"
+
+    def test_two_reports_overheads_are_of_four_colours(self, comparison):
+        (chart,) = [
+            chart for chart in setting_charts(comparison.report, (32, 1), comparison) if "Overhead" in chart.title
+        ]
+        assert sorted({(series.colour, series.name.rpartition(", ")[2]) for series in chart.series}) == [
+            (0, "a-model fp32"), (1, "a-model fp32"), (2, "a-model int8"), (3, "a-model int8"),
+        ]  # fmt: skip
+
     def test_a_bar_is_never_negative(self):
         fast = report_of(cell(0, 1e-6))
         bars = [chart for chart in setting_charts(fast, (10, 1)) if isinstance(chart, BarChart)]
@@ -147,7 +168,19 @@ class TestCharts:
 
     def test_without_prefixes_there_is_no_selection(self, report):
         assert selection_chart(replace(report, switches=())) is None
-        assert isinstance(selection_chart(report), LineChart)
+
+    def test_selection_is_drawn_of_random_prefixes_and_of_tasks(self, report):
+        switches = (Switch(None, 5, (0.002,), (1e-4,)), Switch("headline", 20, (0.003,), (2e-4,)))
+        chart = selection_chart(replace(report, switches=switches))
+        assert isinstance(chart, LineChart)
+        assert [
+            (series.colour, series.style, [(point.x, point.y) for point in series.points]) for series in chart.series
+        ] == [
+            (0, "line", [(5, 2.0)]),
+            (0, "marks", [(20, 3.0)]),
+            (1, "line", [(5, pytest.approx(0.1))]),
+            (1, "marks", [(20, pytest.approx(0.2))]),
+        ]
 
     @pytest.mark.parametrize("ends", [(0, 1), (0, 97), (-3.2, 5.1), (0, 0.0013), (0, 0), (0, 1e9), (-1, 0)])
     def test_ticks_reach_around_what_is_drawn(self, ends):
