@@ -134,7 +134,7 @@ def _build(
         file=_NOT_YET,
         backend=library.backend,
         version=library.version,
-        compute_capabilities=request.compute_capabilities or _own(library),
+        compute_capabilities=request.compute_capabilities or _capabilities_here(library),
         graph=graph_hash(bundle.manifest),
         options=request.options(),
         profiles=found.profiles,
@@ -146,7 +146,7 @@ def _build(
     return record, plan
 
 
-def _own(library: Library) -> tuple[str, ...]:
+def _capabilities_here(library: Library) -> tuple[str, ...]:
     """What an engine runs on that is built for no compute capability by name: this machine's GPU's, of TensorRT."""
     found = gpu_capability(0) if library.backend != RTX else None
     return () if found is None else (found,)

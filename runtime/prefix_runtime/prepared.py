@@ -31,13 +31,19 @@ def prepare(bundle: Bundle, provider: str = "cpu") -> Path:
     Raises:
         BundleIntegrityError: a file is not the one that the manifest names: nothing is kept under a false name.
         ProviderError: onnxruntime cannot open the graph.
-        OSError: the disk is full or the folder not writable; nothing is left behind.
+        OSError: the disk is full, or the folder cannot be had; nothing is left behind.
     """
     if (found := prepared_graph(bundle, provider)) is not None:
         return found
     bundle.verify()
     folder = _folder(bundle, provider)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"{folder.parent}: expected a folder to keep graphs in, found that it cannot be made: {error.strerror}; "
+            "name another in PREFIX_RUNTIME_CACHE"
+        ) from error
     shutil.rmtree(folder, ignore_errors=True)
     try:
         with staged(folder) as staging:
