@@ -4,6 +4,7 @@ import { Engine } from "./engine.js";
 import { PageError } from "./errors.js";
 
 const opening = Engine.open(new URL("bundle/", self.location));
+opening.catch(() => {}); // told to whoever asks, who may not have asked yet
 const channel = new MessageChannel();
 let isStopped = false;
 
