@@ -10,6 +10,7 @@ from typing import Any
 
 from contestants import CONTESTANTS, IN_CACHE, IN_REQUEST, NONE, REFERENCE
 from environments import PreparationError
+from figures import alike
 from peers.protocol import stand_in
 from worker import SHOWN_REASON, Worker, WorkerError
 from workshop import Workshop
@@ -105,8 +106,7 @@ class Contest:
         """Of its greedy tokens, how many are the product's at float32 before the first that is not."""
         prefix = CONTESTANTS[name].prefix
         expected = self._reference[0 if prefix == NONE else length, prefix in {IN_CACHE, IN_REQUEST}]
-        pairs = enumerate(zip(self._ask(worker, length)["tokens"], expected, strict=True))
-        return next((index for index, (found, token) in pairs if found != token), len(expected))
+        return alike(self._ask(worker, length)["tokens"], expected)
 
     def _observe_reference(self) -> None:
         """The product's tokens under each prefix, and after each text that stands in for one."""

@@ -24,6 +24,12 @@ def show(figure: dict[str, float] | None, scale: float = 1.0, digits: int = 2) -
     return f"{median} [{first}, {third}]"
 
 
+def alike(left: Sequence[int], right: Sequence[int]) -> int:
+    """Tokens that two answers begin with alike."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((index for index, pair in pairs if pair[0] != pair[1]), min(len(left), len(right)))
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     """Its lines."""
     lines = [header, ["---"] * len(header), *rows]

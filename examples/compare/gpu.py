@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from figures import markdown_table, quartiles, show
+from figures import alike, markdown_table, quartiles, show
 from worker import Worker
 
-from prefix_runtime import Bundle
+from prefix_runtime import Bundle, Cuda
+from prefix_runtime.bandwidth import CopyProbe
+from prefix_runtime.device import Device
 from prefix_runtime.machine import versions
 
 HERE = Path(__file__).parent
@@ -139,12 +141,13 @@ def switching(product: Worker, prefix_length: int, pairs: int) -> dict[str, floa
 
 def summary(arguments: argparse.Namespace, rows: Sequence[Row], weight_bytes: int) -> dict[str, Any]:
     """What the rows took, beside the floor; asks the GPU, so that it comes last."""
-    gpu, bandwidth = copy_bandwidth()
+    device = Device(Cuda())
+    bandwidth = CopyProbe(device).measure()
     product = {row.prefix_length: row for row in rows if row.name == PRODUCT}
     return {
         "command": f"python examples/compare/gpu.py {' '.join(Path(part).name for part in arguments.given)}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "gpu": gpu,
+        "gpu": device.name,
         "weight_bytes": weight_bytes,
         "bytes_per_second": bandwidth,
         "floor": weight_bytes / bandwidth,
@@ -155,7 +158,7 @@ def summary(arguments: argparse.Namespace, rows: Sequence[Row], weight_bytes: in
                 "latency": quartiles(row.latencies),
                 "first_token": quartiles(row.first_tokens),
                 "against the product": ratio(product[row.prefix_length].latencies, row.latencies),
-                "tokens": _agreeing(product[row.prefix_length].tokens, row.tokens),
+                "tokens": alike(product[row.prefix_length].tokens, row.tokens),
             }
             for row in rows
         ],
@@ -165,32 +168,9 @@ def summary(arguments: argparse.Namespace, rows: Sequence[Row], weight_bytes: in
     }
 
 
-def copy_bandwidth() -> tuple[str, float]:
-    """The GPU's name, and the bytes that a copy on it reads and writes a second: the best of a few."""
-    import torch  # not before the product is measured
-
-    source = torch.ones(2 << 30, dtype=torch.int8, device="cuda")
-    target = torch.empty_like(source)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    best = 0.0
-    for _ in range(10):
-        begin.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize()
-        best = max(best, 2 * source.nbytes / (begin.elapsed_time(end) / 1000))
-    return torch.cuda.get_device_name(), best
-
-
 def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
     """Of two rows, within each round."""
     return quartiles([first / second for first, second in zip(above, below, strict=True)])
-
-
-def _agreeing(left: Sequence[int], right: Sequence[int]) -> int:
-    """Tokens that two answers begin with alike."""
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((index for index, pair in pairs if pair[0] != pair[1]), min(len(left), len(right)))
 
 
 def as_markdown(found: dict[str, Any]) -> str:

@@ -156,7 +156,7 @@ class _Contestant:
             command="",
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=machine.versions(),
-            machine=machine.describe(),
+            machine=machine.describe(None if self.device is None else self.device.name),
             subject=Subject.of(self._plan.bundle),
             request=self._request,
             bandwidth=bandwidth,

@@ -108,6 +108,7 @@ class Device:
     Attributes:
         kind: what onnxruntime calls memory there.
         index: the GPU's number.
+        name: the GPU's, as its driver has it.
         stream: of the engine.
         uploads: a stream beside it, for what is brought in meanwhile.
 
@@ -122,6 +123,7 @@ class Device:
         count = _value(cuda.cudaGetDeviceCount(), "find a GPU")
         if not 0 <= self.index < count:
             raise ProviderError(f"cuda: device: expected 0 to {count - 1}, found {self.index}")
+        self.name: str = _value(cuda.cudaGetDeviceProperties(self.index), "ask what GPU it is").name.decode()
         self._lock = threading.RLock()
         self.stream = self._new_stream() if options.stream is None else Stream(options.stream)
         self.uploads = self._new_stream()

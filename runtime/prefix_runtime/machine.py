@@ -14,9 +14,14 @@ _PROCESS = Path("/proc/self/status")
 _DISTRIBUTIONS = ("prefix-runtime", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 
-def describe() -> dict[str, str]:
-    """Processor, number of processors that this process may use, and system; nothing that tells whose machine it is."""
-    return {
+def describe(gpu: str | None = None) -> dict[str, str]:
+    """Processor, number of processors that this process may use, and system; nothing that tells whose machine it is.
+
+    Args:
+        gpu: the name of the one that is used, which stands first.
+    """
+    found = {} if gpu is None else {"gpu": gpu}
+    return found | {
         "processor": processor_name(),
         "processors": f"{usable_processors()} processors",
         "system": f"{platform.system()} {platform.machine()}",

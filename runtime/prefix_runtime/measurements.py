@@ -264,7 +264,7 @@ class BenchReport:
         command: that made it, without folders.
         created: date and time, ISO 8601, UTC.
         versions: of the runtime and what it runs on, by name.
-        machine: processor, number of processors that may be used, and system, by these names.
+        machine: processor, number of processors that may be used, and system, by these names; "gpu", where one ran.
         subject: the bundle.
         request: what was asked for.
         bandwidth: bytes a second that the machine read memory at, one a round.

@@ -211,3 +211,4 @@ def test_a_step_is_captured_once_for_each_length_and_number_of_rows(bundle, monk
 def test_the_commands_run_there(bundle, verb, options):
     result = CliRunner().invoke(main, [verb, str(bundle), "--provider", "cuda", *options])
     assert result.exit_code == 0, result.output
+    assert ("NVIDIA" in result.output) == (verb == "bench")

@@ -60,7 +60,7 @@ class HostStream:
 
 
 class HostDevice:
-    kind, index = "cpu", 0
+    kind, index, name = "cpu", 0, "a GPU of the host's memory"
 
     def __init__(self, options=None):
         self.options = options or Cuda()

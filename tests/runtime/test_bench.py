@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from prefix_runtime import (
     BenchError,
     Bundle,
+    Engine,
     ProviderError,
     UnknownTaskError,
     bandwidth,
@@ -36,7 +37,9 @@ from prefix_runtime.measurements import (
     paired_ratio,
 )
 from prefix_runtime.openings import run_in_fresh_process
+from prefix_runtime.report import as_text
 from tests.runtime.conftest import cell, report_of, sample
+from tests.runtime.host_device import HostDevice
 
 SMALL = BenchRequest(prefix_lengths=(0, 5), new_tokens=3, rounds=2, threads=1)
 ROW = bench_plan.Row(None, 3, prompt_length=4, batch_size=1)
@@ -170,6 +173,15 @@ class TestRounds:
         assert [each.key for each in first.cells] == [each.key for each in second.cells]
         assert first.cells != second.cells
         assert max(Counter(told).values()) == 2
+
+    def test_on_a_gpu_its_name_comes_first_and_its_memory_is_copied(self, shared_bundle, monkeypatch):
+        device = HostDevice()
+        monkeypatch.setattr(Engine, "device", device)
+        report = bench(shared_bundle, SMALL)
+        assert next(iter(report.machine.items())) == ("gpu", device.name)
+        assert as_text(report).splitlines()[1].startswith(f"{device.name}, {machine.processor_name()}")
+        assert device.stream.copied["copy"]
+        assert from_json(to_json(report), "a report").machine == report.machine
 
     def test_nothing_that_names_a_machine_or_a_person_is_kept(self, measured, shared_bundle):
         text = to_json(measured[0])

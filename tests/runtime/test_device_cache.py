@@ -6,16 +6,10 @@ The device is in the host's memory (`host_device`), the graph is one for GPUs, r
 from __future__ import annotations
 
 import gc
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from host_device import HostDevice
 
 import prefix_runtime
 from prefix_runtime import (
@@ -35,6 +29,7 @@ from prefix_runtime.engine import Engine
 from prefix_runtime.kv_cache import KeyValueCache
 from prefix_runtime.resident import ResidentPrefixes
 from prefix_runtime.session import Session
+from tests.runtime.host_device import HostDevice
 
 HALF = CacheFormat(np.dtype(np.float16))
 CAPACITY, ROWS = 64, 5
