@@ -29,13 +29,14 @@ def inspect(path: Path, model: str | None, wanted: str | None, as_json: bool) ->
     """Say what the bundle, prefix file or checkpoint at PATH holds, and how it would fold."""
     from prefix_runtime.bundle import MANIFEST_NAME, Bundle
 
-    from . import formats
-    from .cli import libraries_quiet
-    from .fold import located
-
     if (path / MANIFEST_NAME).exists():
         runtime.print_bundle(Bundle.open(path), as_json)
         return
+
+    from . import formats  # torch takes seconds, and a bundle needs none
+    from .cli import libraries_quiet
+    from .fold import located
+
     with libraries_quiet():
         found = located(path)
         fields = dict(formats.describe(found, wanted))

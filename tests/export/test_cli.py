@@ -370,6 +370,17 @@ def test_help_and_version_load_nothing_heavy(package, command):
     assert not HEAVY & set(modules.split())
 
 
+def test_a_bundle_is_inspected_without_anything_heavy(shared_bundle):
+    script = (
+        f"import sys; from prefix_export.cli import main; main(['inspect', {str(shared_bundle)!r}], "
+        "standalone_mode=False); print(*sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    *said, modules = run.stdout.splitlines()
+    assert any(line.startswith("tasks") for line in said)
+    assert not HEAVY & set(modules.split())
+
+
 def test_both_modules_run_as_programs():
     for package, name in (("prefix_export", "prefix-export"), ("prefix_runtime", "prefix-runtime")):
         run = subprocess.run(
