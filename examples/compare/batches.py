@@ -1,4 +1,4 @@
-"""Rows of several tasks as one batch, against one row, and against rows of one task, interleaved in one run.
+"""Rows of several tasks as one batch, against one row, and against rows of one task, in rounds of changing order.
 
     python examples/compare/batches.py BUNDLE [--rows 8] [--prefix-length 200]
 
@@ -43,9 +43,10 @@ def main() -> None:
         f"{arguments.rows} rows of {arguments.rows} tasks": names,
     }
     found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
+    random = np.random.default_rng(0)
     for turn in range(arguments.rounds + 1):
-        for kind, tasks in kinds.items():
-            figures = measure(engine, tasks, prompt, arguments.new_tokens)
+        for kind in random.permutation(list(kinds)):
+            figures = measure(engine, kinds[kind], prompt, arguments.new_tokens)
             if turn:  # the first round warms up
                 found[kind].append(figures)
     report(found)
