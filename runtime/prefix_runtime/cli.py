@@ -22,6 +22,8 @@ from .bench_cli import bench
 from .errors import PrefixRuntimeError, RequestError
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from .arguments import GenerationOptions
     from .bundle import Bundle
     from .engine import Engine
@@ -186,9 +188,19 @@ main.add_command(bench)
 def cleaning_up_when_terminated() -> Iterator[None]:
     """Turn a polite kill, or the end of a terminal, into an exit, so that what is half-written is removed."""
     polite = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # Windows has none
-    before = {each: signal.signal(each, lambda number, frame: sys.exit(128 + number)) for each in polite}
+    received: list[int] = []
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        sys.exit(128 + number)
+
+    before = {each: signal.signal(each, leave) for each in polite}
     try:
         yield
+    except Exception:
+        if received:  # libraries make errors of their own even of an exit
+            sys.exit(128 + received[0])
+        raise
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 
 import prefix_runtime
 from prefix_runtime import Bundle, Prefix, Sampling
-from prefix_runtime.cli import main, split_task
+from prefix_runtime.cli import cleaning_up_when_terminated, main, split_task
 
 PROMPT = "the lazy dog"
 COMMANDS = [[], ["inspect"], ["verify"], ["tasks"], ["tasks", "list"], ["tasks", "add"], ["tasks", "remove"]]
@@ -402,3 +403,20 @@ class TestProcess:
             told = process.stderr.read()
         assert told == b""
         assert process.returncode == 1
+
+
+def test_a_library_that_makes_an_error_of_an_exit_does_not_change_what_ended_the_process():
+    def trace():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except SystemExit as error:
+            raise ValueError("cannot trace") from error
+
+    with pytest.raises(SystemExit) as caught, cleaning_up_when_terminated():
+        trace()
+    assert caught.value.code == 128 + signal.SIGTERM
+
+
+def test_an_error_without_a_signal_stays_what_it_is():
+    with pytest.raises(ValueError, match="cannot trace"), cleaning_up_when_terminated():
+        raise ValueError("cannot trace")
