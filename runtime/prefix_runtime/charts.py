@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from .measurements import BenchReport, Cell, Comparison, Quartiles, Switch, quartiles
 from .report import milliseconds, row_name
@@ -12,6 +14,7 @@ from .report import milliseconds, row_name
 PREFIX_LENGTH = "prefix length (positions)"
 _TASKS = "tasks of the bundle"
 _TICKS = 5
+_Row = TypeVar("_Row", Cell, Switch)
 
 
 @dataclass(frozen=True)
@@ -103,14 +106,9 @@ def selection_chart(report: BenchReport) -> LineChart | None:
     if not report.switches:
         return None
     kinds = (("cold: a task's first request", "cold"), ("warm: later requests", "warm"))
-    plain = [switch for switch in report.switches if not switch.task]
-    tasks = [switch for switch in report.switches if switch.task]
     series: list[Series] = []
     for colour, (name, kind) in enumerate(kinds):
-        series += [
-            Series(name, colour, "line", tuple(_switch_points(plain, kind))),
-            Series(f"{name}, {_TASKS}", colour, "marks", tuple(_switch_points(tasks, kind))),
-        ]
+        series += _both((name, f"{name}, {_TASKS}"), colour, report.switches, partial(_switch_points, kind=kind))
     return LineChart("Selecting a task", PREFIX_LENGTH, "milliseconds", _drawn(series))
 
 
@@ -118,11 +116,9 @@ def _latency(title: str, figure: str, drawn: list[tuple[str, BenchReport]], sett
     series: list[Series] = []
     for colour, (name, report) in enumerate(drawn):
         cells = report.cells_of(setting)
-        plain = sorted((cell for cell in cells if not cell.task), key=lambda cell: cell.prefix_length)
-        tasks = [cell for cell in cells if cell.task]
+        names = _named("random prefixes", name), _named(_TASKS, name)
         series += [
-            Series(_named("random prefixes", name), colour, "line", tuple(_points(plain, figure))),
-            Series(_named(_TASKS, name), colour, "marks", tuple(_points(tasks, figure))),
+            *_both(names, colour, cells, partial(_points, figure=figure)),
             Series(_named("floor", name), colour, "dashed", tuple(_floor_points(report, cells, figure))),
         ]
     return LineChart(title, PREFIX_LENGTH, "milliseconds", _drawn(series))
@@ -133,16 +129,10 @@ def _overhead(drawn: list[tuple[str, BenchReport]], setting: tuple[int, int]) ->
     series: list[Series] = []
     for number, (name, report) in enumerate(drawn):
         cells = sorted(report.cells_of(setting), key=lambda cell: cell.prefix_length)
-        plain = [cell for cell in cells if not cell.task]
-        tasks = [cell for cell in cells if cell.task]
         for place, (shown, figure) in enumerate(figures):
-            colour = number * len(figures) + place
-            series += [
-                Series(_named(shown, name), colour, "line", tuple(_overhead_points(report, plain, figure))),
-                Series(
-                    _named(f"{shown}, {_TASKS}", name), colour, "marks", tuple(_overhead_points(report, tasks, figure))
-                ),
-            ]
+            names = _named(shown, name), _named(f"{shown}, {_TASKS}", name)
+            points = partial(_overhead_points, report, figure=figure)
+            series += _both(names, number * len(figures) + place, cells, points)
     return LineChart("Overhead against prefix 0, 95 % interval", PREFIX_LENGTH, "percent", _drawn(series))
 
 
@@ -171,6 +161,19 @@ def _step(name: str, report: BenchReport, cells: list[Cell]) -> BarChart:
             ("rest", tuple(seconds * 1e3 for seconds in rest)),
         ),
     )
+
+
+def _both(
+    names: tuple[str, str], colour: int, rows: Iterable[_Row], points: Callable[[Iterable[_Row]], Iterable[Point]]
+) -> list[Series]:
+    """Random prefixes, joined by their length, and the bundle's tasks, as marks."""
+    held = list(rows)
+    plain = sorted((row for row in held if not row.task), key=lambda row: row.prefix_length)
+    tasks = [row for row in held if row.task]
+    return [
+        Series(names[0], colour, "line", tuple(points(plain))),
+        Series(names[1], colour, "marks", tuple(points(tasks))),
+    ]
 
 
 def _drawn(series: Iterable[Series]) -> tuple[Series, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 from .bundle import Bundle
 from .errors import ProviderError, RequestError
@@ -50,7 +51,9 @@ def open_session(
         return Session(bundle.graph_path, _without_graphs(bundle, provider))
     if provider in TENSORRT_PROVIDERS:
         return _open_by_tensorrt(bundle, provider, threads, max_batch)
-    return _open_on_cpu(bundle, provider, threads, only_own=only_own, prepares=prepares)
+    if prepares:
+        return _open_on_cpu(bundle, prepare(bundle), threads)
+    return _open_on_cpu(bundle, None if only_own else prepared_graph(bundle), threads)
 
 
 def _check_provider(bundle: Bundle, provider: str | Cuda) -> None:
@@ -69,15 +72,14 @@ def _check_provider(bundle: Bundle, provider: str | Cuda) -> None:
         )
 
 
-def _open_on_cpu(bundle: Bundle, provider: str, threads: int | None, *, only_own: bool, prepares: bool) -> Session:
-    kept = prepare(bundle, provider) if prepares else None if only_own else prepared_graph(bundle, provider)
+def _open_on_cpu(bundle: Bundle, kept: Path | None, threads: int | None) -> Session:
     if kept is not None:
         try:
-            return Session(kept, provider, threads)
+            return Session(kept, "cpu", threads)
         except ProviderError:
             pass  # it is damaged: the bundle's own is whole, or says what is wrong
     with on_huge_pages():
-        session = Session(bundle.graph_path, provider, threads)
+        session = Session(bundle.graph_path, "cpu", threads)
     let_go(bundle.graph_path.with_name(f"{bundle.graph_path.name}.data"))  # packed
     return session
 

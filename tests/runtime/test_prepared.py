@@ -31,6 +31,19 @@ def opened(workshop, request):
     return Bundle.open(workshop.bundle(precision=request.param))
 
 
+@pytest.fixture
+def opened_paths(monkeypatch):
+    """The graphs that sessions are opened on, in order."""
+    paths, init = [], session.Session.__init__
+
+    def note(self, path, *arguments):
+        paths.append(path)
+        init(self, path, *arguments)
+
+    monkeypatch.setattr(session.Session, "__init__", note)
+    return paths
+
+
 def logits(bundle, task="p20"):
     return prefix_runtime.load(bundle.root, threads=1).logits(IDS, task)
 
@@ -42,16 +55,10 @@ def test_the_kept_graph_answers_as_the_bundles_own(opened):
     np.testing.assert_array_equal(logits(opened), before)
 
 
-def test_the_kept_graph_is_the_one_that_is_opened(opened, monkeypatch):
-    graph, paths, init = prepare(opened), [], session.Session.__init__
-
-    def note(self, path, *arguments):
-        paths.append(path)
-        init(self, path, *arguments)
-
-    monkeypatch.setattr(session.Session, "__init__", note)
+def test_the_kept_graph_is_the_one_that_is_opened(opened, opened_paths):
+    graph = prepare(opened)
     logits(opened)
-    assert paths == [graph]
+    assert opened_paths == [graph]
 
 
 def test_it_is_made_once(opened, monkeypatch):
@@ -132,19 +139,14 @@ def test_a_damaged_graph_is_not_opened_and_made_anew(opened, name, spoil):
     assert prepared_graph(opened) == graph
 
 
-def test_an_engine_that_prepares_keeps_the_graph_once_and_opens_it(opened, monkeypatch):
-    before, paths, init = logits(opened), [], session.Session.__init__
-
-    def note(self, path, *arguments):
-        paths.append(path)
-        init(self, path, *arguments)
-
-    monkeypatch.setattr(session.Session, "__init__", note)
+def test_an_engine_that_prepares_keeps_the_graph_once_and_opens_it(opened, opened_paths, monkeypatch):
     first = prefix_runtime.load(opened.root, threads=1, prepare=True)
     kept = prepared_graph(opened)
     monkeypatch.setattr(prepared, "save_opened", lambda *_: pytest.fail("made again"))
     again = prefix_runtime.load(opened.root, threads=1, prepare=True)
-    assert paths == [kept, kept]
+    assert opened_paths == [kept, kept]
+    forget(opened)
+    before = logits(opened)
     for engine in (first, again):
         np.testing.assert_array_equal(engine.logits(IDS, "p20"), before)
 
@@ -173,17 +175,10 @@ def test_an_engine_that_cannot_keep_the_graph_says_so(opened, cache):
     assert prefix_runtime.load(opened.root, threads=1).logits(IDS).shape == (len(IDS), 384)
 
 
-def test_who_asks_for_verification_gets_the_bundles_own_graph(opened, monkeypatch):
+def test_who_asks_for_verification_gets_the_bundles_own_graph(opened, opened_paths):
     prepare(opened)
-    paths, init = [], session.Session.__init__
-
-    def note(self, path, *arguments):
-        paths.append(path)
-        init(self, path, *arguments)
-
-    monkeypatch.setattr(session.Session, "__init__", note)
     prefix_runtime.load(opened.root, verify=True)
-    assert paths == [opened.graph_path]
+    assert opened_paths == [opened.graph_path]
 
 
 def test_a_kept_graph_that_does_not_open_is_passed_over(opened):
