@@ -124,7 +124,7 @@ def assess_all(
     folder: Path, expected: Mapping[str | None, FloatAnswers], on_step: StepListener
 ) -> dict[str | None, TaskQuality]:
     """A bundle as it is run against the float32 model, on the same texts."""
-    engine = load(folder, provider=_provider(Bundle.open(folder).manifest.target))
+    engine = load(folder, provider=_provider(Bundle.open(folder).manifest.target), prepare=False)
     found = {}
     for task, in_float in expected.items():
         on_step(f"reading held-out text: {shown_task(task)}")

@@ -96,7 +96,7 @@ def engines(source: Path, length: int, folder: Path, threads: int) -> dict[str, 
         print(f"building: {name}, prefix {length}", file=sys.stderr)
         output = folder / f"bundle-{length}-{len(made)}"
         build(BuildRequest(str(source), {TASK: adapter}, output, verify=False, **options))  # type: ignore[arg-type]
-        made[name] = load(output, threads=threads)
+        made[name] = load(output, threads=threads, prepare=False)
     baked: Bundle = made[BESIDE].bundle
     graph = folder / f"joined-{length}" / "model.onnx"
     graph.parent.mkdir()

@@ -31,7 +31,8 @@ def measure(engine: prefix_runtime.Engine, tasks: list[str], prompt: list[int], 
 def main() -> None:
     """Measure and print."""
     arguments = parse_arguments()
-    engine = prefix_runtime.load(arguments.bundle, threads=arguments.threads, max_batch=arguments.rows)
+    bundle, threads = arguments.bundle, arguments.threads
+    engine = prefix_runtime.load(bundle, threads=threads, max_batch=arguments.rows, prepare=False)
     names = [f"random-{index}" for index in range(arguments.rows)]
     prefix = random_prefix(engine.bundle, arguments.prefix_length)
     for name in names:

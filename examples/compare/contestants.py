@@ -54,6 +54,14 @@ def _on_small_pages(precision: str) -> Contestant:
     return Contestant(f"prefix-export, {precision}, pages of 4 KiB", precision, REAL, command)
 
 
+def _kept(precision: str) -> Contestant:
+    def command(shop: Workshop) -> list[str]:
+        bundle = shop.bundle(precision)
+        return _here("product.py", bundle, shop.order.threads, "--kept", bundle.with_name("kept"))
+
+    return Contestant(f"prefix-export, {precision}, the graph kept", precision, REAL, command)
+
+
 def _graph(label: str, graph: Callable[[Workshop], Path]) -> Contestant:
     def command(shop: Workshop) -> list[str]:
         return _here("graph.py", graph(shop), shop.prefixes, shop.order.threads)
@@ -104,6 +112,7 @@ CONTESTANTS = {
     "product-int8-256": _product("prefix-export, int8, block 256", "int8", "--block-size", "256"),
     "product-int4-128": _product("prefix-export, int4, block 128", "int4", "--block-size", "128"),
     **{f"product-{precision}-4k": _on_small_pages(precision) for precision in ("float32", "int8", "int4")},
+    **{f"product-{precision}-kept": _kept(precision) for precision in ("float32", "int8", "int4")},
     "product-text": Contestant("prefix-export, float32, text as prompt", "float32", IN_REQUEST, _text_in_product),
     "peft-eager": _peft("PEFT, eager torch", REAL),
     "peft-lora": _peft("PEFT, eager torch, LoRA unmerged", NONE, "--lora"),

@@ -134,6 +134,7 @@ class _Contestant:
             provider=request.provider,
             threads=request.threads,
             max_batch=max(request.batch_sizes),
+            prepare=False,
         )
         self._names: dict[Row, str | None] = {Row(None, 0): None}
         for row in plan.prefixes:

@@ -84,17 +84,18 @@ def verify(bundle: Path) -> None:
 def prepare(bundle: Path, remove: bool) -> None:
     """Keep BUNDLE's graph as onnxruntime packs it for this processor, so that it opens faster from now on.
 
-    It is kept in the user's cache folder, or in PREFIX_RUNTIME_CACHE, and takes about twice the bundle's size.
+    It is kept in the user's cache folder, or in PREFIX_RUNTIME_CACHE, and takes about twice the bundle's size. Of a
+    bundle of a gigabyte or more the second opening does so by itself.
     """
-    from . import prepared
+    from . import keeping
     from .bundle import Bundle
 
     opened = Bundle.open(bundle)
     if remove:
-        click.echo(f"removed what was kept of {bundle}" if prepared.forget(opened) else "nothing was kept")
+        click.echo(f"removed what was kept of {bundle}" if keeping.forget(opened) else "nothing was kept")
         return
     with cleaning_up_when_terminated():
-        graph = prepared.prepare(opened)
+        graph = keeping.keep(opened)
     size = sum(path.stat().st_size for path in graph.parent.iterdir())
     click.echo(f"{graph.parent}: {size / 1e6:.1f} MB")
 

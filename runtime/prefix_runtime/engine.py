@@ -58,7 +58,7 @@ def load(
     cache_bytes: int = DEFAULT_CACHE_BYTES,
     max_batch: int = DEFAULT_MAX_BATCH,
     verify: bool = False,
-    prepare: bool = False,
+    prepare: bool | None = None,
 ) -> Engine:
     """An engine on a bundle folder; opened from what was kept of its graph on this machine, where there is such.
 
@@ -71,8 +71,9 @@ def load(
         cache_bytes: that key/value buffers may take before idle ones are dropped.
         max_batch: prompts of a list that are answered together; more are taken in turns.
         verify: compare every file's SHA-256 first, and open the bundle's own graph.
-        prepare: keep the graph as onnxruntime packs it, if it was not kept before, and open that: the first time takes
-            several times as long, and the disk twice the graph's size; see `prefix-runtime prepare`. On the CPU.
+        prepare: keep the graph as onnxruntime packs it, if it was not kept before, and open that: once this takes
+            several times as long, and the disk twice the graph's size; see `prefix-runtime prepare`. None does so at
+            the second opening of a gigabyte or more, where a quarter of the free disk holds it. On the CPU.
 
     Raises:
         BundleError, BundleIntegrityError: the folder is not a bundle, or not whole.

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from .bundle import Bundle
 from .errors import ProviderError, RequestError
+from .keeping import graph_to_open
 from .pages import let_go, on_huge_pages
-from .prepared import prepare, prepared_graph, provider_folder
+from .prepared import provider_folder
 from .provider import Cuda
 from .session import Session, check_known, check_provider
 from .tensorrt_engine import EngineSession, open_engine
@@ -24,7 +25,7 @@ def open_session(
     max_batch: int,
     *,
     only_own: bool = False,
-    prepares: bool = False,
+    prepares: bool | None = None,
 ) -> Session | EngineSession:
     """Open a bundle's graph, or what was kept of it.
 
@@ -34,7 +35,7 @@ def open_session(
         threads: of one run.
         max_batch: prompts of a list that are answered together.
         only_own: open no graph that was kept, which has no hashes.
-        prepares: keep the graph first where none was kept.
+        prepares: keep the graph first where none was kept; as for `keeping.graph_to_open`.
 
     Raises:
         ProviderError: onnxruntime cannot open the graph with this provider.
@@ -51,9 +52,7 @@ def open_session(
         return Session(bundle.graph_path, _without_graphs(bundle, provider))
     if provider in TENSORRT_PROVIDERS:
         return _open_by_tensorrt(bundle, provider, threads, max_batch)
-    if prepares:
-        return _open_on_cpu(bundle, prepare(bundle), threads)
-    return _open_on_cpu(bundle, None if only_own else prepared_graph(bundle), threads)
+    return _open_on_cpu(bundle, None if only_own else graph_to_open(bundle, prepares), threads)
 
 
 def _check_provider(bundle: Bundle, provider: str | Cuda) -> None:

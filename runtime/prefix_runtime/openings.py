@@ -50,7 +50,7 @@ def observe(import_seconds: float, path: str, wanted: str) -> str:
     provider, threads, new_tokens = (request.pop(key) for key in ("provider", "threads", "new_tokens"))
     row = Row(**request)
     started = time.perf_counter()
-    engine = load(path, provider=provider, threads=threads, max_batch=row.batch_size)
+    engine = load(path, provider=provider, threads=threads, max_batch=row.batch_size, prepare=False)
     open_seconds = time.perf_counter() - started
     opened_bytes = resident_memory()
     task = row.task

@@ -21,6 +21,11 @@ def partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
+def partial_names(name: str) -> str:
+    """The pattern of what `partial_name` makes of a name."""
+    return f".{name}.*.partial"
+
+
 def write_file_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a crash at any moment, finds the old content or the new, never a part.
 

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import prefix_runtime
-from prefix_runtime import LayerPrefix, Prefix
+from prefix_runtime import LayerPrefix, Prefix, session
 from prefix_runtime.bundle import MANIFEST_NAME, describe_file
 from prefix_runtime.measurements import BenchReport, BenchRequest, Cell, Opening, Sample, Subject, Switch
 
@@ -111,3 +111,16 @@ def report_of(*cells, rounds=None, new_tokens=8):
         openings=(Opening(*cells[0].key, 0.1, 1.5, 10_000_000, 20_000_000, None),),
         skipped=("prefix 9: leaves no room",),
     )
+
+
+@pytest.fixture
+def opened_paths(monkeypatch):
+    """The graphs that sessions are opened on, in order."""
+    paths, init = [], session.Session.__init__
+
+    def note(self, path, *arguments):
+        paths.append(path)
+        init(self, path, *arguments)
+
+    monkeypatch.setattr(session.Session, "__init__", note)
+    return paths

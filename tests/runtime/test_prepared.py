@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import prefix_runtime
-from prefix_runtime import Bundle, BundleIntegrityError, Cuda, RequestError, machine, prepared, session
+from prefix_runtime import Bundle, BundleIntegrityError, Cuda, RequestError, machine, prepared
 from prefix_runtime.cli import main
 from prefix_runtime.manifest import FileEntry
 from prefix_runtime.prepared import cache_folder, forget, prepare, prepared_graph
@@ -29,19 +29,6 @@ def cache(monkeypatch, tmp_path):
 @pytest.fixture(params=["fp32", "int8"])
 def opened(workshop, request):
     return Bundle.open(workshop.bundle(precision=request.param))
-
-
-@pytest.fixture
-def opened_paths(monkeypatch):
-    """The graphs that sessions are opened on, in order."""
-    paths, init = [], session.Session.__init__
-
-    def note(self, path, *arguments):
-        paths.append(path)
-        init(self, path, *arguments)
-
-    monkeypatch.setattr(session.Session, "__init__", note)
-    return paths
 
 
 def logits(bundle, task="p20"):

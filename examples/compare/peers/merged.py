@@ -26,7 +26,7 @@ class Merged:
 
     def _open_another(self) -> float:
         started = time.perf_counter()
-        self._engines.append(prefix_runtime.load(self._bundle, threads=self._threads))
+        self._engines.append(prefix_runtime.load(self._bundle, threads=self._threads, prepare=False))
         seconds = time.perf_counter() - started
         self._engines[-1].generate(token_ids=[1], max_new_tokens=2)
         return seconds

@@ -1,12 +1,13 @@
 """The product, as it is deployed: without torch.
 
-python product.py BUNDLE THREADS [--as-text] [--small-pages]
+python product.py BUNDLE THREADS [--as-text] [--small-pages] [--kept FOLDER]
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import os
 from collections.abc import Sequence
 
 from protocol import Generation, serve, stand_in
@@ -23,13 +24,15 @@ class Product:
     """An engine whose tasks are called after their prefix lengths, `p200`; with `as_text` text takes the prefix' place.
 
     The text is part of the request, and so of the time to the first token. With `small_pages` the process gets no huge
-    pages.
+    pages. With `kept`, a folder, the graph is opened as it was packed and kept there, before if need be.
     """
 
-    def __init__(self, bundle: str, threads: int, as_text: bool, small_pages: bool) -> None:
+    def __init__(self, bundle: str, threads: int, as_text: bool, small_pages: bool, kept: str | None) -> None:
         if small_pages and ctypes.CDLL(None).prctl(_DISABLE_HUGE_PAGES, 1, 0, 0, 0):
             raise OSError("the system does not let a process do without huge pages")
-        self._engine = prefix_runtime.load(bundle, threads=threads)
+        if kept is not None:
+            os.environ["PREFIX_RUNTIME_CACHE"] = kept
+        self._engine = prefix_runtime.load(bundle, threads=threads, prepare=kept is not None)
         self._subject = Subject.of(self._engine.bundle)
         self._bundle, self._threads, self._as_text = bundle, threads, as_text
 
@@ -47,7 +50,7 @@ class Product:
 
     def select(self, prefix_length: int, cache_bytes: int) -> dict[str, list[float]]:
         """Seconds to select each of 100 tasks, asked for in turn: each one's first request, then its second."""
-        engine = prefix_runtime.load(self._bundle, threads=self._threads, cache_bytes=cache_bytes)
+        engine = prefix_runtime.load(self._bundle, threads=self._threads, cache_bytes=cache_bytes, prepare=False)
         names = [f"selected-{index}" for index in range(TASKS)]
         for index, name in enumerate(names):
             engine.add_task(name, random_prefix(engine.bundle, prefix_length, index))
@@ -75,6 +78,7 @@ def main() -> None:
     parser.add_argument("threads", type=int)
     parser.add_argument("--as-text", action="store_true")
     parser.add_argument("--small-pages", action="store_true")
+    parser.add_argument("--kept", metavar="FOLDER")
     arguments = parser.parse_args()
     serve(lambda: Product(**vars(arguments)), "onnxruntime")
 

@@ -1,0 +1,118 @@
+"""Whose graphs are kept as onnxruntime packs them: those asked for, and by themselves large ones opened again.
+
+Packing takes seconds from about a gigabyte on. To keep what comes of it takes several times as long, once, and pays
+only where the cache folder outlives the process, as that of a container may not. So the first opening of a large bundle
+leaves a mark, and a later one that finds it keeps the graph. Of what is kept by itself the mark stays, touched by each
+opening: it says when the graph was used last, and that nobody need try again where keeping it failed, or was killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from .bundle import Bundle
+from .errors import PrefixRuntimeError
+from .prepared import forget as _forget
+from .prepared import prepare, prepared_graph, provider_folder
+from .storage import partial_names
+
+LARGE = 1 << 30
+"""Bytes of a bundle's graph and weights, from which on it is packed for seconds."""
+SETTLED = 60.0
+"""Seconds after which a mark is an earlier start's, not that of another process of this one."""
+UNUSED = 30 * 24 * 3600.0
+"""Seconds after which a graph that was kept by itself, and not opened since, makes room when another is kept."""
+_ROOM = 4
+"""Times the bundle's size that must be free: a kept graph takes twice as much, and half of the disk stays."""
+
+_logger = logging.getLogger("prefix_runtime")
+
+
+def graph_to_open(bundle: Bundle, keeps: bool | None = None) -> Path | None:
+    """What was kept of a bundle's graph for the CPU; None where nothing was.
+
+    Args:
+        bundle: whose graph.
+        keeps: keep it first, for good; None keeps it where it is large and is opened again, and says nothing of what
+            goes wrong but in the log; False never does.
+
+    Raises:
+        BundleIntegrityError, ProviderError, OSError: as `prepared.prepare`, where it is asked for.
+    """
+    if keeps:
+        return keep(bundle)
+    found = prepared_graph(bundle)
+    with suppress(OSError):  # the folder cannot be had, or is not to be written
+        if found is not None:
+            _touch_if_there(_marks(bundle)[1])
+        elif keeps is None and _size(bundle) >= LARGE:
+            found = _keep_if_opened_again(bundle)
+    return found
+
+
+def keep(bundle: Bundle) -> Path:
+    """Keep a graph for good, if it was not kept before; returns it. Errors as `prepared.prepare`."""
+    graph = prepare(bundle)
+    _unmark(bundle)
+    return graph
+
+
+def forget(bundle: Bundle) -> bool:
+    """Remove what was kept; returns whether there was anything. A large bundle begins anew."""
+    _unmark(bundle)
+    return _forget(bundle)
+
+
+def _keep_if_opened_again(bundle: Bundle) -> Path | None:
+    opened, kept = _marks(bundle)
+    if kept.exists():
+        return None
+    if not opened.exists():
+        opened.parent.mkdir(parents=True, exist_ok=True)
+        opened.touch()
+        return None
+    is_settled = time.time() - opened.stat().st_mtime >= SETTLED
+    if not is_settled or shutil.disk_usage(opened.parent).free < _ROOM * _size(bundle):
+        return None
+    opened.rename(kept)  # of several processes one can
+    kept.touch()
+    _remove_unused(kept.parent)
+    _logger.info("%s: keeping the graph as it is packed, in %s, for later openings", bundle.root, kept.parent)
+    try:
+        return prepare(bundle)
+    except (OSError, PrefixRuntimeError) as error:
+        _logger.warning("%s: its graph could not be kept, and is packed at every opening: %s", bundle.root, error)
+        return None
+
+
+def _remove_unused(folder: Path) -> None:
+    for mark in (*folder.glob("*.kept"), *folder.glob("*.opened")):
+        if time.time() - mark.stat().st_mtime > UNUSED:
+            for path in (mark.with_suffix(""), *folder.glob(partial_names(mark.stem))):  # of who was killed meanwhile
+                shutil.rmtree(path, ignore_errors=True)
+            mark.unlink(missing_ok=True)
+
+
+def _marks(bundle: Bundle) -> tuple[Path, Path]:
+    """Of a bundle that was opened, and of one that was kept by itself, or was to be."""
+    folder = provider_folder(bundle, "cpu")
+    return folder.with_suffix(".opened"), folder.with_suffix(".kept")
+
+
+def _unmark(bundle: Bundle) -> None:
+    with suppress(OSError):
+        for mark in _marks(bundle):
+            mark.unlink(missing_ok=True)
+
+
+def _touch_if_there(mark: Path) -> None:
+    if mark.exists():
+        mark.touch()
+
+
+def _size(bundle: Bundle) -> int:
+    return sum(entry.size for entry in bundle.manifest.files.values())

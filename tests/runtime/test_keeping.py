@@ -1,0 +1,229 @@
+"""Which graphs are kept without being asked for: large ones that are opened again, where there is room."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from typing import NamedTuple
+
+import pytest
+from click.testing import CliRunner
+
+import prefix_runtime
+from prefix_runtime import Bundle, ProviderError, keeping, prepared
+from prefix_runtime.cli import main
+from prefix_runtime.keeping import LARGE, SETTLED, UNUSED, graph_to_open
+from prefix_runtime.prepared import prepare, prepared_graph
+
+IDS = [5, 6, 7]
+
+
+class Usage(NamedTuple):
+    """Of a disk, as `shutil.disk_usage` returns it."""
+
+    total: int
+    used: int
+    free: int
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("PREFIX_RUNTIME_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "prepared"
+
+
+@pytest.fixture
+def opened(bundle):
+    return Bundle.open(bundle)
+
+
+@pytest.fixture
+def large(monkeypatch, opened):
+    """A bundle that is large."""
+    monkeypatch.setattr(keeping, "LARGE", keeping._size(opened))
+    return opened
+
+
+def age(path, seconds):
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def settle(cache):
+    for mark in cache.glob("*.opened"):
+        age(mark, SETTLED + 1)
+
+
+def load(bundle, **options):
+    return prefix_runtime.load(bundle.root, threads=1, **options)
+
+
+def suffixes(cache):
+    return sorted(path.suffix for path in cache.iterdir())
+
+
+@pytest.fixture
+def kept(large, cache):
+    """One that was kept by itself."""
+    load(large)
+    settle(cache)
+    load(large)
+    assert suffixes(cache) == ["", ".kept"]
+    return large
+
+
+def test_a_large_bundle_is_kept_when_it_is_opened_again(large, cache, opened_paths):
+    before = load(large).logits(IDS, "p20")
+    assert suffixes(cache) == [".opened"]
+    settle(cache)
+    again = load(large).logits(IDS, "p20")
+    load(large)
+    graph = prepared_graph(large)
+    assert opened_paths == [large.graph_path, graph, graph]
+    assert (again == before).all()
+
+
+def test_another_process_of_the_same_start_keeps_nothing(large, cache):
+    load(large)
+    age(next(cache.glob("*.opened")), SETTLED - 10)
+    load(large)
+    assert suffixes(cache) == [".opened"]
+
+
+def test_of_several_processes_one_keeps_it(large, cache, monkeypatch, opened_paths):
+    load(large)
+    settle(cache)
+    usage = shutil.disk_usage
+
+    def overtaken(path):
+        monkeypatch.setattr(shutil, "disk_usage", usage)
+        load(large)
+        monkeypatch.setattr(keeping, "prepare", lambda *_: pytest.fail("kept twice"))
+        return usage(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", overtaken)
+    load(large)
+    assert opened_paths == [large.graph_path, prepared_graph(large), large.graph_path]
+
+
+@pytest.mark.parametrize("options", [{"prepare": False}, {"verify": True}])
+def test_who_wants_none_has_none_kept(large, cache, options):
+    for _ in range(3):
+        load(large, **options)
+    assert not cache.exists()
+    load(large)
+    settle(cache)
+    load(large, **options)
+    assert suffixes(cache) == [".opened"]
+
+
+def test_a_small_bundle_is_not_kept(opened, cache):
+    assert keeping._size(opened) < LARGE
+    for _ in range(2):
+        load(opened)
+    assert not cache.exists()
+
+
+def test_the_size_counts_graph_and_weights(opened):
+    graph = opened.graph_path
+    least = sum(path.stat().st_size for path in graph.parent.glob(f"{graph.name}*"))
+    assert least <= keeping._size(opened) < least + 1_000_000
+
+
+def test_where_there_is_little_room_none_is_kept_until_there_is(large, cache, monkeypatch):
+    load(large)
+    settle(cache)
+    free = 4 * keeping._size(large)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free, 1, free - 1))
+    load(large)
+    assert suffixes(cache) == [".opened"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free, 0, free))
+    load(large)
+    assert suffixes(cache) == ["", ".kept"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ProviderError("cannot write")])
+def test_what_goes_wrong_is_said_once_and_stops_no_engine(large, cache, monkeypatch, caplog, error):
+    def fail(_path, target, _provider):
+        target.write_bytes(b"half of it")
+        raise error
+
+    monkeypatch.setattr(prepared, "save_opened", fail)
+    load(large)
+    settle(cache)
+    for _ in range(3):
+        assert load(large).logits(IDS).shape == (len(IDS), 384)
+    assert suffixes(cache) == [".kept"]
+    warnings = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
+    assert warnings == [f"{large.root}: its graph could not be kept, and is packed at every opening: {error}"]
+
+
+def test_no_graph_is_kept_under_a_false_name(large, cache, caplog):
+    load(large)
+    settle(cache)
+    tokenizer = large.root / "tokenizer.json"
+    tokenizer.write_bytes(tokenizer.read_bytes().replace(b"\n", b" ", 1))
+    load(large)
+    assert prepared_graph(large) is None
+    assert "tokenizer.json" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["opened", "kept"])
+def test_a_folder_that_is_not_to_be_written_stops_no_engine(kept, monkeypatch, name):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    if name == "opened":
+        keeping.forget(kept)
+    monkeypatch.setattr("pathlib.Path.touch", refuse)
+    assert load(kept).logits(IDS).shape == (len(IDS), 384)
+
+
+def test_what_was_kept_by_itself_and_not_opened_for_long_makes_room(kept, cache, workshop, monkeypatch):
+    other = Bundle.open(workshop.bundle(precision="int8"))
+    folder = prepared_graph(kept).parent
+    partial = cache / f".{folder.name}.12345678.partial"
+    partial.mkdir()
+    mark = folder.with_suffix(".kept")
+    age(mark, UNUSED - 60)
+    load(kept)
+    assert time.time() - mark.stat().st_mtime < 60
+    monkeypatch.setattr(keeping, "LARGE", 0)
+
+    def keep_another():
+        keeping.forget(other)
+        load(other)
+        settle(cache)
+        load(other)
+        assert prepared_graph(other) is not None
+
+    keep_another()
+    assert prepared_graph(kept) is not None
+    age(mark, UNUSED + 60)
+    keep_another()
+    assert prepared_graph(kept) is None
+    assert not mark.exists()
+    assert not partial.exists()
+
+
+def test_what_was_asked_for_stays(kept, cache):
+    load(kept, prepare=True)
+    assert suffixes(cache) == [""]
+    age(prepared_graph(kept).parent, UNUSED + 60)
+    keeping._remove_unused(cache)
+    assert prepared_graph(kept) is not None
+
+
+def test_what_was_removed_begins_anew(kept, cache):
+    removed = CliRunner().invoke(main, ["prepare", "--remove", str(kept.root)])
+    assert removed.output == f"removed what was kept of {kept.root}\n"
+    assert not list(cache.iterdir())
+    load(kept)
+    assert suffixes(cache) == [".opened"]
+
+
+def test_a_graph_kept_on_request_is_opened_whoever_asks(opened):
+    graph = prepare(opened)
+    assert [graph_to_open(opened, keeps) for keeps in (True, None, False)] == [graph, graph, graph]
