@@ -25,6 +25,7 @@ from prefix_runtime.tensorrt_library import Library
 
 pytestmark = pytest.mark.tensorrt
 SMALL = {"max_batch": 2, "max_prompt": 8}
+COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,15 @@ def test_an_engine_for_two_compute_capabilities_takes_and_gives_what_the_graph_d
     assert decode.inputs["attention_mask"] == ((1, 2), (1, 161), (8, 320))
     content = (result.folder / record.file.path).read_bytes()
     assert all(name.encode() in content for name, *_ in described((*graph.input, *graph.output)))
+
+
+@pytest.mark.parametrize("capabilities", [*((each,) for each in COMPUTE_CAPABILITIES), COMPUTE_CAPABILITIES])
+def test_a_float16_engine_is_built_for_each_compute_capability(workshop, tmp_path, capabilities):
+    bundle = workshop.bundle("gpt2", (3,), tokenizer=False, target="tensorrt", precision="fp16", verify=False)
+    build_engine(EngineRequest(bundle, tmp_path / "engines", compute_capabilities=capabilities, **SMALL))
+    (record,) = read_engines(tmp_path / "engines")
+    assert record.compute_capabilities == capabilities
+    assert {each.dtype for each in record.inputs if each.name.startswith("past")} == {"float16"}
 
 
 def test_it_lies_in_the_bundle_which_opens_as_before(own):
