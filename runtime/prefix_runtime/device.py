@@ -124,7 +124,7 @@ class Device:
         if not 0 <= self.index < count:
             raise ProviderError(f"cuda: device: expected 0 to {count - 1}, found {self.index}")
         self.name: str = _value(cuda.cudaGetDeviceProperties(self.index), "ask what GPU it is").name.decode()
-        self._lock = threading.RLock()
+        self._lock = threading.RLock() if options.stream is None else _lock_of(options.stream)
         self.stream = self._new_stream() if options.stream is None else Stream(options.stream)
         self.uploads = self._new_stream()
         self._pool = self._new_pool()
@@ -134,8 +134,8 @@ class Device:
     def turn(self) -> Iterator[None]:
         """A thread's turn at the GPU: needed for all that is asked of it but for waiting.
 
-        While a thread captures a CUDA graph, no other may use its stream. All else is allowed beside a capture. Turns
-        nest; the thread is left with the GPU that it used before.
+        While a thread captures a CUDA graph, no other may use its stream: engines that were given one share their
+        turns. All else is allowed beside a capture. Turns nest; the thread is left with the GPU that it used before.
         """
         with self._lock, _beside_captures():
             before = _value(cuda.cudaGetDevice(), "find the GPU in use")
@@ -178,6 +178,11 @@ class Device:
         flags = cuda.cudaEventDisableTiming
         return Event(self._made(lambda: cuda.cudaEventCreateWithFlags(flags), "make an event"))
 
+    def await_uploads(self) -> None:
+        """Let what the engine's stream is asked from now on begin, on the GPU, when all uploads so far are over."""
+        self.uploads.record(self._brought)
+        self.stream.wait_for(self._brought)
+
     def _new_stream(self) -> Stream:
         flags = cuda.cudaStreamNonBlocking
         return Stream(int(self._made(lambda: cuda.cudaStreamCreateWithFlags(flags), "make a stream")))
@@ -196,8 +201,7 @@ class Device:
 
     def _free(self, address: int) -> None:
         with self.turn():
-            self.uploads.record(self._brought)  # what is freed may be on its way still
-            self.stream.wait_for(self._brought)
+            self.await_uploads()  # what is freed may be on its way still
             cuda.cudaFreeAsync(address, self.stream.handle)
 
     def _made(self, make: Callable[[], tuple[Any, ...]], what: str) -> Any:
@@ -212,6 +216,16 @@ class _LockedBuffer:
     def __init__(self, address: int, nbytes: int) -> None:
         self.__array_interface__ = {"data": (address, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
         weakref.finalize(self, _free_host, address).atexit = False
+
+
+_locks: weakref.WeakValueDictionary[int, threading.RLock] = weakref.WeakValueDictionary()
+_locks_lock = threading.Lock()
+
+
+def _lock_of(stream: int) -> threading.RLock:
+    """The lock of a stream that engines were given, for as long as one of them is there."""
+    with _locks_lock:
+        return _locks.setdefault(stream, threading.RLock())
 
 
 _BESIDE = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed

@@ -80,6 +80,8 @@ class DeviceBuffer:
             start += 2 * len(indices) * self._row_bytes(group) * rows
         self.nbytes = start
         self._memory, self._stream = device.allocate(start, first_user), device.stream
+        # Made once: a request of another task than before waits for each step of Python here.
+        self._blocks = [[self._row_blocks(group, row) for row in range(rows)] for group in self._groups]
 
     def address(self, layer: int, part: int, row: int = 0) -> int:
         """Where a row of a layer's keys (part 0) or values (part 1) begins."""
@@ -88,19 +90,19 @@ class DeviceBuffer:
 
     def copy_row(self, row: int, source: DeviceBuffer, source_row: int, length: int) -> None:
         """Copy a row's first positions from another row, or from another buffer of the same model."""
-        for ours, theirs in zip(self._groups, source._groups, strict=True):
+        for group, ours, theirs in zip(self._groups, self._blocks, source._blocks, strict=True):
             self._stream.copy_blocks(
-                self._blocks(ours, row),
-                source._blocks(theirs, source_row),
-                width=length * ours.position_bytes,
-                height=ours.heads,
-                depth=2 * len(ours.layers),
+                ours[row],
+                theirs[source_row],
+                width=length * group.position_bytes,
+                height=group.heads,
+                depth=2 * len(group.layers),
             )
 
     def _row_bytes(self, group: _Group) -> int:
         return group.heads * self.length * group.position_bytes
 
-    def _blocks(self, group: _Group, row: int) -> Blocks:
+    def _row_blocks(self, group: _Group, row: int) -> Blocks:
         start = self._memory.address + group.start + row * self._row_bytes(group)
         return Blocks(start, pitch=self.length * group.position_bytes, height=self.rows * group.heads)
 

@@ -92,10 +92,9 @@ class DeviceCache(Cache):
         held = self.rows[row]
         held.prefix = None  # until the new one is whole
         if prefix is not None:
-            resident = self._prefixes.get(prefix)
+            source = self._prefixes.get(prefix)
             with self._device.turn():
-                self._stream.wait_for(resident.arrived)
-                self._buffer.copy_row(row, resident.buffer, 0, prefix.prefix_length)
+                self._buffer.copy_row(row, source, 0, prefix.prefix_length)
         held.prefix = prefix
         self.reset(row)
 

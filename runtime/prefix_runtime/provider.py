@@ -17,7 +17,8 @@ class Cuda:
         memory_limit: bytes that onnxruntime may take there for weights and intermediate results; None for no limit.
             Buffers of keys and values are bounded by `load`'s `cache_bytes`, resident prefixes by `prefix_bytes`.
         stream: the address of a `cudaStream_t` on that GPU that outlives the engine and that all is ordered on; None
-            for one of the engine's own.
+            for one of the engine's own. Engines that are given the same take turns. Those with streams of their own run
+            at once, and when two have replayed CUDA graphs each one's steps take longer (1.13 times, GPT-2-medium).
         prefix_bytes: that prefixes may take on the GPU; beyond, the least recently used are on the host alone.
         uses_graphs: whether decode steps are captured as CUDA graphs and replayed.
 

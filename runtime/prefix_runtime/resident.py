@@ -7,7 +7,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +17,7 @@ from .geometry import Geometry
 from .prefix import Prefix
 
 if TYPE_CHECKING:
-    from .device import Device, Event
+    from .device import Device
 
 _STAGING_BYTES = 4 << 20
 """Of page-locked memory that a part of a prefix passes through, in turns of two: one is filled, the other copied."""
@@ -26,24 +25,11 @@ _THREADS = min(3, os.cpu_count() or 1)
 """That fill it. 20 MB for an H100 take one 4.0 ms, two 2.9, three 2.6; beside an H200 four took longer than one."""
 
 
-@dataclass(frozen=True)
-class Resident:
-    """A prefix on a GPU.
-
-    Attributes:
-        buffer: of one row, as long as the prefix.
-        arrived: over when all of it is there.
-    """
-
-    buffer: DeviceBuffer
-    arrived: Event
-
-
 class ResidentPrefixes:
     """The prefixes that lie on a GPU, at most so many bytes of them; safe to use from many threads.
 
-    A prefix is brought in when it is first asked for, on a stream of its own: what else runs goes on meanwhile, and
-    what needs it waits on the GPU alone.
+    A prefix is brought in when it is first asked for, on a stream of its own: what else runs goes on while the host has
+    pieces of it to give; what is asked of the engine's stream from then on waits, on the GPU, for the last of them.
 
     Args:
         device: the GPU.
@@ -55,13 +41,15 @@ class ResidentPrefixes:
     def __init__(self, device: Device, geometry: Geometry, cache_format: CacheFormat, budget: int) -> None:
         self._device, self._geometry, self._format, self._budget = device, geometry, cache_format, budget
         self._lock, self._staging_lock = threading.Lock(), threading.Lock()
-        self._held: OrderedDict[int, tuple[Prefix, Resident]] = OrderedDict()  # by identity: equality reads all numbers
+        self._held: OrderedDict[int, tuple[Prefix, DeviceBuffer]] = (
+            OrderedDict()
+        )  # by identity: equality reads all numbers
         self._bytes = 0
         self._staging = [_Staging(device, cache_format.dtype) for _ in range(_THREADS)]
         self._pool = ThreadPoolExecutor(_THREADS, "prefix-runtime-staging")
 
-    def get(self, prefix: Prefix) -> Resident:
-        """A prefix' place on the GPU; it may be on its way still.
+    def get(self, prefix: Prefix) -> DeviceBuffer:
+        """Where a prefix lies on the GPU, one row of its length, for all that the engine's stream is asked from now on.
 
         Raises:
             ProviderError: the GPU has no room for it.
@@ -71,11 +59,11 @@ class ResidentPrefixes:
         with self._staging_lock:
             if (found := self._find(prefix)) is not None:  # another thread was faster
                 return found
-            resident = self._brought_in(prefix)
+            buffer = self._brought_in(prefix)
             with self._lock:
-                self._held[id(prefix)] = prefix, resident
-                self._bytes += resident.buffer.nbytes
-        return resident
+                self._held[id(prefix)] = prefix, buffer
+                self._bytes += buffer.nbytes
+        return buffer
 
     def forget(self, prefix: Prefix) -> None:
         """Let go of a prefix, if it is there."""
@@ -88,7 +76,7 @@ class ResidentPrefixes:
         with self._lock:
             return self._bytes
 
-    def _find(self, prefix: Prefix) -> Resident | None:
+    def _find(self, prefix: Prefix) -> DeviceBuffer | None:
         with self._lock:
             if (found := self._held.get(id(prefix))) is None:
                 return None
@@ -97,9 +85,9 @@ class ResidentPrefixes:
 
     def _drop(self, key: int) -> None:
         if (found := self._held.pop(key, None)) is not None:
-            self._bytes -= found[1].buffer.nbytes
+            self._bytes -= found[1].nbytes
 
-    def _brought_in(self, prefix: Prefix) -> Resident:
+    def _brought_in(self, prefix: Prefix) -> DeviceBuffer:
         needed = prefix.prefix_length * self._format.dtype.itemsize * self._geometry.values_per_position
         with self._lock:
             while self._held and self._bytes + needed > self._budget:
@@ -108,7 +96,6 @@ class ResidentPrefixes:
         buffer = DeviceBuffer(
             self._device, self._geometry, self._format.dtype.itemsize, 1, prefix.prefix_length, first_user=uploads
         )
-        resident = Resident(buffer, self._device.new_event())
         pieces = [
             (buffer.address(index, part), array.reshape(-1))
             for index, pair in enumerate(self._format.stored(prefix))
@@ -119,8 +106,8 @@ class ResidentPrefixes:
         for _ in self._pool.map(_Staging.bring, self._staging, shares):
             pass
         with self._device.turn():
-            uploads.record(resident.arrived)
-        return resident
+            self._device.await_uploads()
+        return buffer
 
 
 class _Staging:

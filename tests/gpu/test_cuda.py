@@ -146,6 +146,19 @@ def test_everything_is_ordered_on_the_applications_stream(bundle):
         assert agree(other, request, found, answer(other, *request))
 
 
+def test_engines_take_turns_on_one_stream(bundle):
+    stream = torch.cuda.Stream()
+    alone = prefix_runtime.load(bundle, provider="cuda")
+    given = requests(24)
+    expected = [answer(alone, *request) for request in given]
+    engines = [prefix_runtime.load(bundle, provider=Cuda(stream=stream.cuda_stream)) for _ in range(2)]
+    # All at once: one captures, while the other has something to ask of the same stream.
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(lambda engine: [answer(engine, *request) for request in given], engines):
+            for request, ours, theirs in zip(given, found, expected, strict=True):
+                assert agree(alone, request, ours, theirs)
+
+
 def test_thousands_of_prefixes_are_resident_and_the_least_recently_used_brought_in(bundle):
     opened = Bundle.open(bundle)
     prefixes = [random_prefix(opened, 16, seed=seed) for seed in range(3000)]

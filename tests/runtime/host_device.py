@@ -48,9 +48,6 @@ class HostStream:
     def record(self, event):
         pass
 
-    def wait_for(self, event):
-        pass
-
     def synchronize(self):
         pass
 
@@ -75,6 +72,9 @@ class HostDevice:
 
     def pinned(self, shape, dtype):
         return np.full(shape, 77, dtype)
+
+    def await_uploads(self):
+        pass
 
     def new_event(self):
         return HostEvent()

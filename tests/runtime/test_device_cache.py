@@ -286,7 +286,7 @@ class TestResidentPrefixes:
     def test_a_prefix_larger_than_the_staging_arrives_whole(self, device, geometry, make_prefix, monkeypatch):
         monkeypatch.setattr("prefix_runtime.resident._STAGING_BYTES", 96)
         prefix = make_prefix(7)
-        buffer = ResidentPrefixes(device, geometry, HALF, 1 << 30).get(prefix).buffer
+        buffer = ResidentPrefixes(device, geometry, HALF, 1 << 30).get(prefix)
         for index, layer in enumerate(prefix.sites["decoder"]):
             for part, array in enumerate((layer.key, layer.value)):
                 found = np.empty(array.shape, np.float16)
