@@ -6,6 +6,7 @@ The commands are plain `click` objects; `prefix_export.cli` offers those that ne
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -169,7 +170,8 @@ def generate(bundle: Path, prompt: str | None, token_ids: str | None, names: tup
 
     request = _prompt(prompt, token_ids)
     options = _options(flags)
-    engine = load(bundle, provider=flags["provider"], threads=flags["threads"])
+    with _log_on_stderr(), cleaning_up_when_terminated():  # the second time a large bundle is kept, for seconds
+        engine = load(bundle, provider=flags["provider"], threads=flags["threads"])
     show_metrics = sys.stderr.isatty() if flags["metrics"] is None else flags["metrics"]
     for name in names or (None,):
         if flags["as_json"]:
@@ -183,6 +185,24 @@ def generate(bundle: Path, prompt: str | None, token_ids: str | None, names: tup
 
 
 main.add_command(bench)
+
+
+class _Echo(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(record.getMessage(), err=True)
+
+
+@contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    logger, handler = logging.getLogger("prefix_runtime"), _Echo()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 @contextmanager

@@ -91,10 +91,11 @@ def _keep_if_opened_again(bundle: Bundle) -> Path | None:
 
 def _remove_unused(folder: Path) -> None:
     for mark in (*folder.glob("*.kept"), *folder.glob("*.opened")):
-        if time.time() - mark.stat().st_mtime > UNUSED:
-            for path in (mark.with_suffix(""), *folder.glob(partial_names(mark.stem))):  # of who was killed meanwhile
-                shutil.rmtree(path, ignore_errors=True)
-            mark.unlink(missing_ok=True)
+        with suppress(OSError):  # another process is removing it
+            if time.time() - mark.stat().st_mtime > UNUSED:
+                mark.unlink()
+                for path in (mark.with_suffix(""), *folder.glob(partial_names(mark.stem))):  # what a kill has left too
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def _marks(bundle: Bundle) -> tuple[Path, Path]:

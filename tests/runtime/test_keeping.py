@@ -85,6 +85,17 @@ def test_a_large_bundle_is_kept_when_it_is_opened_again(large, cache, opened_pat
     assert (again == before).all()
 
 
+def test_the_command_line_says_that_it_keeps_one(large, cache):
+    def generate():
+        return CliRunner().invoke(main, ["generate", str(large.root), "--token-ids", "5,6", "--max-new-tokens", "1"])
+
+    assert generate().stderr == ""
+    settle(cache)
+    expected = f"{large.root}: keeping the graph as it is packed, in {cache}, for later openings\n"
+    assert generate().stderr == expected
+    assert generate().stderr == ""
+
+
 def test_another_process_of_the_same_start_keeps_nothing(large, cache):
     load(large)
     age(next(cache.glob("*.opened")), SETTLED - 10)
