@@ -225,6 +225,8 @@ def main() -> None:
     arguments.given = sys.argv[1:]
     if 0 not in arguments.prefix_lengths or max(arguments.prefix_lengths) == 0:
         parser.error("--prefix-lengths: expected 0, and one above it")
+    if arguments.workshop and arguments.workshop.resolve() == Path(arguments.model).resolve():
+        parser.error("--workshop: expected another folder than one by the model's name, which would be taken for it")
     if not arguments.output.absolute().parent.is_dir():
         parser.error(f"--output: {arguments.output.absolute().parent}: expected a folder to write into, found none")
     with nullcontext(arguments.workshop) if arguments.workshop else tempfile.TemporaryDirectory() as folder:
