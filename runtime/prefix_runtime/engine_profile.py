@@ -20,6 +20,8 @@ KEPT = "num_logits_to_keep"
 
 Shape = tuple[int, ...]
 CACHE_TYPES = {"fp32": "float32", "fp16": "float16"}
+_PRECISIONS = ("fp32", "fp16")
+"""Of weights. Of 8 bits TensorRT for RTX 1.7 takes scales above 0 alone, and fails at two products of one input."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,11 @@ def tensors(manifest: Manifest) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
         raise BundleError(
             f"TensorRT: expected a graph in standard operators, found one of the {manifest.flavour} flavour for "
             f"{manifest.target}; build the bundle with --target tensorrt"
+        )
+    if manifest.precision not in _PRECISIONS:
+        raise BundleError(
+            f"TensorRT: expected a graph in {' or '.join(_PRECISIONS)}, found one in {manifest.precision}; build the "
+            "bundle with --target tensorrt --precision fp16"
         )
     inputs = [Tensor(name, "int64", (-1, -1)) for name in ("input_ids", "attention_mask", "position_ids")]
     inputs += _pairs(manifest, "past_key_values")

@@ -15,6 +15,7 @@ import numpy as np
 
 from .bundle import Bundle
 from .errors import BenchError
+from .tensorrt_provider import PROVIDERS as TENSORRT_PROVIDERS
 
 DEFAULT_PREFIX_LENGTHS = (0, 1, 5, 10, 20, 50, 100, 200)
 MOST_TASKS = 8
@@ -64,6 +65,11 @@ class BenchRequest:
         _check_number("rounds", self.rounds, 1, 10_000)
         if not isinstance(self.provider, str):
             raise BenchError(f"provider: expected a name, found {self.provider!r}")
+        if self.provider in TENSORRT_PROVIDERS:
+            raise BenchError(
+                f"provider: expected cpu, cuda or tensorrt-engine, found {self.provider!r}, of which onnxruntime does "
+                "not tell whose memory a floor is to be measured of"
+            )
         if self.tasks is not None:
             if not isinstance(self.tasks, Sequence) or not all(isinstance(task, str) for task in self.tasks):
                 raise BenchError(f"tasks: expected names, found {self.tasks!r}")

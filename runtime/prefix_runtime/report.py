@@ -123,7 +123,10 @@ def milliseconds(seconds: float) -> str:
 def _notes(report: BenchReport) -> Iterator[str]:
     yield "floor: the time to read the weights once, and every row's keys and values, at the measured bandwidth"
     if any(_is_below_floor(report, cell) for cell in report.cells):
-        yield "faster than the floor: weights that fit the processor's caches need not be read from memory"
+        yield (
+            "faster than the floor: weights that fit the processor's caches need not be read from memory, or memory "
+            "was slower when it was measured"
+        )
     if len(report.cells) > 1 and not any(report.overhead(cell, "inter_token_latency") for cell in report.cells):
         yield "no overhead: there is no row of prefix 0 beside another"
     for line in report.skipped:

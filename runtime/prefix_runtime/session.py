@@ -317,7 +317,7 @@ def _open(
     if name not in ort.get_available_providers():
         add_plugin(ort, options, dict(provider_options or {}))
         providers = None  # a plug-in's stand in the options
-    if provider == "cuda":
+    if provider in ("cuda", "tensorrt"):
         ort.preload_dlls()  # CUDA's libraries where pip put them
     try:
         with _decoding_kernels() if provider == "cuda" else nullcontext():

@@ -64,6 +64,10 @@ def change_graph():
     return change
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def edit_manifest(bundle, edit):
     content = json.loads((bundle / MANIFEST_NAME).read_text())
     edit(content)
@@ -145,10 +149,14 @@ def test_phases_are_told_while_it_builds(fed, tmp_path):
     assert len(steps) < 40, "a person could not follow"
 
 
+@pytest.mark.parametrize("is_first", [True, False])
 @pytest.mark.parametrize(
     ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)], ids=["Ctrl-C", "SIGTERM"]
 )
-def test_an_interrupt_stops_the_build_and_leaves_nothing_behind(fed, tmp_path, number, raised):
+def test_an_interrupt_stops_the_build_and_leaves_what_was_there(fed, tmp_path, number, raised, is_first):
+    if not is_first:
+        build_engine(EngineRequest(fed, tmp_path / "engines", **SMALL | {"max_batch": 3}))
+    before = contents(tmp_path)
     steps = []
 
     def interrupt(step):
@@ -156,14 +164,14 @@ def test_an_interrupt_stops_the_build_and_leaves_nothing_behind(fed, tmp_path, n
         if step == "TensorRT: building engine":
             os.kill(os.getpid(), number)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with cleaning_up_when_terminated(), pytest.raises(raised):
             build_engine(EngineRequest(fed, tmp_path / "engines", **SMALL), interrupt)
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, handler)
     assert "writing the engine" not in steps
-    assert not list(tmp_path.iterdir())
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -195,6 +203,13 @@ def test_what_cannot_be_built_is_refused_and_nothing_written(fed, tmp_path, monk
     monkeypatch.setattr(Library, "has_gpu", False)
     with pytest.raises(error, match=message):
         build_engine(EngineRequest(fed, tmp_path / "engines", **given))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_of_rounded_weights_is_refused(workshop, tmp_path):
+    bundle = workshop.bundle("gpt2", (3,), tokenizer=False, target="portable", precision="int8", verify=False)
+    with pytest.raises(BundleError, match=r"^TensorRT: expected a graph in fp32 or fp16, found one in int8; build the"):
+        build_engine(EngineRequest(bundle, tmp_path / "engines", **SMALL))
     assert not list(tmp_path.iterdir())
 
 

@@ -111,6 +111,11 @@ def test_a_report_is_shown_beside_a_new_one(cli, shared_bundle, tmp_path):
         (["--task", "nope"], "task 'nope': there is none of this name; tasks here: p20, p3"),
         (["--prompt-length", "9999"], "expected something that fits the bundle"),
         (["--provider", "tpu"], "Error: provider: expected one of cpu"),
+        (["--provider", "tensorrt"], "Error: provider: expected cpu, cuda or tensorrt-engine, found 'tensorrt'"),
+        (
+            ["--provider", "tensorrt-rtx"],
+            "Error: provider: expected cpu, cuda or tensorrt-engine, found 'tensorrt-rtx'",
+        ),
         (["--threads", "100000"], "Error: threads: expected 1 to 512, found 100000"),
         (["--json", "{tmp}/./r.csv"], "r.csv: expected a file of its own, found that of --json"),
         (["--json", "{tmp}/no/r.json"], "expected a file in a folder that exists, found no folder {tmp}/no"),
