@@ -65,7 +65,7 @@ def change_graph():
 
 
 def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
 def edit_manifest(bundle, edit):
