@@ -170,7 +170,7 @@ def generate(bundle: Path, prompt: str | None, token_ids: str | None, names: tup
 
     request = _prompt(prompt, token_ids)
     options = _options(flags)
-    with _log_on_stderr(), cleaning_up_when_terminated():  # the second time a large bundle is kept, for seconds
+    with _log_on_stderr():  # a large bundle that is opened again is kept, for seconds
         engine = load(bundle, provider=flags["provider"], threads=flags["threads"])
     show_metrics = sys.stderr.isatty() if flags["metrics"] is None else flags["metrics"]
     for name in names or (None,):
@@ -215,7 +215,8 @@ def cleaning_up_when_terminated() -> Iterator[None]:
         received.append(number)
         sys.exit(128 + number)
 
-    before = {each: signal.signal(each, leave) for each in polite}
+    heeded = [each for each in polite if signal.getsignal(each) is not signal.SIG_IGN]  # nohup ignores one
+    before = {each: signal.signal(each, leave) for each in heeded}
     try:
         yield
     except Exception:

@@ -73,7 +73,8 @@ def load(
         verify: compare every file's SHA-256 first, and open the bundle's own graph.
         prepare: keep the graph as onnxruntime packs it, if it was not kept before, and open that: once this takes
             several times as long, and the disk twice the graph's size; see `prefix-runtime prepare`. None does so at
-            the second opening of a gigabyte or more, where a quarter of the free disk holds it. On the CPU.
+            the second opening of a gigabyte or more that is not of 4 bits, where half of the free disk holds it; False
+            never does, and opens what was kept. On the CPU.
 
     Raises:
         BundleError, BundleIntegrityError: the folder is not a bundle, or not whole.
@@ -95,6 +96,8 @@ def load(
         raise RequestError(f"cache_bytes: expected a whole number, 0 or more, found {cache_bytes!r}")
     if not is_whole(max_batch, 1):
         raise RequestError(f"max_batch: expected a whole number, 1 or more, found {max_batch!r}")
+    if prepare is not None and not isinstance(prepare, bool):
+        raise RequestError(f"prepare: expected True, False or None, found {prepare!r}")
     session = open_session(bundle, provider, threads, max_batch, only_own=verify, prepares=prepare)
     if isinstance(session, EngineSession):
         max_batch = min(max_batch, session.limits.batch)

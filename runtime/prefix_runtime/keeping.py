@@ -2,13 +2,15 @@
 
 Packing takes seconds from about a gigabyte on. To keep what comes of it takes several times as long, once, and pays
 only where the cache folder outlives the process, as that of a container may not. So the first opening of a large bundle
-leaves a mark, and a later one that finds it keeps the graph. Of what is kept by itself the mark stays, touched by each
-opening: it says when the graph was used last, and that nobody need try again where keeping it failed, or was killed.
+leaves a mark, and a later one that finds it keeps the graph, under a mark of its own. That one stays, touched by each
+opening: it says when the graph was used last and, where there is no graph, that a process died over it and nobody is to
+try again. A bundle of 4 bits packs fast, and its steps are slower from a kept graph.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from contextlib import suppress
@@ -18,22 +20,23 @@ from .bundle import Bundle
 from .errors import PrefixRuntimeError
 from .prepared import forget as _forget
 from .prepared import prepare, prepared_graph, provider_folder
-from .storage import partial_names
 
 LARGE = 1 << 30
 """Bytes of a bundle's graph and weights, from which on it is packed for seconds."""
 SETTLED = 60.0
 """Seconds after which a mark is an earlier start's, not that of another process of this one."""
+PAUSE = 24 * 3600.0
+"""Seconds after which what could not be kept is tried again."""
 UNUSED = 30 * 24 * 3600.0
 """Seconds after which a graph that was kept by itself, and not opened since, makes room when another is kept."""
 _ROOM = 4
-"""Times the bundle's size that must be free: a kept graph takes twice as much, and half of the disk stays."""
+"""Times the bundle's size that must be free: a kept graph takes twice as much, half of the free disk."""
 
 _logger = logging.getLogger("prefix_runtime")
 
 
-def graph_to_open(bundle: Bundle, keeps: bool | None = None) -> Path | None:
-    """What was kept of a bundle's graph for the CPU; None where nothing was.
+def find_or_keep(bundle: Bundle, keeps: bool | None = None) -> Path | None:
+    """What was kept of a bundle's graph for the CPU, or is now; None where nothing is.
 
     Args:
         bundle: whose graph.
@@ -49,7 +52,7 @@ def graph_to_open(bundle: Bundle, keeps: bool | None = None) -> Path | None:
     with suppress(OSError):  # the folder cannot be had, or is not to be written
         if found is not None:
             _touch_if_there(_marks(bundle)[1])
-        elif keeps is None and _size(bundle) >= LARGE:
+        elif keeps is None and _size(bundle) >= LARGE and bundle.manifest.precision != "int4":
             found = _keep_if_opened_again(bundle)
     return found
 
@@ -70,32 +73,46 @@ def forget(bundle: Bundle) -> bool:
 def _keep_if_opened_again(bundle: Bundle) -> Path | None:
     opened, kept = _marks(bundle)
     if kept.exists():
+        if kept.with_suffix("").exists():  # not whole any more
+            forget(bundle)
         return None
     if not opened.exists():
         opened.parent.mkdir(parents=True, exist_ok=True)
-        opened.touch()
+        _make(opened)
         return None
-    is_settled = time.time() - opened.stat().st_mtime >= SETTLED
-    if not is_settled or shutil.disk_usage(opened.parent).free < _ROOM * _size(bundle):
+    if time.time() - opened.stat().st_mtime < SETTLED:
         return None
-    opened.rename(kept)  # of several processes one can
-    kept.touch()
-    _remove_unused(kept.parent)
+    _remove_unused(opened.parent)
+    if shutil.disk_usage(opened.parent).free < _ROOM * _size(bundle):
+        return None
+    _make(kept)  # of several processes one can
     _logger.info("%s: keeping the graph as it is packed, in %s, for later openings", bundle.root, kept.parent)
     try:
-        return prepare(bundle)
-    except (OSError, PrefixRuntimeError) as error:
-        _logger.warning("%s: its graph could not be kept, and is packed at every opening: %s", bundle.root, error)
+        graph = prepare(bundle)
+    except BaseException as error:
+        kept.unlink()
+        if not isinstance(error, (OSError, PrefixRuntimeError)):
+            raise  # the next opening tries again
+        tomorrow = time.time() + PAUSE - SETTLED
+        os.utime(opened, (tomorrow, tomorrow))
+        _logger.warning(
+            "%s: its graph could not be kept, and is packed at every opening: %s; it is tried again tomorrow, and by "
+            "prefix-runtime prepare at once",
+            bundle.root,
+            error,
+        )
         return None
+    opened.unlink(missing_ok=True)
+    return graph
 
 
 def _remove_unused(folder: Path) -> None:
     for mark in (*folder.glob("*.kept"), *folder.glob("*.opened")):
         with suppress(OSError):  # another process is removing it
             if time.time() - mark.stat().st_mtime > UNUSED:
+                if mark.suffix == ".kept":
+                    shutil.rmtree(mark.with_suffix(""), ignore_errors=True)
                 mark.unlink()
-                for path in (mark.with_suffix(""), *folder.glob(partial_names(mark.stem))):  # what a kill has left too
-                    shutil.rmtree(path, ignore_errors=True)
 
 
 def _marks(bundle: Bundle) -> tuple[Path, Path]:
@@ -104,10 +121,15 @@ def _marks(bundle: Bundle) -> tuple[Path, Path]:
     return folder.with_suffix(".opened"), folder.with_suffix(".kept")
 
 
+def _make(mark: Path) -> None:
+    """Make a mark; OSError where there is one."""
+    mark.touch(exist_ok=False)
+
+
 def _unmark(bundle: Bundle) -> None:
-    with suppress(OSError):
-        for mark in _marks(bundle):
-            mark.unlink(missing_ok=True)
+    for mark in _marks(bundle):
+        with suppress(OSError):
+            mark.unlink()
 
 
 def _touch_if_there(mark: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .bundle import Bundle
 from .errors import ProviderError, RequestError
-from .keeping import graph_to_open
+from .keeping import find_or_keep
 from .pages import let_go, on_huge_pages
 from .prepared import provider_folder
 from .provider import Cuda
@@ -35,7 +35,7 @@ def open_session(
         threads: of one run.
         max_batch: prompts of a list that are answered together.
         only_own: open no graph that was kept, which has no hashes.
-        prepares: keep the graph first where none was kept; as for `keeping.graph_to_open`.
+        prepares: keep the graph first where none was kept; as for `keeping.find_or_keep`.
 
     Raises:
         ProviderError: onnxruntime cannot open the graph with this provider.
@@ -52,7 +52,7 @@ def open_session(
         return Session(bundle.graph_path, _without_graphs(bundle, provider))
     if provider in TENSORRT_PROVIDERS:
         return _open_by_tensorrt(bundle, provider, threads, max_batch)
-    return _open_on_cpu(bundle, None if only_own else graph_to_open(bundle, prepares), threads)
+    return _open_on_cpu(bundle, None if only_own else find_or_keep(bundle, prepares), threads)
 
 
 def _check_provider(bundle: Bundle, provider: str | Cuda) -> None:

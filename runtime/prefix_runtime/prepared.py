@@ -17,10 +17,11 @@ import sys
 from pathlib import Path
 
 from .bundle import Bundle, staged
-from .errors import BundleError
 from .machine import processor_features
 from .session import onnxruntime_version, save_opened
+from .storage import PARTIAL_NAMES, locked
 
+_SECOND = 10**9
 _SIZES = "sizes.json"
 """Sizes and times of the kept files: one that was changed is noticed, and the bundle's own graph opened."""
 
@@ -44,15 +45,13 @@ def prepare(bundle: Bundle, provider: str = "cpu") -> Path:
             f"{folder.parent}: expected a folder to keep graphs in, found that it cannot be made: {error.strerror}; "
             "name another in PREFIX_RUNTIME_CACHE"
         ) from error
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
+    with locked(folder.parent):
+        if (found := prepared_graph(bundle, provider)) is not None:
+            return found  # another process was faster
+        _remove(folder)
         with staged(folder) as staging:
             save_opened(bundle.graph_path, staging / bundle.graph_path.name, provider)
             (staging / _SIZES).write_text(json.dumps(_sizes(staging)), encoding="utf-8")
-    except BundleError:
-        if (found := prepared_graph(bundle, provider)) is None:
-            raise
-        return found  # another process was faster
     return folder / bundle.graph_path.name
 
 
@@ -61,8 +60,14 @@ def prepared_graph(bundle: Bundle, provider: str = "cpu") -> Path | None:
     try:
         graph = _folder(bundle, provider) / bundle.graph_path.name
         kept = json.loads(graph.with_name(_SIZES).read_text(encoding="utf-8"))
-        whole = kept == _sizes(graph.parent)
-    except (OSError, ValueError, RecursionError):  # none was kept, it is damaged, or there can be none
+        whole = _sizes(graph.parent) in (kept, _in_whole_seconds(kept))
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ):  # none, a damaged one, or there can be none
         return None
     return graph if whole else None
 
@@ -70,10 +75,10 @@ def prepared_graph(bundle: Bundle, provider: str = "cpu") -> Path | None:
 def forget(bundle: Bundle, provider: str = "cpu") -> bool:
     """Remove what `prepare` kept; returns whether there was anything."""
     folder = _folder(bundle, provider)
-    if not folder.exists():
+    if not folder.parent.is_dir():
         return False
-    shutil.rmtree(folder)
-    return True
+    with locked(folder.parent):
+        return _remove(folder)
 
 
 def cache_folder() -> Path:
@@ -106,9 +111,22 @@ def provider_folder(bundle: Bundle, provider: str) -> Path:
     return _folder(bundle, provider)
 
 
+def _remove(folder: Path) -> bool:
+    """Remove a kept graph, and what killed processes have left of any; with the lock held, nobody writes another."""
+    found = [path for path in (folder, *folder.parent.glob(PARTIAL_NAMES)) if path.exists()]
+    for path in found:
+        shutil.rmtree(path)
+    return bool(found)
+
+
 def _sizes(folder: Path) -> dict[str, list[int]]:
     found = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.name != _SIZES}
     return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}
+
+
+def _in_whole_seconds(sizes: dict[str, list[int]]) -> dict[str, list[int]]:
+    """As an archive keeps them, which a folder may have been in."""
+    return {name: [size, time // _SECOND * _SECOND] for name, (size, time) in sizes.items()}
 
 
 def _folder(bundle: Bundle, provider: str) -> Path:

@@ -21,9 +21,8 @@ def partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
-def partial_names(name: str) -> str:
-    """The pattern of what `partial_name` makes of a name."""
-    return f".{name}.*.partial"
+PARTIAL_NAMES = ".*.partial"
+"""The pattern of what `partial_name` makes."""
 
 
 def write_file_atomically(path: Path, content: bytes) -> None:

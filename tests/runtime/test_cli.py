@@ -417,6 +417,18 @@ def test_a_library_that_makes_an_error_of_an_exit_does_not_change_what_ended_the
     assert caught.value.code == 128 + signal.SIGTERM
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
+def test_who_ignores_the_end_of_a_terminal_goes_on():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with cleaning_up_when_terminated():
+            signal.raise_signal(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_an_error_without_a_signal_stays_what_it_is():
     with pytest.raises(ValueError, match="cannot trace"), cleaning_up_when_terminated():
         raise ValueError("cannot trace")

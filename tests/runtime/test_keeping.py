@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import time
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ from click.testing import CliRunner
 import prefix_runtime
 from prefix_runtime import Bundle, ProviderError, keeping, prepared
 from prefix_runtime.cli import main
-from prefix_runtime.keeping import LARGE, SETTLED, UNUSED, graph_to_open
+from prefix_runtime.keeping import LARGE, PAUSE, SETTLED, UNUSED, find_or_keep
 from prefix_runtime.prepared import prepare, prepared_graph
 
 IDS = [5, 6, 7]
@@ -156,8 +158,13 @@ def test_where_there_is_little_room_none_is_kept_until_there_is(large, cache, mo
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ProviderError("cannot write")])
-def test_what_goes_wrong_is_said_once_and_stops_no_engine(large, cache, monkeypatch, caplog, error):
+def test_what_goes_wrong_is_said_stops_no_engine_and_is_tried_again_a_day_later(
+    large, cache, monkeypatch, caplog, error
+):
+    tried, save = [], prepared.save_opened
+
     def fail(_path, target, _provider):
+        tried.append(target)
         target.write_bytes(b"half of it")
         raise error
 
@@ -166,9 +173,69 @@ def test_what_goes_wrong_is_said_once_and_stops_no_engine(large, cache, monkeypa
     settle(cache)
     for _ in range(3):
         assert load(large).logits(IDS).shape == (len(IDS), 384)
-    assert suffixes(cache) == [".kept"]
-    warnings = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
-    assert warnings == [f"{large.root}: its graph could not be kept, and is packed at every opening: {error}"]
+    assert (len(tried), suffixes(cache)) == (1, [".opened"])
+    (warning,) = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
+    assert warning.startswith(f"{large.root}: its graph could not be kept, and is packed at every opening: {error}; it")
+    later, now = PAUSE + 1, time.time
+    monkeypatch.setattr(time, "time", lambda: now() + later)
+    load(large)
+    assert len(tried) == 2
+    monkeypatch.setattr(prepared, "save_opened", save)
+    later *= 2
+    load(large)
+    assert suffixes(cache) == ["", ".kept"]
+
+
+def test_who_is_interrupted_tries_again(large, cache, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    load(large)
+    settle(cache)
+    save = prepared.save_opened
+    monkeypatch.setattr(prepared, "save_opened", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load(large)
+    assert suffixes(cache) == [".opened"]
+    monkeypatch.setattr(prepared, "save_opened", save)
+    load(large)
+    assert suffixes(cache) == ["", ".kept"]
+
+
+def test_a_process_that_dies_over_it_is_the_last(large, cache):
+    load(large)
+    settle(cache)
+    code = """
+import os, prefix_runtime
+from prefix_runtime import keeping, prepared
+keeping.LARGE = 0
+prepared.save_opened = lambda *_: os._exit(9)
+prefix_runtime.load(os.environ["BUNDLE"], threads=1)
+"""
+    environment = os.environ | {"BUNDLE": str(large.root)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 9
+    load(large)
+    assert suffixes(cache) == [".kept", ".opened", ".partial"]
+    load(large, prepare=True)
+    assert suffixes(cache) == [""]
+
+
+def test_a_graph_that_is_not_whole_any_more_is_kept_anew(kept, cache):
+    graph = prepared_graph(kept)
+    graph.write_bytes(b"half of it")
+    load(kept)
+    assert not list(cache.iterdir())
+    load(kept)
+    settle(cache)
+    load(kept)
+    assert prepared_graph(kept) == graph
+
+
+def test_a_bundle_of_4_bits_is_not_kept(workshop, cache, monkeypatch):
+    monkeypatch.setattr(keeping, "LARGE", 0)
+    for _ in range(2):
+        load(Bundle.open(workshop.bundle(precision="int4")))
+    assert not cache.exists()
 
 
 def test_no_graph_is_kept_under_a_false_name(large, cache, caplog):
@@ -183,7 +250,7 @@ def test_no_graph_is_kept_under_a_false_name(large, cache, caplog):
 
 @pytest.mark.parametrize("name", ["opened", "kept"])
 def test_a_folder_that_is_not_to_be_written_stops_no_engine(kept, monkeypatch, name):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
     if name == "opened":
@@ -195,35 +262,40 @@ def test_a_folder_that_is_not_to_be_written_stops_no_engine(kept, monkeypatch, n
 def test_what_was_kept_by_itself_and_not_opened_for_long_makes_room(kept, cache, workshop, monkeypatch):
     other = Bundle.open(workshop.bundle(precision="int8"))
     folder = prepared_graph(kept).parent
-    partial = cache / f".{folder.name}.12345678.partial"
-    partial.mkdir()
-    mark = folder.with_suffix(".kept")
+    mark, usage = folder.with_suffix(".kept"), shutil.disk_usage
     age(mark, UNUSED - 60)
     load(kept)
     assert time.time() - mark.stat().st_mtime < 60
     monkeypatch.setattr(keeping, "LARGE", 0)
-
-    def keep_another():
-        keeping.forget(other)
-        load(other)
-        settle(cache)
-        load(other)
-        assert prepared_graph(other) is not None
-
-    keep_another()
-    assert prepared_graph(kept) is not None
+    # There is room as soon as the first graph has gone.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, 0) if folder.exists() else usage(path))
+    load(other)
+    settle(cache)
+    load(other)
+    assert (prepared_graph(kept) is None, prepared_graph(other)) == (False, None)
     age(mark, UNUSED + 60)
-    keep_another()
-    assert prepared_graph(kept) is None
+    load(other)
+    assert prepared_graph(other) is not None
+    assert not folder.exists()
     assert not mark.exists()
-    assert not partial.exists()
+
+
+def test_a_mark_that_another_process_removes_stops_nobody(large, cache):
+    load(large)
+    settle(cache)
+    (cache / "gone.kept").symlink_to(cache / "nowhere")
+    load(large)
+    assert prepared_graph(large) is not None
 
 
 def test_what_was_asked_for_stays(kept, cache):
     load(kept, prepare=True)
     assert suffixes(cache) == [""]
-    age(prepared_graph(kept).parent, UNUSED + 60)
+    folder = prepared_graph(kept).parent
+    folder.with_suffix(".opened").touch()
+    age(folder.with_suffix(".opened"), UNUSED + 60)
     keeping._remove_unused(cache)
+    assert suffixes(cache) == [""]
     assert prepared_graph(kept) is not None
 
 
@@ -237,4 +309,4 @@ def test_what_was_removed_begins_anew(kept, cache):
 
 def test_a_graph_kept_on_request_is_opened_whoever_asks(opened):
     graph = prepare(opened)
-    assert [graph_to_open(opened, keeps) for keeps in (True, None, False)] == [graph, graph, graph]
+    assert [find_or_keep(opened, keeps) for keeps in (True, None, False)] == [graph, graph, graph]

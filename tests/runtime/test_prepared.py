@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -100,15 +102,50 @@ def test_nothing_half_written_is_left_behind(opened, cache, monkeypatch):
 
 
 def test_a_process_that_comes_second_takes_what_the_first_kept(opened, monkeypatch):
-    save = prepared.save_opened
+    verify = Bundle.verify
 
-    def overtaken(path, target, provider):
-        monkeypatch.setattr(prepared, "save_opened", save)
+    def overtaken(bundle):
+        monkeypatch.setattr(Bundle, "verify", verify)
         prepare(opened)
-        save(path, target, provider)
+        monkeypatch.setattr(prepared, "save_opened", lambda *_: pytest.fail("made again"))
+        return verify(bundle)
 
-    monkeypatch.setattr(prepared, "save_opened", overtaken)
+    monkeypatch.setattr(Bundle, "verify", overtaken)
     assert prepare(opened) == prepared_graph(opened)
+
+
+def test_processes_that_prepare_at_once_make_one_graph(opened, cache):
+    command = [sys.executable, "-m", "prefix_runtime", "prepare", str(opened.root)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(4)]
+    said = {process.communicate(timeout=120)[0] for process in processes}
+    assert [process.returncode for process in processes] == [0] * 4, said
+    assert len(said) == 1
+    assert list((cache / "prepared").iterdir()) == [prepared_graph(opened).parent]
+
+
+def test_what_a_killed_process_left_goes_with_the_next_graph_or_with_what_is_removed(opened, cache):
+    def leave():
+        partial = cache / "prepared" / ".0123.abcd.partial"
+        partial.mkdir(parents=True)
+        (partial / "model.onnx.data").write_bytes(b"half of it")
+        return partial
+
+    partial = leave()
+    assert forget(opened)
+    assert not partial.exists()
+    partial = leave()
+    prepare(opened)
+    assert not partial.exists()
+
+
+def test_a_folder_that_was_in_an_archive_is_whole(opened):
+    graph = prepare(opened)
+    for path in graph.parent.iterdir():
+        second = int(path.stat().st_mtime)
+        os.utime(path, (second, second))
+    assert prepared_graph(opened) == graph
+    os.utime(graph, (second - 1, second - 1))
+    assert prepared_graph(opened) is None
 
 
 def zero(path):
@@ -153,6 +190,12 @@ def test_an_engine_that_would_not_open_what_it_keeps_keeps_nothing(workshop, cac
     with pytest.raises(RequestError, match=rf"prepare: expected provider 'cpu' without verify, found {found}"):
         prefix_runtime.load(bundle, prepare=True, **options)
     assert not cache.exists()
+
+
+@pytest.mark.parametrize("wrong", ["yes", 1, 0, ""])
+def test_what_is_neither_true_nor_false_is_refused(bundle, wrong):
+    with pytest.raises(RequestError, match=rf"^prepare: expected True, False or None, found {wrong!r}$"):
+        prefix_runtime.load(bundle, prepare=wrong)
 
 
 def test_an_engine_that_cannot_keep_the_graph_says_so(opened, cache):

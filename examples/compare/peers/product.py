@@ -30,8 +30,7 @@ class Product:
     def __init__(self, bundle: str, threads: int, as_text: bool, small_pages: bool, kept: str | None) -> None:
         if small_pages and ctypes.CDLL(None).prctl(_DISABLE_HUGE_PAGES, 1, 0, 0, 0):
             raise OSError("the system does not let a process do without huge pages")
-        if kept is not None:
-            os.environ["PREFIX_RUNTIME_CACHE"] = kept
+        os.environ["PREFIX_RUNTIME_CACHE"] = kept or os.devnull
         self._engine = prefix_runtime.load(bundle, threads=threads, prepare=kept is not None)
         self._subject = Subject.of(self._engine.bundle)
         self._bundle, self._threads, self._as_text = bundle, threads, as_text
