@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,26 +40,20 @@ def _in(python: str, script: str, *arguments: object) -> list[str]:
     return [python, str(HERE / "peers" / script), *map(str, arguments)]
 
 
-def _product(label: str, precision: str, *options: str) -> Contestant:
+def _product(label: str, precision: str, *options: str, flags: Sequence[str] = ()) -> Contestant:
+    """With `options` of its build and `flags` of its process."""
+
     def command(shop: Workshop) -> list[str]:
-        return _here("product.py", shop.bundle(precision, *options), shop.order.threads)
+        return _here("product.py", shop.bundle(precision, *options), shop.order.threads, *flags)
 
     return Contestant(label, precision, REAL, command)
 
 
-def _on_small_pages(precision: str) -> Contestant:
-    def command(shop: Workshop) -> list[str]:
-        return _here("product.py", shop.bundle(precision), shop.order.threads, "--small-pages")
-
-    return Contestant(f"prefix-export, {precision}, pages of 4 KiB", precision, REAL, command)
-
-
-def _kept(precision: str) -> Contestant:
-    def command(shop: Workshop) -> list[str]:
-        bundle = shop.bundle(precision)
-        return _here("product.py", bundle, shop.order.threads, "--kept", bundle.with_name("kept"))
-
-    return Contestant(f"prefix-export, {precision}, the graph kept", precision, REAL, command)
+def _in_each_precision(suffix: str, label: str, *flags: str) -> dict[str, Contestant]:
+    return {
+        f"product-{precision}-{suffix}": _product(f"prefix-export, {precision}, {label}", precision, flags=flags)
+        for precision in ("float32", "int8", "int4")
+    }
 
 
 def _graph(label: str, graph: Callable[[Workshop], Path]) -> Contestant:
@@ -112,8 +106,8 @@ CONTESTANTS = {
     "product-int8-32": _product("prefix-export, int8, block 32", "int8", "--block-size", "32"),
     "product-int8-256": _product("prefix-export, int8, block 256", "int8", "--block-size", "256"),
     "product-int4-128": _product("prefix-export, int4, block 128", "int4", "--block-size", "128"),
-    **{f"product-{precision}-4k": _on_small_pages(precision) for precision in ("float32", "int8", "int4")},
-    **{f"product-{precision}-kept": _kept(precision) for precision in ("float32", "int8", "int4")},
+    **_in_each_precision("4k", "pages of 4 KiB", "--small-pages"),
+    **_in_each_precision("kept", "the graph kept", "--kept"),
     "product-text": Contestant("prefix-export, float32, text as prompt", "float32", IN_REQUEST, _text_in_product),
     "peft-eager": _peft("PEFT, eager torch", REAL),
     "peft-lora": _peft("PEFT, eager torch, LoRA unmerged", NONE, "--lora"),

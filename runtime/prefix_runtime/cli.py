@@ -86,7 +86,7 @@ def prepare(bundle: Path, remove: bool) -> None:
     """Keep BUNDLE's graph as onnxruntime packs it for this processor, so that it opens faster from now on.
 
     It is kept in the user's cache folder, or in PREFIX_RUNTIME_CACHE, and takes about twice the bundle's size. Of a
-    bundle of a gigabyte or more the second opening does so by itself.
+    bundle of a gigabyte or more the second opening does so by itself, unless its weights have 4 bits.
     """
     from . import keeping
     from .bundle import Bundle

@@ -2,15 +2,14 @@
 
 Packing takes seconds from about a gigabyte on. To keep what comes of it takes several times as long, once, and pays
 only where the cache folder outlives the process, as that of a container may not. So the first opening of a large bundle
-leaves a mark, and a later one that finds it keeps the graph, under a mark of its own. That one stays, touched by each
-opening: it says when the graph was used last and, where there is no graph, that a process died over it and nobody is to
-try again. A bundle of 4 bits packs fast, and its steps are slower from a kept graph.
+leaves a mark, and a later one that finds it keeps the graph, under a mark of its own. With the graph that one is
+touched by each opening, and says when it was used last; without, when an attempt failed, or a process was killed over
+it. A bundle of 4 bits packs fast, and its steps are slower from a kept graph.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import time
 from contextlib import suppress
@@ -19,14 +18,14 @@ from pathlib import Path
 from .bundle import Bundle
 from .errors import PrefixRuntimeError
 from .prepared import forget as _forget
-from .prepared import prepare, prepared_graph, provider_folder
+from .prepared import make, prepare, prepared_graph, provider_folder, remove, writing
 
 LARGE = 1 << 30
 """Bytes of a bundle's graph and weights, from which on it is packed for seconds."""
 SETTLED = 60.0
 """Seconds after which a mark is an earlier start's, not that of another process of this one."""
 PAUSE = 24 * 3600.0
-"""Seconds after which what could not be kept is tried again."""
+"""Seconds after which it is tried again where it failed, or a process was killed over it."""
 UNUSED = 30 * 24 * 3600.0
 """Seconds after which a graph that was kept by itself, and not opened since, makes room when another is kept."""
 _ROOM = 4
@@ -49,11 +48,14 @@ def find_or_keep(bundle: Bundle, keeps: bool | None = None) -> Path | None:
     if keeps:
         return keep(bundle)
     found = prepared_graph(bundle)
-    with suppress(OSError):  # the folder cannot be had, or is not to be written
+    with suppress(OSError):  # another process is at it, or the folder cannot be had, or is not to be written
         if found is not None:
             _touch_if_there(_marks(bundle)[1])
         elif keeps is None and _size(bundle) >= LARGE and bundle.manifest.precision != "int4":
-            found = _keep_if_opened_again(bundle)
+            with writing(waits=False):
+                found = prepared_graph(bundle)  # another process was faster
+                if found is None and _is_due(bundle):
+                    found = _kept(bundle)
     return found
 
 
@@ -70,31 +72,30 @@ def forget(bundle: Bundle) -> bool:
     return _forget(bundle)
 
 
-def _keep_if_opened_again(bundle: Bundle) -> Path | None:
+def _is_due(bundle: Bundle) -> bool:
+    """Whether a large bundle is to be kept now; leaves the mark that says so to a later opening."""
     opened, kept = _marks(bundle)
-    if kept.exists():
-        if kept.with_suffix("").exists():  # not whole any more
-            forget(bundle)
-        return None
-    if not opened.exists():
-        opened.parent.mkdir(parents=True, exist_ok=True)
-        _make(opened)
-        return None
-    if time.time() - opened.stat().st_mtime < SETTLED:
-        return None
+    mark, wait = (kept, PAUSE) if kept.exists() else (opened, SETTLED)
+    if mark is kept and remove(kept.with_suffix("")):  # it is not whole any more
+        _unmark(bundle)
+        return False
+    if not mark.exists():
+        mark.touch(exist_ok=False)
+        return False
+    if time.time() - mark.stat().st_mtime < wait:
+        return False
     _remove_unused(opened.parent)
-    if shutil.disk_usage(opened.parent).free < _ROOM * _size(bundle):
-        return None
-    _make(kept)  # of several processes one can
+    return shutil.disk_usage(opened.parent).free >= _ROOM * _size(bundle)
+
+
+def _kept(bundle: Bundle) -> Path | None:
+    opened, kept = _marks(bundle)
+    kept.touch()
     _logger.info("%s: keeping the graph as it is packed, in %s, for later openings", bundle.root, kept.parent)
     try:
-        graph = prepare(bundle)
-    except BaseException as error:
-        kept.unlink()
-        if not isinstance(error, (OSError, PrefixRuntimeError)):
-            raise  # the next opening tries again
-        tomorrow = time.time() + PAUSE - SETTLED
-        os.utime(opened, (tomorrow, tomorrow))
+        bundle.verify()
+        graph = make(bundle)
+    except (OSError, PrefixRuntimeError) as error:
         _logger.warning(
             "%s: its graph could not be kept, and is packed at every opening: %s; it is tried again tomorrow, and by "
             "prefix-runtime prepare at once",
@@ -102,16 +103,21 @@ def _keep_if_opened_again(bundle: Bundle) -> Path | None:
             error,
         )
         return None
-    opened.unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):
+            kept.unlink()  # the next opening tries again
+        raise
+    with suppress(OSError):
+        opened.unlink()
     return graph
 
 
 def _remove_unused(folder: Path) -> None:
     for mark in (*folder.glob("*.kept"), *folder.glob("*.opened")):
-        with suppress(OSError):  # another process is removing it
+        with suppress(OSError):  # another process has removed it
             if time.time() - mark.stat().st_mtime > UNUSED:
                 if mark.suffix == ".kept":
-                    shutil.rmtree(mark.with_suffix(""), ignore_errors=True)
+                    remove(mark.with_suffix(""))
                 mark.unlink()
 
 
@@ -119,11 +125,6 @@ def _marks(bundle: Bundle) -> tuple[Path, Path]:
     """Of a bundle that was opened, and of one that was kept by itself, or was to be."""
     folder = provider_folder(bundle, "cpu")
     return folder.with_suffix(".opened"), folder.with_suffix(".kept")
-
-
-def _make(mark: Path) -> None:
-    """Make a mark; OSError where there is one."""
-    mark.touch(exist_ok=False)
 
 
 def _unmark(bundle: Bundle) -> None:

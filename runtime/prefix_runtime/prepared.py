@@ -14,13 +14,17 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .bundle import Bundle, staged
+from .errors import BundleError
 from .machine import processor_features
 from .session import onnxruntime_version, save_opened
 from .storage import PARTIAL_NAMES, locked
 
+_PREPARED = "prepared"
 _SECOND = 10**9
 _SIZES = "sizes.json"
 """Sizes and times of the kept files: one that was changed is noticed, and the bundle's own graph opened."""
@@ -37,21 +41,51 @@ def prepare(bundle: Bundle, provider: str = "cpu") -> Path:
     if (found := prepared_graph(bundle, provider)) is not None:
         return found
     bundle.verify()
-    folder = _folder(bundle, provider)
+    with writing():
+        return make(bundle, provider)
+
+
+@contextmanager
+def writing(*, waits: bool = True) -> Iterator[bool]:
+    """Be the one process that changes what is kept; what killed ones have left half-written is removed.
+
+    Returns:
+        Whether there was such.
+
+    Raises:
+        BlockingIOError: another process is, and this one is not to wait for it.
+        OSError: the folder cannot be had.
+    """
+    folder = cache_folder() / _PREPARED
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(
-            f"{folder.parent}: expected a folder to keep graphs in, found that it cannot be made: {error.strerror}; "
+            f"{folder}: expected a folder to keep graphs in, found that it cannot be made: {error.strerror}; "
             "name another in PREFIX_RUNTIME_CACHE"
         ) from error
-    with locked(folder.parent):
-        if (found := prepared_graph(bundle, provider)) is not None:
-            return found  # another process was faster
-        _remove(folder)
+    # A file's lock, as a network's file system may give none to a folder.
+    with locked(folder.with_name(f"{_PREPARED}.lock"), waits=waits) as is_held:
+        left = list(folder.glob(PARTIAL_NAMES)) if is_held else []
+        for path in left:
+            remove(path)
+        yield bool(left)
+
+
+def make(bundle: Bundle, provider: str = "cpu") -> Path:
+    """Keep the graph of a verified bundle, if it was not kept before, while `writing`; errors as `prepare`."""
+    if (found := prepared_graph(bundle, provider)) is not None:
+        return found  # another process was faster
+    folder = _folder(bundle, provider)
+    remove(folder)
+    try:
         with staged(folder) as staging:
             save_opened(bundle.graph_path, staging / bundle.graph_path.name, provider)
             (staging / _SIZES).write_text(json.dumps(_sizes(staging)), encoding="utf-8")
+    except BundleError:
+        if (found := prepared_graph(bundle, provider)) is None:
+            raise
+        return found  # the same, where there are no locks
     return folder / bundle.graph_path.name
 
 
@@ -61,13 +95,8 @@ def prepared_graph(bundle: Bundle, provider: str = "cpu") -> Path | None:
         graph = _folder(bundle, provider) / bundle.graph_path.name
         kept = json.loads(graph.with_name(_SIZES).read_text(encoding="utf-8"))
         whole = _sizes(graph.parent) in (kept, _in_whole_seconds(kept))
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ):  # none, a damaged one, or there can be none
+    # None was kept, it is damaged, or there can be none.
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
     return graph if whole else None
 
@@ -77,8 +106,8 @@ def forget(bundle: Bundle, provider: str = "cpu") -> bool:
     folder = _folder(bundle, provider)
     if not folder.parent.is_dir():
         return False
-    with locked(folder.parent):
-        return _remove(folder)
+    with writing() as was_left:
+        return remove(folder) or was_left
 
 
 def cache_folder() -> Path:
@@ -111,12 +140,15 @@ def provider_folder(bundle: Bundle, provider: str) -> Path:
     return _folder(bundle, provider)
 
 
-def _remove(folder: Path) -> bool:
-    """Remove a kept graph, and what killed processes have left of any; with the lock held, nobody writes another."""
-    found = [path for path in (folder, *folder.parent.glob(PARTIAL_NAMES)) if path.exists()]
-    for path in found:
+def remove(path: Path) -> bool:
+    """Remove a folder, or what is in its place; returns whether there was anything."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    return bool(found)
+    elif path.exists() or path.is_symlink():
+        path.unlink()
+    else:
+        return False
+    return True
 
 
 def _sizes(folder: Path) -> dict[str, list[int]]:
@@ -138,4 +170,4 @@ def _folder(bundle: Bundle, provider: str) -> Path:
         "provider": provider,
         "machine": [platform.system(), platform.machine(), processor_features()],
     }
-    return cache_folder() / "prepared" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    return cache_folder() / _PREPARED / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]

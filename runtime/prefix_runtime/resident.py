@@ -41,9 +41,8 @@ class ResidentPrefixes:
     def __init__(self, device: Device, geometry: Geometry, cache_format: CacheFormat, budget: int) -> None:
         self._device, self._geometry, self._format, self._budget = device, geometry, cache_format, budget
         self._lock, self._staging_lock = threading.Lock(), threading.Lock()
-        self._held: OrderedDict[int, tuple[Prefix, DeviceBuffer]] = (
-            OrderedDict()
-        )  # by identity: equality reads all numbers
+        # By identity: equality reads all numbers.
+        self._held: OrderedDict[int, tuple[Prefix, DeviceBuffer]] = OrderedDict()
         self._bytes = 0
         self._staging = [_Staging(device, cache_format.dtype) for _ in range(_THREADS)]
         self._pool = ThreadPoolExecutor(_THREADS, "prefix-runtime-staging")

@@ -66,16 +66,23 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's advisory lock, so that two processes do not change it at once and one change is not lost."""
+def locked(path: Path, *, waits: bool = True) -> Iterator[bool]:
+    """Hold the advisory lock of a folder, or of a file that is made for it, so that no change is lost to another's.
+
+    Returns:
+        Whether it is held: Windows has no such locks; there changes stay atomic, and concurrent ones may be lost.
+
+    Raises:
+        BlockingIOError: another process holds it, and this one is not to wait.
+    """
     try:
         import fcntl
-    except ImportError:  # Windows: no advisory locks on folders; changes stay atomic, concurrent ones may be lost.
-        yield
+    except ImportError:
+        yield False
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+        yield True
     finally:
         os.close(descriptor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import prefix_runtime
 from prefix_runtime import Bundle, ProviderError, keeping, prepared
 from prefix_runtime.cli import main
 from prefix_runtime.keeping import LARGE, PAUSE, SETTLED, UNUSED, find_or_keep
-from prefix_runtime.prepared import prepare, prepared_graph
+from prefix_runtime.prepared import prepare, prepared_graph, writing
 
 IDS = [5, 6, 7]
 
@@ -108,17 +109,57 @@ def test_another_process_of_the_same_start_keeps_nothing(large, cache):
 def test_of_several_processes_one_keeps_it(large, cache, monkeypatch, opened_paths):
     load(large)
     settle(cache)
-    usage = shutil.disk_usage
+    save, made = prepared.save_opened, []
 
-    def overtaken(path):
-        monkeypatch.setattr(shutil, "disk_usage", usage)
-        load(large)
-        monkeypatch.setattr(keeping, "prepare", lambda *_: pytest.fail("kept twice"))
-        return usage(path)
+    def overtake(path, target, provider):
+        made.append(path)
+        load(large)  # while another one writes
+        save(path, target, provider)
 
-    monkeypatch.setattr(shutil, "disk_usage", overtaken)
+    monkeypatch.setattr(prepared, "save_opened", overtake)
     load(large)
-    assert opened_paths == [large.graph_path, prepared_graph(large), large.graph_path]
+    assert made == [large.graph_path]
+    assert opened_paths == [large.graph_path, large.graph_path, prepared_graph(large)]
+
+
+def test_processes_that_open_it_at_once_keep_it_once_and_all_open(large, cache):
+    load(large)
+    settle(cache)
+    code = """
+import logging, os, prefix_runtime
+from prefix_runtime import keeping
+keeping.LARGE = 0
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+prefix_runtime.load(os.environ["BUNDLE"], threads=1)
+"""
+    environment = os.environ | {"BUNDLE": str(large.root)}
+    command = [sys.executable, "-c", code]
+    processes = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, said
+    assert sum("keeping the graph" in each for each in said) == 1
+    assert suffixes(cache) == ["", ".kept"]
+
+
+def test_a_graph_that_another_process_has_just_kept_is_opened(kept, monkeypatch, opened_paths):
+    graph, looked = prepared_graph(kept), []
+
+    def look(bundle):
+        looked.append(bundle)
+        return None if len(looked) == 1 else graph  # it came behind the first look
+
+    monkeypatch.setattr(keeping, "prepared_graph", look)
+    load(kept)
+    assert opened_paths[-1] == graph == prepared_graph(kept)
+
+
+def test_who_opens_a_bundle_does_not_wait_for_who_keeps_another(large, cache, opened_paths):
+    load(large)
+    settle(cache)
+    with writing():
+        load(large)
+    assert opened_paths == [large.graph_path] * 2
+    assert suffixes(cache) == [".opened"]
 
 
 @pytest.mark.parametrize("options", [{"prepare": False}, {"verify": True}])
@@ -157,9 +198,10 @@ def test_where_there_is_little_room_none_is_kept_until_there_is(large, cache, mo
     assert suffixes(cache) == ["", ".kept"]
 
 
+@pytest.mark.parametrize("first_opening", [SETTLED + 1, UNUSED + 60], ids=["a minute ago", "long ago"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ProviderError("cannot write")])
 def test_what_goes_wrong_is_said_stops_no_engine_and_is_tried_again_a_day_later(
-    large, cache, monkeypatch, caplog, error
+    large, cache, monkeypatch, caplog, error, first_opening
 ):
     tried, save = [], prepared.save_opened
 
@@ -170,10 +212,12 @@ def test_what_goes_wrong_is_said_stops_no_engine_and_is_tried_again_a_day_later(
 
     monkeypatch.setattr(prepared, "save_opened", fail)
     load(large)
-    settle(cache)
+    age(next(cache.glob("*.opened")), first_opening)
     for _ in range(3):
         assert load(large).logits(IDS).shape == (len(IDS), 384)
-    assert (len(tried), suffixes(cache)) == (1, [".opened"])
+    assert len(tried) == 1
+    assert ".kept" in suffixes(cache)
+    assert set(suffixes(cache)) <= {".kept", ".opened"}
     (warning,) = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
     assert warning.startswith(f"{large.root}: its graph could not be kept, and is packed at every opening: {error}; it")
     later, now = PAUSE + 1, time.time
@@ -186,36 +230,48 @@ def test_what_goes_wrong_is_said_stops_no_engine_and_is_tried_again_a_day_later(
     assert suffixes(cache) == ["", ".kept"]
 
 
-def test_who_is_interrupted_tries_again(large, cache, monkeypatch):
+@pytest.mark.parametrize("removed", [False, True], ids=["", "while another process removes the marks"])
+@pytest.mark.parametrize("how", [KeyboardInterrupt, SystemExit])
+def test_who_is_interrupted_is_and_tries_again(large, cache, monkeypatch, how, removed):
     def interrupt(*_):
-        raise KeyboardInterrupt
+        for mark in (*cache.glob("*.kept"), *cache.glob("*.opened")) if removed else ():
+            mark.unlink()
+        raise how
 
     load(large)
     settle(cache)
     save = prepared.save_opened
     monkeypatch.setattr(prepared, "save_opened", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(how):
         load(large)
-    assert suffixes(cache) == [".opened"]
+    assert suffixes(cache) == ([] if removed else [".opened"])
     monkeypatch.setattr(prepared, "save_opened", save)
+    load(large)
+    settle(cache)
     load(large)
     assert suffixes(cache) == ["", ".kept"]
 
 
-def test_a_process_that_dies_over_it_is_the_last(large, cache):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_a_process_that_is_killed_over_it_is_the_last_for_a_day_and_leaves_nothing_large(large, cache, number):
     load(large)
     settle(cache)
     code = """
 import os, prefix_runtime
 from prefix_runtime import keeping, prepared
 keeping.LARGE = 0
-prepared.save_opened = lambda *_: os._exit(9)
+prepared.save_opened = lambda path, target, _: (target.write_bytes(b"half of it"), os.kill(os.getpid(), NUMBER))
 prefix_runtime.load(os.environ["BUNDLE"], threads=1)
-"""
+""".replace("NUMBER", str(int(number)))
     environment = os.environ | {"BUNDLE": str(large.root)}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 9
-    load(large)
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == -number
     assert suffixes(cache) == [".kept", ".opened", ".partial"]
+    for _ in range(2):
+        load(large)
+    assert suffixes(cache) == [".kept", ".opened"]
+    age(next(cache.glob("*.kept")), PAUSE + 1)
+    load(large)
+    assert suffixes(cache) == ["", ".kept"]
     load(large, prepare=True)
     assert suffixes(cache) == [""]
 

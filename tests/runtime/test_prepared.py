@@ -138,6 +138,21 @@ def test_what_a_killed_process_left_goes_with_the_next_graph_or_with_what_is_rem
     assert not partial.exists()
 
 
+@pytest.mark.parametrize("name", [".0123.abcd.partial", None], ids=["a leftover", "the graph"])
+@pytest.mark.parametrize("stands", ["a file", "a link", "a link to nothing"])
+def test_what_stands_where_a_folder_would_be_is_removed(opened, cache, tmp_path, name, stands):
+    path = prepared.provider_folder(opened, "cpu") if name is None else cache / "prepared" / name
+    path.parent.mkdir(parents=True)
+    mine = tmp_path / "mine"
+    if stands != "a link to nothing":
+        mine.mkdir()
+    (path.write_text if stands == "a file" else path.symlink_to)(str(mine))
+    graph = prepare(opened)
+    assert prepared_graph(opened) == graph
+    assert list((cache / "prepared").iterdir()) == [graph.parent]
+    assert mine.exists() == (stands != "a link to nothing")
+
+
 def test_a_folder_that_was_in_an_archive_is_whole(opened):
     graph = prepare(opened)
     for path in graph.parent.iterdir():

@@ -147,6 +147,15 @@ def test_a_lock_is_held_by_one_at_a_time(tmp_path):
     assert entered.is_set()
 
 
+def test_who_does_not_wait_for_a_lock_is_told(tmp_path):
+    path = tmp_path / "lock"
+    with locked(path) as is_held, pytest.raises(BlockingIOError), locked(path, waits=False):
+        pytest.fail("held twice")
+    assert is_held
+    with locked(path, waits=False):
+        assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_lock_is_freed_by_an_exception(tmp_path):
     with pytest.raises(ZeroDivisionError), locked(tmp_path):
         raise ZeroDivisionError

@@ -1,6 +1,6 @@
 """The product, as it is deployed: without torch.
 
-python product.py BUNDLE THREADS [--as-text] [--small-pages] [--kept FOLDER]
+python product.py BUNDLE THREADS [--as-text] [--small-pages] [--kept]
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import ctypes
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from protocol import Generation, serve, stand_in
 
@@ -24,14 +25,14 @@ class Product:
     """An engine whose tasks are called after their prefix lengths, `p200`; with `as_text` text takes the prefix' place.
 
     The text is part of the request, and so of the time to the first token. With `small_pages` the process gets no huge
-    pages. With `kept`, a folder, the graph is opened as it was packed and kept there, before if need be.
+    pages. With `kept` the graph is opened as it was packed and kept beside the bundle, before if need be.
     """
 
-    def __init__(self, bundle: str, threads: int, as_text: bool, small_pages: bool, kept: str | None) -> None:
+    def __init__(self, bundle: str, threads: int, as_text: bool, small_pages: bool, kept: bool) -> None:
         if small_pages and ctypes.CDLL(None).prctl(_DISABLE_HUGE_PAGES, 1, 0, 0, 0):
             raise OSError("the system does not let a process do without huge pages")
-        os.environ["PREFIX_RUNTIME_CACHE"] = kept or os.devnull
-        self._engine = prefix_runtime.load(bundle, threads=threads, prepare=kept is not None)
+        os.environ["PREFIX_RUNTIME_CACHE"] = str(Path(bundle).with_name("kept")) if kept else os.devnull
+        self._engine = prefix_runtime.load(bundle, threads=threads, prepare=kept)
         self._subject = Subject.of(self._engine.bundle)
         self._bundle, self._threads, self._as_text = bundle, threads, as_text
 
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("threads", type=int)
     parser.add_argument("--as-text", action="store_true")
     parser.add_argument("--small-pages", action="store_true")
-    parser.add_argument("--kept", metavar="FOLDER")
+    parser.add_argument("--kept", action="store_true")
     arguments = parser.parse_args()
     serve(lambda: Product(**vars(arguments)), "onnxruntime")
 
