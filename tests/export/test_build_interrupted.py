@@ -23,8 +23,9 @@ def place(tmp_path):
 
 def start(model, adapter, place, limit=resource.RLIM_INFINITY):
     def prepare():
-        # A shell's background job ignores Ctrl-C, and so would everything that it starts.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # A shell's background job ignores Ctrl-C, what nohup starts the end of a terminal, and so would all they start.
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     arguments = ["--model", model, "--prefix", f"task={adapter}", "--output", place / "out", "--no-verify"]
