@@ -64,9 +64,11 @@ def make_sampler(sampling: Sampling) -> Sampler:
 
     def sample(logits: np.ndarray, token_ids: Sequence[int]) -> int:
         ids, probabilities = distribution(logits, token_ids, sampling)
-        # One uniform number a token, whatever the settings: the same seed stays comparable between them.
-        chosen = int(np.searchsorted(probabilities.cumsum(), random.random(), side="right"))
-        return int(ids[min(chosen, len(ids) - 1)])
+        # An exponential race: p is the chance that time / p comes first. Each token has a time of its own, whatever the
+        # settings and the batch, so that a last digit of the logits tips a choice between two at most; in a cumulated
+        # sum it would move every boundary.
+        times = random.standard_exponential(len(logits))
+        return int(ids[(probabilities / times[ids]).argmax()])
 
     return sample
 

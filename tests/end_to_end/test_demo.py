@@ -95,6 +95,17 @@ def test_rounded_weights_answer_as_float32_does(tmp_path, corpus, score, options
             for result, light in zip(results, lights, strict=True)
         )
         assert right >= score(task, task) * TABLES - lost
+    compare_sampled_rows(engine, [corpus.prompt(light) for light in lights[:8]])
+
+
+def compare_sampled_rows(engine, prompts):
+    """Rows of a batch are sampled as each is alone, though rounding makes the most of a digit that is another."""
+    tasks = [TASKS[row % len(TASKS)] for row in range(len(prompts))]
+    sampling = [prefix_runtime.Sampling(temperature=1.5, seed=row) for row in range(len(prompts))]
+    rows = zip(prompts, tasks, sampling, strict=True)
+    alone = [engine.generate(prompt, task=task, sampling=how).token_ids for prompt, task, how in rows]
+    assert [row.token_ids for row in engine.generate(prompts, task=tasks, sampling=sampling)] == alone
+    assert len(set(alone)) == len(alone)
 
 
 def test_rounded_bundles_are_scored():
