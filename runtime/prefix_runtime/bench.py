@@ -20,6 +20,7 @@ from .bundle import Bundle
 from .engine import Engine, load
 from .measurements import BenchReport, BenchRequest, Cell, Opening, Sample, Subject, Switch
 from .openings import run_in_fresh_process
+from .prepared import prepared_graph
 
 if TYPE_CHECKING:
     from .device import Device
@@ -157,7 +158,7 @@ class _Contestant:
             command="",
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=machine.versions(),
-            machine=machine.describe(None if self.device is None else self.device.name),
+            machine=self._machine(),
             subject=Subject.of(self._plan.bundle),
             request=self._request,
             bandwidth=bandwidth,
@@ -169,6 +170,11 @@ class _Contestant:
             openings=openings,
             skipped=self._plan.skipped,
         )
+
+    def _machine(self) -> dict[str, str]:
+        found = machine.describe(None if self.device is None else self.device.name)
+        is_kept = self._request.provider == "cpu" and prepared_graph(self._plan.bundle) is not None
+        return found | {"graph": "graph kept as it was packed"} if is_kept else found
 
     def _add_random(self, length: int) -> str:
         name = free_name(f"prefix-{length}", self._engine.tasks)

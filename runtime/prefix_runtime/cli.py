@@ -86,14 +86,14 @@ def prepare(bundle: Path, remove: bool) -> None:
     """Keep BUNDLE's graph as onnxruntime packs it for this processor, so that it opens faster from now on.
 
     It is kept in the user's cache folder, or in PREFIX_RUNTIME_CACHE, and takes about twice the bundle's size. Of a
-    bundle of a gigabyte or more the second opening does so by itself, unless its weights have 4 bits.
+    bundle of a gigabyte or more the first opening does so by itself, unless its weights have 4 bits.
     """
     from . import keeping
     from .bundle import Bundle
 
     opened = Bundle.open(bundle)
     if remove:
-        click.echo(f"removed what was kept of {bundle}" if keeping.forget(opened) else "nothing was kept")
+        click.echo(f"removed what was kept of {bundle}" if keeping.discard(opened) else "nothing was kept")
         return
     with cleaning_up_when_terminated():
         graph = keeping.keep(opened)
@@ -170,7 +170,7 @@ def generate(bundle: Path, prompt: str | None, token_ids: str | None, names: tup
 
     request = _prompt(prompt, token_ids)
     options = _options(flags)
-    with _log_on_stderr():  # a large bundle that is opened again is kept, for seconds
+    with _log_on_stderr():  # a large bundle's graph is kept, for seconds, at the first opening
         engine = load(bundle, provider=flags["provider"], threads=flags["threads"])
     show_metrics = sys.stderr.isatty() if flags["metrics"] is None else flags["metrics"]
     for name in names or (None,):

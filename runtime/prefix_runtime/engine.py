@@ -72,9 +72,9 @@ def load(
         max_batch: prompts of a list that are answered together; more are taken in turns.
         verify: compare every file's SHA-256 first, and open the bundle's own graph.
         prepare: keep the graph as onnxruntime packs it, if it was not kept before, and open that: once this takes
-            several times as long, and the disk twice the graph's size; see `prefix-runtime prepare`. None does so at
-            the second opening of a gigabyte or more that is not of 4 bits, where half of the free disk holds it; False
-            never does, and opens what was kept. On the CPU.
+            several times as long, and the disk twice the graph's size; see `prefix-runtime prepare`. None does so where
+            the bundle is of a gigabyte or more, not of 4 bits, and half of the free disk holds it; False never does,
+            and opens what was kept. On the CPU.
 
     Raises:
         BundleError, BundleIntegrityError: the folder is not a bundle, or not whole.

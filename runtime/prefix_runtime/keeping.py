@@ -1,10 +1,9 @@
-"""Whose graphs are kept as onnxruntime packs them: those asked for, and by themselves large ones opened again.
+"""Whose graphs are kept as onnxruntime packs them: those asked for, and large ones by themselves.
 
-Packing takes seconds from about a gigabyte on. To keep what comes of it takes several times as long, once, and pays
-only where the cache folder outlives the process, as that of a container may not. So the first opening of a large bundle
-leaves a mark, and a later one that finds it keeps the graph, under a mark of its own. With the graph that one is
-touched by each opening, and says when it was used last; without, when an attempt failed, or a process was killed over
-it. A bundle of 4 bits packs fast, and its steps are slower from a kept graph.
+Packing takes seconds from about a gigabyte on. So the first opening of a bundle that large keeps what comes of it,
+which takes several times as long, once; what is kept so has a mark beside it, which each opening touches. A mark alone
+is of an attempt that failed, or over which a process was killed. A bundle of 4 bits packs fast, and its steps are
+slower from a kept graph.
 """
 
 from __future__ import annotations
@@ -17,13 +16,10 @@ from pathlib import Path
 
 from .bundle import Bundle
 from .errors import PrefixRuntimeError
-from .prepared import forget as _forget
-from .prepared import make, prepare, prepared_graph, provider_folder, remove, writing
+from .prepared import forget, make, prepare, prepared_graph, provider_folder, remove, writing
 
 LARGE = 1 << 30
 """Bytes of a bundle's graph and weights, from which on it is packed for seconds."""
-SETTLED = 60.0
-"""Seconds after which a mark is an earlier start's, not that of another process of this one."""
 PAUSE = 24 * 3600.0
 """Seconds after which it is tried again where it failed, or a process was killed over it."""
 UNUSED = 30 * 24 * 3600.0
@@ -39,8 +35,8 @@ def find_or_keep(bundle: Bundle, keeps: bool | None = None) -> Path | None:
 
     Args:
         bundle: whose graph.
-        keeps: keep it first, for good; None keeps it where it is large and is opened again, and says nothing of what
-            goes wrong but in the log; False never does.
+        keeps: keep it first, for good; None keeps it where it is large, and says nothing of what goes wrong but in the
+            log; False never does.
 
     Raises:
         BundleIntegrityError, ProviderError, OSError: as `prepared.prepare`, where it is asked for.
@@ -50,7 +46,7 @@ def find_or_keep(bundle: Bundle, keeps: bool | None = None) -> Path | None:
     found = prepared_graph(bundle)
     with suppress(OSError):  # another process is at it, or the folder cannot be had, or is not to be written
         if found is not None:
-            _touch_if_there(_marks(bundle)[1])
+            _touch_if_there(_mark(bundle))
         elif keeps is None and _size(bundle) >= LARGE and bundle.manifest.precision != "int4":
             with writing(waits=False):
                 found = prepared_graph(bundle)  # another process was faster
@@ -66,35 +62,29 @@ def keep(bundle: Bundle) -> Path:
     return graph
 
 
-def forget(bundle: Bundle) -> bool:
-    """Remove what was kept; returns whether there was anything. A large bundle begins anew."""
+def discard(bundle: Bundle) -> bool:
+    """Remove what was kept; returns whether there was anything."""
     _unmark(bundle)
-    return _forget(bundle)
+    return forget(bundle)
 
 
 def _is_due(bundle: Bundle) -> bool:
-    """Whether a large bundle is to be kept now; leaves the mark that says so to a later opening."""
-    opened, kept = _marks(bundle)
-    mark, wait = (kept, PAUSE) if kept.exists() else (opened, SETTLED)
-    if mark is kept and remove(kept.with_suffix("")):  # it is not whole any more
-        _unmark(bundle)
+    """Whether a large bundle is to be kept now: there is room, and no attempt failed lately."""
+    mark = _mark(bundle)
+    was_kept = remove(mark.with_suffix(""))  # and is not whole any more
+    if not was_kept and mark.exists() and time.time() - mark.stat().st_mtime < PAUSE:
         return False
-    if not mark.exists():
-        mark.touch(exist_ok=False)
-        return False
-    if time.time() - mark.stat().st_mtime < wait:
-        return False
-    _remove_unused(opened.parent)
-    return shutil.disk_usage(opened.parent).free >= _ROOM * _size(bundle)
+    _remove_unused(mark.parent)
+    return shutil.disk_usage(mark.parent).free >= _ROOM * _size(bundle)
 
 
 def _kept(bundle: Bundle) -> Path | None:
-    opened, kept = _marks(bundle)
-    kept.touch()
-    _logger.info("%s: keeping the graph as it is packed, in %s, for later openings", bundle.root, kept.parent)
+    mark = _mark(bundle)
+    mark.touch()
+    _logger.info("%s: keeping the graph as it is packed, in %s, for later openings", bundle.root, mark.parent)
     try:
         bundle.verify()
-        graph = make(bundle)
+        return make(bundle)
     except (OSError, PrefixRuntimeError) as error:
         _logger.warning(
             "%s: its graph could not be kept, and is packed at every opening: %s; it is tried again tomorrow, and by "
@@ -105,32 +95,26 @@ def _kept(bundle: Bundle) -> Path | None:
         return None
     except BaseException:
         with suppress(OSError):
-            kept.unlink()  # the next opening tries again
+            mark.unlink()  # the next opening tries again
         raise
-    with suppress(OSError):
-        opened.unlink()
-    return graph
 
 
 def _remove_unused(folder: Path) -> None:
-    for mark in (*folder.glob("*.kept"), *folder.glob("*.opened")):
+    for mark in folder.glob("*.kept"):
         with suppress(OSError):  # another process has removed it
             if time.time() - mark.stat().st_mtime > UNUSED:
-                if mark.suffix == ".kept":
-                    remove(mark.with_suffix(""))
+                remove(mark.with_suffix(""))
                 mark.unlink()
 
 
-def _marks(bundle: Bundle) -> tuple[Path, Path]:
-    """Of a bundle that was opened, and of one that was kept by itself, or was to be."""
-    folder = provider_folder(bundle, "cpu")
-    return folder.with_suffix(".opened"), folder.with_suffix(".kept")
+def _mark(bundle: Bundle) -> Path:
+    """Of a bundle that was kept by itself, or was to be."""
+    return provider_folder(bundle, "cpu").with_suffix(".kept")
 
 
 def _unmark(bundle: Bundle) -> None:
-    for mark in _marks(bundle):
-        with suppress(OSError):
-            mark.unlink()
+    with suppress(OSError):
+        _mark(bundle).unlink()
 
 
 def _touch_if_there(mark: Path) -> None:

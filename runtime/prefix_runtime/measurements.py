@@ -270,7 +270,8 @@ class BenchReport:
         command: that made it, without folders.
         created: date and time, ISO 8601, UTC.
         versions: of the runtime and what it runs on, by name.
-        machine: processor, number of processors that may be used, and system, by these names; "gpu", where one ran.
+        machine: processor, number of processors that may be used, and system, by these names; "gpu", where one ran;
+            "graph", where what was opened had been kept there as onnxruntime packs it.
         subject: the bundle.
         request: what was asked for.
         bandwidth: bytes a second that the machine read memory at, one a round.

@@ -19,13 +19,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .bundle import Bundle, staged
-from .errors import BundleError
+from .errors import BundleError, ProviderError
 from .machine import processor_features
 from .session import onnxruntime_version, save_opened
 from .storage import PARTIAL_NAMES, locked
 
 _PREPARED = "prepared"
 _SECOND = 10**9
+_FULL = 1 << 20
+"""Bytes, less than which are left free on a full disk."""
 _SIZES = "sizes.json"
 """Sizes and times of the kept files: one that was changed is noticed, and the bundle's own graph opened."""
 
@@ -80,7 +82,8 @@ def make(bundle: Bundle, provider: str = "cpu") -> Path:
     remove(folder)
     try:
         with staged(folder) as staging:
-            save_opened(bundle.graph_path, staging / bundle.graph_path.name, provider)
+            with _telling_a_full_disk(staging):
+                save_opened(bundle.graph_path, staging / bundle.graph_path.name, provider)
             (staging / _SIZES).write_text(json.dumps(_sizes(staging)), encoding="utf-8")
     except BundleError:
         if (found := prepared_graph(bundle, provider)) is None:
@@ -149,6 +152,20 @@ def remove(path: Path) -> bool:
     else:
         return False
     return True
+
+
+@contextmanager
+def _telling_a_full_disk(staging: Path) -> Iterator[None]:
+    """Of which onnxruntime says, in half a screen, that it cannot open the graph."""
+    try:
+        yield
+    except ProviderError as error:
+        if shutil.disk_usage(staging).free >= _FULL:
+            raise
+        raise OSError(
+            f"{staging.parent}: expected room for twice the bundle's size, found the disk full; make room, or name "
+            "another folder in PREFIX_RUNTIME_CACHE"
+        ) from error
 
 
 def _sizes(folder: Path) -> dict[str, list[int]]:

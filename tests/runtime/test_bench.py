@@ -29,6 +29,7 @@ from prefix_runtime import bench as bench_module
 from prefix_runtime.bench import bench, bench_together
 from prefix_runtime.bench_file import from_json, summary, to_csv, to_json
 from prefix_runtime.bench_inputs import random_prefix
+from prefix_runtime.keeping import discard, keep
 from prefix_runtime.measurements import (
     BenchReport,
     BenchRequest,
@@ -182,6 +183,14 @@ class TestRounds:
         assert as_text(report).splitlines()[1].startswith(f"{device.name}, {machine.processor_name()}")
         assert device.stream.copied["copy"]
         assert from_json(to_json(report), "a report").machine == report.machine
+
+    def test_a_graph_that_was_kept_is_measured_and_said_to_be(self, bundle, monkeypatch, tmp_path):
+        monkeypatch.setenv("PREFIX_RUNTIME_CACHE", str(tmp_path / "cache"))
+        opened = Bundle.open(bundle)
+        keep(opened)
+        assert as_text(bench(bundle, SMALL)).splitlines()[1].partition(";")[0].endswith(", graph kept as it was packed")
+        discard(opened)
+        assert "kept" not in as_text(bench(bundle, SMALL)).splitlines()[1]
 
     def test_nothing_that_names_a_machine_or_a_person_is_kept(self, measured, shared_bundle):
         text = to_json(measured[0])

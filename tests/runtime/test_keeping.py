@@ -1,4 +1,4 @@
-"""Which graphs are kept without being asked for: large ones that are opened again, where there is room."""
+"""Which graphs are kept without being asked for: large ones, where there is room."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from click.testing import CliRunner
 import prefix_runtime
 from prefix_runtime import Bundle, ProviderError, keeping, prepared
 from prefix_runtime.cli import main
-from prefix_runtime.keeping import LARGE, PAUSE, SETTLED, UNUSED, find_or_keep
+from prefix_runtime.keeping import LARGE, PAUSE, UNUSED, find_or_keep
 from prefix_runtime.prepared import prepare, prepared_graph, writing
 
 IDS = [5, 6, 7]
@@ -54,11 +54,6 @@ def age(path, seconds):
     os.utime(path, (then, then))
 
 
-def settle(cache):
-    for mark in cache.glob("*.opened"):
-        age(mark, SETTLED + 1)
-
-
 def load(bundle, **options):
     return prefix_runtime.load(bundle.root, threads=1, **options)
 
@@ -71,44 +66,30 @@ def suffixes(cache):
 def kept(large, cache):
     """One that was kept by itself."""
     load(large)
-    settle(cache)
-    load(large)
     assert suffixes(cache) == ["", ".kept"]
     return large
 
 
-def test_a_large_bundle_is_kept_when_it_is_opened_again(large, cache, opened_paths):
-    before = load(large).logits(IDS, "p20")
-    assert suffixes(cache) == [".opened"]
-    settle(cache)
-    again = load(large).logits(IDS, "p20")
-    load(large)
+def test_a_large_bundle_is_kept_at_the_first_opening(large, cache, opened_paths):
+    before = load(large, prepare=False).logits(IDS, "p20")
+    assert not cache.exists()
+    found = [load(large).logits(IDS, "p20") for _ in range(2)]
     graph = prepared_graph(large)
     assert opened_paths == [large.graph_path, graph, graph]
-    assert (again == before).all()
+    assert suffixes(cache) == ["", ".kept"]
+    assert all((logits == before).all() for logits in found)
 
 
 def test_the_command_line_says_that_it_keeps_one(large, cache):
     def generate():
         return CliRunner().invoke(main, ["generate", str(large.root), "--token-ids", "5,6", "--max-new-tokens", "1"])
 
-    assert generate().stderr == ""
-    settle(cache)
     expected = f"{large.root}: keeping the graph as it is packed, in {cache}, for later openings\n"
     assert generate().stderr == expected
     assert generate().stderr == ""
 
 
-def test_another_process_of_the_same_start_keeps_nothing(large, cache):
-    load(large)
-    age(next(cache.glob("*.opened")), SETTLED - 10)
-    load(large)
-    assert suffixes(cache) == [".opened"]
-
-
-def test_of_several_processes_one_keeps_it(large, cache, monkeypatch, opened_paths):
-    load(large)
-    settle(cache)
+def test_of_several_processes_one_keeps_it(large, monkeypatch, opened_paths):
     save, made = prepared.save_opened, []
 
     def overtake(path, target, provider):
@@ -119,12 +100,10 @@ def test_of_several_processes_one_keeps_it(large, cache, monkeypatch, opened_pat
     monkeypatch.setattr(prepared, "save_opened", overtake)
     load(large)
     assert made == [large.graph_path]
-    assert opened_paths == [large.graph_path, large.graph_path, prepared_graph(large)]
+    assert opened_paths == [large.graph_path, prepared_graph(large)]
 
 
 def test_processes_that_open_it_at_once_keep_it_once_and_all_open(large, cache):
-    load(large)
-    settle(cache)
     code = """
 import logging, os, prefix_runtime
 from prefix_runtime import keeping
@@ -154,29 +133,21 @@ def test_a_graph_that_another_process_has_just_kept_is_opened(kept, monkeypatch,
 
 
 def test_who_opens_a_bundle_does_not_wait_for_who_keeps_another(large, cache, opened_paths):
-    load(large)
-    settle(cache)
     with writing():
         load(large)
-    assert opened_paths == [large.graph_path] * 2
-    assert suffixes(cache) == [".opened"]
+    assert opened_paths == [large.graph_path]
+    assert not list(cache.iterdir())
 
 
 @pytest.mark.parametrize("options", [{"prepare": False}, {"verify": True}])
 def test_who_wants_none_has_none_kept(large, cache, options):
-    for _ in range(3):
-        load(large, **options)
-    assert not cache.exists()
-    load(large)
-    settle(cache)
     load(large, **options)
-    assert suffixes(cache) == [".opened"]
+    assert not cache.exists()
 
 
 def test_a_small_bundle_is_not_kept(opened, cache):
     assert keeping._size(opened) < LARGE
-    for _ in range(2):
-        load(opened)
+    load(opened)
     assert not cache.exists()
 
 
@@ -187,21 +158,18 @@ def test_the_size_counts_graph_and_weights(opened):
 
 
 def test_where_there_is_little_room_none_is_kept_until_there_is(large, cache, monkeypatch):
-    load(large)
-    settle(cache)
     free = 4 * keeping._size(large)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free, 1, free - 1))
     load(large)
-    assert suffixes(cache) == [".opened"]
+    assert suffixes(cache) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free, 0, free))
     load(large)
     assert suffixes(cache) == ["", ".kept"]
 
 
-@pytest.mark.parametrize("first_opening", [SETTLED + 1, UNUSED + 60], ids=["a minute ago", "long ago"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ProviderError("cannot write")])
 def test_what_goes_wrong_is_said_stops_no_engine_and_is_tried_again_a_day_later(
-    large, cache, monkeypatch, caplog, error, first_opening
+    large, cache, monkeypatch, caplog, error
 ):
     tried, save = [], prepared.save_opened
 
@@ -211,13 +179,10 @@ def test_what_goes_wrong_is_said_stops_no_engine_and_is_tried_again_a_day_later(
         raise error
 
     monkeypatch.setattr(prepared, "save_opened", fail)
-    load(large)
-    age(next(cache.glob("*.opened")), first_opening)
     for _ in range(3):
         assert load(large).logits(IDS).shape == (len(IDS), 384)
     assert len(tried) == 1
-    assert ".kept" in suffixes(cache)
-    assert set(suffixes(cache)) <= {".kept", ".opened"}
+    assert suffixes(cache) == [".kept"]
     (warning,) = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
     assert warning.startswith(f"{large.root}: its graph could not be kept, and is packed at every opening: {error}; it")
     later, now = PAUSE + 1, time.time
@@ -230,32 +195,26 @@ def test_what_goes_wrong_is_said_stops_no_engine_and_is_tried_again_a_day_later(
     assert suffixes(cache) == ["", ".kept"]
 
 
-@pytest.mark.parametrize("removed", [False, True], ids=["", "while another process removes the marks"])
+@pytest.mark.parametrize("removed", [False, True], ids=["", "while another process removes the mark"])
 @pytest.mark.parametrize("how", [KeyboardInterrupt, SystemExit])
 def test_who_is_interrupted_is_and_tries_again(large, cache, monkeypatch, how, removed):
     def interrupt(*_):
-        for mark in (*cache.glob("*.kept"), *cache.glob("*.opened")) if removed else ():
+        for mark in cache.glob("*.kept") if removed else ():
             mark.unlink()
         raise how
 
-    load(large)
-    settle(cache)
     save = prepared.save_opened
     monkeypatch.setattr(prepared, "save_opened", interrupt)
     with pytest.raises(how):
         load(large)
-    assert suffixes(cache) == ([] if removed else [".opened"])
+    assert suffixes(cache) == []
     monkeypatch.setattr(prepared, "save_opened", save)
-    load(large)
-    settle(cache)
     load(large)
     assert suffixes(cache) == ["", ".kept"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 def test_a_process_that_is_killed_over_it_is_the_last_for_a_day_and_leaves_nothing_large(large, cache, number):
-    load(large)
-    settle(cache)
     code = """
 import os, prefix_runtime
 from prefix_runtime import keeping, prepared
@@ -265,10 +224,10 @@ prefix_runtime.load(os.environ["BUNDLE"], threads=1)
 """.replace("NUMBER", str(int(number)))
     environment = os.environ | {"BUNDLE": str(large.root)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == -number
-    assert suffixes(cache) == [".kept", ".opened", ".partial"]
+    assert suffixes(cache) == [".kept", ".partial"]
     for _ in range(2):
         load(large)
-    assert suffixes(cache) == [".kept", ".opened"]
+    assert suffixes(cache) == [".kept"]
     age(next(cache.glob("*.kept")), PAUSE + 1)
     load(large)
     assert suffixes(cache) == ["", ".kept"]
@@ -280,23 +239,17 @@ def test_a_graph_that_is_not_whole_any_more_is_kept_anew(kept, cache):
     graph = prepared_graph(kept)
     graph.write_bytes(b"half of it")
     load(kept)
-    assert not list(cache.iterdir())
-    load(kept)
-    settle(cache)
-    load(kept)
     assert prepared_graph(kept) == graph
+    assert suffixes(cache) == ["", ".kept"]
 
 
 def test_a_bundle_of_4_bits_is_not_kept(workshop, cache, monkeypatch):
     monkeypatch.setattr(keeping, "LARGE", 0)
-    for _ in range(2):
-        load(Bundle.open(workshop.bundle(precision="int4")))
+    load(Bundle.open(workshop.bundle(precision="int4")))
     assert not cache.exists()
 
 
-def test_no_graph_is_kept_under_a_false_name(large, cache, caplog):
-    load(large)
-    settle(cache)
+def test_no_graph_is_kept_under_a_false_name(large, caplog):
     tokenizer = large.root / "tokenizer.json"
     tokenizer.write_bytes(tokenizer.read_bytes().replace(b"\n", b" ", 1))
     load(large)
@@ -304,18 +257,18 @@ def test_no_graph_is_kept_under_a_false_name(large, cache, caplog):
     assert "tokenizer.json" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["opened", "kept"])
-def test_a_folder_that_is_not_to_be_written_stops_no_engine(kept, monkeypatch, name):
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_a_folder_that_is_not_to_be_written_stops_no_engine(kept, monkeypatch, is_kept):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    if name == "opened":
-        keeping.forget(kept)
+    if not is_kept:
+        keeping.discard(kept)
     monkeypatch.setattr("pathlib.Path.touch", refuse)
     assert load(kept).logits(IDS).shape == (len(IDS), 384)
 
 
-def test_what_was_kept_by_itself_and_not_opened_for_long_makes_room(kept, cache, workshop, monkeypatch):
+def test_what_was_kept_by_itself_and_not_opened_for_long_makes_room(kept, workshop, monkeypatch):
     other = Bundle.open(workshop.bundle(precision="int8"))
     folder = prepared_graph(kept).parent
     mark, usage = folder.with_suffix(".kept"), shutil.disk_usage
@@ -326,8 +279,6 @@ def test_what_was_kept_by_itself_and_not_opened_for_long_makes_room(kept, cache,
     # There is room as soon as the first graph has gone.
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, 0) if folder.exists() else usage(path))
     load(other)
-    settle(cache)
-    load(other)
     assert (prepared_graph(kept) is None, prepared_graph(other)) == (False, None)
     age(mark, UNUSED + 60)
     load(other)
@@ -337,8 +288,7 @@ def test_what_was_kept_by_itself_and_not_opened_for_long_makes_room(kept, cache,
 
 
 def test_a_mark_that_another_process_removes_stops_nobody(large, cache):
-    load(large)
-    settle(cache)
+    cache.mkdir(parents=True)
     (cache / "gone.kept").symlink_to(cache / "nowhere")
     load(large)
     assert prepared_graph(large) is not None
@@ -347,11 +297,8 @@ def test_a_mark_that_another_process_removes_stops_nobody(large, cache):
 def test_what_was_asked_for_stays(kept, cache):
     load(kept, prepare=True)
     assert suffixes(cache) == [""]
-    folder = prepared_graph(kept).parent
-    folder.with_suffix(".opened").touch()
-    age(folder.with_suffix(".opened"), UNUSED + 60)
+    age(prepared_graph(kept).parent, UNUSED + 60)
     keeping._remove_unused(cache)
-    assert suffixes(cache) == [""]
     assert prepared_graph(kept) is not None
 
 
@@ -360,7 +307,7 @@ def test_what_was_removed_begins_anew(kept, cache):
     assert removed.output == f"removed what was kept of {kept.root}\n"
     assert not list(cache.iterdir())
     load(kept)
-    assert suffixes(cache) == [".opened"]
+    assert suffixes(cache) == ["", ".kept"]
 
 
 def test_a_graph_kept_on_request_is_opened_whoever_asks(opened):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 import prefix_runtime
-from prefix_runtime import Bundle, BundleIntegrityError, Cuda, RequestError, machine, prepared
+from prefix_runtime import Bundle, BundleIntegrityError, Cuda, ProviderError, RequestError, machine, prepared
 from prefix_runtime.cli import main
 from prefix_runtime.manifest import FileEntry
 from prefix_runtime.prepared import cache_folder, forget, prepare, prepared_graph
@@ -89,13 +90,22 @@ def test_a_bundle_that_is_not_what_it_says_is_not_kept(bundle, cache):
     assert not cache.exists()
 
 
-def test_nothing_half_written_is_left_behind(opened, cache, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "free", "expected"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 0, "No space left"),
+        (ProviderError("cannot open the graph"), 0, "prepared: expected room for twice .*, found the disk full; "),
+        (ProviderError("cannot open the graph"), 1 << 30, "^cannot open the graph$"),
+    ],
+)
+def test_nothing_half_written_is_left_behind(opened, cache, monkeypatch, error, free, expected):
     def full(_path, target, _provider):
         target.write_bytes(b"half of it")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(prepared, "save_opened", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
+    with pytest.raises(OSError if free == 0 else ProviderError, match=expected):
         prepare(opened)
     assert not list((cache / "prepared").iterdir())
     assert prepared_graph(opened) is None
