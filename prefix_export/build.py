@@ -113,7 +113,8 @@ def build(
     check_output(request.output)
     plan = _plan(request)
     request = replace(request, precision=plan.precision, cache=plan.cache)
-    settings = quantization(plan.precision, request.block_size, request.quantizer)
+    by_output = plan.target.has_output_scales
+    settings = quantization(plan.precision, request.block_size, request.quantizer, by_output=by_output)
     _check_held_out(request)
     on_step(f"loading {request.model}")
     base = (load or load_base_model)(request.model)
@@ -350,7 +351,10 @@ def verify_against(
             f"(fingerprint {base.fingerprint[:20]}…, not {bundle.manifest.model.fingerprint[:20]}…)"
         )
     manifest = bundle.manifest
-    if settings := quantization(manifest.precision, manifest.block_size, manifest.quantizer or "rtn"):
+    by_output = targets.TARGETS[manifest.target].has_output_scales
+    if settings := quantization(
+        manifest.precision, manifest.block_size, manifest.quantizer or "rtn", by_output=by_output
+    ):
         on_step("rounding the weights")
         QuantizedModel(base.model, settings)
     prefixes = {task: bundle.prefix(task) for task in bundle.tasks}

@@ -39,7 +39,7 @@ from .decoder import Decoder, PortableDecoder
 from .device import DeviceDecoder
 from .errors import ExportError
 from .fuse import fuse
-from .simplify import simplify
+from .simplify import join_rounded, simplify
 
 _MOST_IN_ONE_FILE = 2_000_000_000
 """Bytes of weights; protobuf's own limit is 2 GiB."""
@@ -76,6 +76,7 @@ def export_graph(decoder: Decoder, positions: int, path: Path, *, opset: int, ha
     _name_axes(graph)
     with _quiet():
         simplify(graph, positions)
+        join_rounded(graph)
         if isinstance(decoder, DeviceDecoder):
             fuse(graph)
     _drop_traces_of_the_machine(graph)

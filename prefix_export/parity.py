@@ -276,8 +276,9 @@ def _kind(manifest: Manifest) -> str:
     """What rounds in a bundle's graph, as tolerances are named."""
     if manifest.precision == "bf16":
         return "bf16 weights"
-    # For a GPU activations are of 16 bits whatever the weights are.
-    return "fp16 weights" if manifest.precision == "fp16" or manifest.target == "cuda" else manifest.cache
+    # For a GPU activations are of 16 bits, as keys and values are, also where the weights have fewer.
+    is_half = manifest.precision == "fp16" or (manifest.cache == "fp16" and manifest.target in ("cuda", "tensorrt"))
+    return "fp16 weights" if is_half else manifest.cache
 
 
 def _parting(

@@ -2,8 +2,9 @@
 
 A weight [outputs, inputs] is cut along its inputs into blocks that share one float32 scale and, where they are not
 symmetric, a zero point. The quantiser is onnxruntime's (1.32, `quantization/matmul_nbits_quantizer.py`), and so is the
-operator that multiplies with what it packs, `com.microsoft::MatMulNBits`. The model itself keeps the rounded weights in
-float32: the source framework runs it as it is, and is what the graph is compared with.
+operator that multiplies with what it packs, `com.microsoft::MatMulNBits`. TensorRT takes one scale for each output,
+above zero, in the type that it computes in. The model itself keeps the rounded weights in float32: the source framework
+runs it as it is, and is what the graph is compared with.
 """
 
 from __future__ import annotations
@@ -43,18 +44,26 @@ class Quantization:
 
     Attributes:
         bits: 8 or 4.
-        block_size: inputs that share a scale: 16, 32, 64, 128 or 256.
+        block_size: inputs that share a scale: 16, 32, 64, 128 or 256; None where all inputs of an output do.
         method: "rtn" rounds to nearest, symmetric around zero; "hqq" searches each block's zero point for the least
             error (Badri & Shaji, "Half-Quadratic Quantization", 2023), which is then rounded itself.
     """
 
     bits: int
-    block_size: int
+    block_size: int | None
     method: str = "rtn"
 
 
-def quantization(precision: str, block_size: int | None, method: str) -> Quantization | None:
+def quantization(
+    precision: str, block_size: int | None, method: str, *, by_output: bool = False
+) -> Quantization | None:
     """The quantisation that a precision stands for; None for those of floating point.
+
+    Args:
+        precision: of the weights.
+        block_size: that was asked for, or None.
+        method: one of `METHODS`.
+        by_output: whether the target takes one scale for each output alone.
 
     Raises:
         ExportError: a block size or method that there is not, or that does not go with the precision.
@@ -65,6 +74,13 @@ def quantization(precision: str, block_size: int | None, method: str) -> Quantiz
         if block_size is not None or method != "rtn":
             raise ExportError(f"block size, quantizer: expected precision int8 or int4 with them, found {precision}")
         return None
+    if by_output:
+        if block_size is not None or method != "rtn":
+            raise ExportError(
+                "block size, quantizer: expected none and rtn for a target whose weights have a scale for each output, "
+                f"found {block_size if block_size is not None else 'none'} and {method}"
+            )
+        return Quantization(BITS[precision], None)
     size = DEFAULT_BLOCK_SIZES[precision] if block_size is None else block_size
     if size not in _BLOCK_SIZES:
         raise ExportError(f"block size: expected one of {', '.join(map(str, _BLOCK_SIZES))}, found {size}")
@@ -89,6 +105,11 @@ class PackedWeight:
     scales: torch.Tensor
     zero_points: torch.Tensor | None
 
+    @property
+    def block_size(self) -> int:
+        """Inputs that share a scale, at most."""
+        return self.settings.block_size or self.inputs
+
     def dequantized(self) -> torch.Tensor:
         """The weight that it stands for, [outputs, inputs] float32."""
         bits = self.settings.bits
@@ -102,28 +123,37 @@ class PackedWeight:
 
 def pack(weight: torch.Tensor, settings: Quantization) -> PackedWeight:
     """Quantise a weight [outputs, inputs] float32."""
-    block = _block_size(weight.shape[1], settings)
-    settings = Quantization(settings.bits, block, settings.method)
-    values, scales, zeros = (_round_to_nearest if settings.method == "rtn" else _half_quadratic)(weight, settings)
-    return PackedWeight(weight.shape[1], weight.shape[0], settings, values, scales, zeros)
+    if settings.block_size is None:
+        return _round_by_output(weight, settings)
+    size = _block_size(weight.shape[1], settings.block_size)
+    settings = Quantization(settings.bits, size, settings.method)
+    rounded = _round_to_nearest if settings.method == "rtn" else _half_quadratic
+    return PackedWeight(weight.shape[1], weight.shape[0], settings, *rounded(weight, settings.bits, size))
 
 
-def _block_size(inputs: int, settings: Quantization) -> int:
+def _round_by_output(weight: torch.Tensor, settings: Quantization) -> PackedWeight:
+    """To nearest, symmetric; scales are numbers of float16."""
+    half = 2 ** (settings.bits - 1)
+    scales = (weight.abs().amax(1, keepdim=True) / (half - 1)).half().float()
+    scales[scales == 0] = 1  # of an output that is next to none, which becomes zero
+    values = (weight / scales).round().clamp(1 - half, half - 1) + half
+    return PackedWeight(weight.shape[1], weight.shape[0], settings, values.to(torch.uint8)[:, None], scales, None)
+
+
+def _block_size(inputs: int, size: int) -> int:
     """The size asked for, or the largest below it that does not pad the last block by more than it must."""
-    size = settings.block_size
     while size > 32 and inputs % size:
         size //= 2
     return size
 
 
-def _round_to_nearest(weight: torch.Tensor, settings: Quantization) -> tuple[torch.Tensor, torch.Tensor, None]:
-    config = DefaultWeightOnlyQuantConfig(block_size=settings.block_size, is_symmetric=True, bits=settings.bits)
+def _round_to_nearest(weight: torch.Tensor, bits: int, size: int) -> tuple[torch.Tensor, torch.Tensor, None]:
+    config = DefaultWeightOnlyQuantConfig(block_size=size, is_symmetric=True, bits=bits)
     values, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(weight.T.numpy()))
     return torch.from_numpy(values), torch.from_numpy(scales), None
 
 
-def _half_quadratic(weight: torch.Tensor, settings: Quantization) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    bits, size = settings.bits, settings.block_size
+def _half_quadratic(weight: torch.Tensor, bits: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     quantizer = HQQWeightOnlyQuantizer(HQQWeightOnlyQuantConfig(block_size=size, bits=bits))
     _, scales, zeros = quantizer.quantize_internal(weight, bits=bits, group_size=size)
     # A zero point that is no whole number keeps onnxruntime from its fast kernels: it is rounded, and the values anew.
@@ -159,7 +189,7 @@ class QuantizedModel:
         self._packed: dict[str, PackedWeight] = {}
         done: dict[int, PackedWeight] = {}  # by parameter: tied ones are rounded once
         for name, module in model.named_modules():
-            if _is_quantized(module, model):
+            if _is_quantized(module, model, settings):
                 weight: torch.nn.Parameter = module.weight
                 if id(weight) not in done:
                     done[id(weight)] = _round_in_place(weight, settings, transposed=isinstance(module, Conv1D))
@@ -173,6 +203,8 @@ class QuantizedModel:
             # The operator takes zero points of 4 bits in other places there (onnxruntime 1.32): looked up as it is.
             before = {name: module for name, module in before.items() if not isinstance(module, torch.nn.Embedding)}
         emitted = _GPU if target.is_for_gpu else _ONNXRUNTIMES if target.flavour == "fast" else _STANDARD
+        if self.settings.block_size is None:
+            emitted = _BY_OUTPUT
         shared: dict[int, torch.nn.Module] = {}
         try:
             for name, module in before.items():
@@ -183,9 +215,10 @@ class QuantizedModel:
                 self._model.set_submodule(name, module)
 
 
-def _is_quantized(module: torch.nn.Module, model: PreTrainedModel) -> bool:
-    # An embedding of a subclass computes something of its own; it stays as it is.
+def _is_quantized(module: torch.nn.Module, model: PreTrainedModel, settings: Quantization) -> bool:
+    # An embedding of a subclass computes something of its own; it stays as it is. TensorRT looks up no rounded table.
     is_embedding = module is model.get_input_embeddings() and type(module) is torch.nn.Embedding
+    is_embedding = is_embedding and settings.block_size is not None
     return is_embedding or isinstance(module, torch.nn.Linear | Conv1D)
 
 
@@ -253,7 +286,7 @@ class _QuantizedLinear(torch.nn.Module):
                 "K": weight.inputs,
                 "N": outputs,
                 "bits": weight.settings.bits,
-                "block_size": weight.settings.block_size,
+                "block_size": weight.block_size,
                 **self._settings,
             },
             dtype=activation.dtype,
@@ -283,7 +316,7 @@ class _QuantizedEmbedding(torch.nn.Module):
         attributes: dict[str, Any] = {
             "gather_axis": 0,
             "quantize_axis": 2,
-            "block_size": weight.settings.block_size,
+            "block_size": weight.block_size,
             "bits": weight.settings.bits,
         }
         output: torch.Tensor = torch.onnx.ops.symbolic(
@@ -291,7 +324,7 @@ class _QuantizedEmbedding(torch.nn.Module):
             inputs,
             attrs=attributes,
             dtype=self.packed.scales.dtype,
-            shape=(*token_ids.shape, blocks, weight.settings.block_size),
+            shape=(*token_ids.shape, blocks, weight.block_size),
             version=1,
         )
         output = output.flatten(2)
@@ -342,7 +375,7 @@ class _Rounded(torch.nn.Module):
 
     def __init__(self, weight: PackedWeight) -> None:
         super().__init__()
-        self.block_size = weight.settings.block_size
+        self.attributes: Mapping[str, int] = {"axis": 0, "block_size": weight.block_size}
         values = weight.values.flatten(1)[:, : weight.inputs].T
         if weight.zero_points is None:
             self.register_buffer("values", (values.to(torch.int16) - 128).to(torch.int8).contiguous())
@@ -353,7 +386,7 @@ class _Rounded(torch.nn.Module):
         self.register_buffer("scales", weight.scales.T.contiguous())
 
     def dequantized(self, columns: torch.Tensor | None = None) -> torch.Tensor:
-        """The weight [inputs, outputs], or some of its columns, float32."""
+        """The weight [inputs, outputs], or some of its columns, in the scales' type."""
         tensors = [self.values, self.scales, self.zero_points]
         if columns is not None:
             tensors = [None if tensor is None else tensor.index_select(1, columns) for tensor in tensors]
@@ -361,16 +394,25 @@ class _Rounded(torch.nn.Module):
         weight: torch.Tensor = torch.onnx.ops.symbolic(
             "DequantizeLinear",
             given,
-            attrs={"axis": 0, "block_size": self.block_size},
-            dtype=torch.float32,
+            attrs=dict(self.attributes),
+            dtype=self.scales.dtype,
             shape=given[0].shape,
             version=21,
         )
         return weight
 
 
+class _RoundedByOutput(_Rounded):
+    """The same with a scale of float16 for each output."""
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__(weight)
+        self.attributes = {"axis": 1}
+        self.scales = self.scales.flatten().half()
+
+
 class _RoundedLinear(torch.nn.Module):
-    """A blockwise `DequantizeLinear` and a `MatMul`, which onnxruntime makes one `MatMulNBits` of (1.32)."""
+    """A `DequantizeLinear` and a `MatMul`; of a blockwise one onnxruntime makes one `MatMulNBits` (1.32)."""
 
     def __init__(self, rounded: _Rounded, bias: torch.Tensor | None) -> None:
         super().__init__()
@@ -398,6 +440,7 @@ class _RoundedEmbedding(torch.nn.Module):
 _ONNXRUNTIMES = (_Packed, _QuantizedLinear, _QuantizedEmbedding)
 _GPU = (_PackedForGpu, _GpuLinear, _QuantizedEmbedding)
 _STANDARD = (_Rounded, _RoundedLinear, _RoundedEmbedding)
+_BY_OUTPUT = (_RoundedByOutput, _RoundedLinear, _RoundedEmbedding)
 
 
 def as_exact(graph: Any) -> None:

@@ -23,7 +23,8 @@ class Target:
         modes: whether prefixes are fed, baked, or either.
         graphs: the graph's path in the bundle, by precision of the weights, the default first.
         has_weights_apart: whether the weights lie in a file of their own, beside the graph.
-        is_for_gpu: whether CUDA kernels run the graph; activations are then of 16 bits.
+        is_for_gpu: whether CUDA kernels run the graph.
+        has_output_scales: whether a rounded weight has one scale for each output, not one for each block of its inputs.
     """
 
     flavour: str
@@ -33,6 +34,7 @@ class Target:
     graphs: Mapping[str, str]
     has_weights_apart: bool
     is_for_gpu: bool = False
+    has_output_scales: bool = False
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -85,14 +87,16 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             ),
             has_weights_apart=False,
         ),
-        # A parser of TensorRT's takes it; 8 bits it does not take as the quantisers here give them (scales below 0).
+        # A parser of TensorRT's takes it. Of blocks it takes scales above 0 alone, which the quantisers here do not
+        # give, and TensorRT for RTX keeps their weights in 16 bits.
         "tensorrt": Target(
             flavour="portable",
             opset=21,
-            caches=MappingProxyType({"fp32": ("fp32",), "fp16": ("fp16",)}),
+            caches=MappingProxyType({"fp32": ("fp32",), "fp16": ("fp16",), "int8": ("fp16",)}),
             modes=MODES,
-            graphs=MappingProxyType(dict.fromkeys(("fp32", "fp16"), "model.onnx")),
+            graphs=MappingProxyType(dict.fromkeys(("fp32", "fp16", "int8"), "model.onnx")),
             has_weights_apart=True,
+            has_output_scales=True,
         ),
     }
 )
@@ -118,7 +122,8 @@ class Plan:
         """What the graph computes in: "fp32", "fp16" or "bf16"."""
         if self.precision in ("fp16", "bf16"):
             return self.precision
-        return "fp16" if self.target.is_for_gpu else "fp32"
+        # Where weights are rounded for what computes in 16 bits, keys and values are of these alone.
+        return "fp16" if self.target.caches[self.precision] == ("fp16",) else "fp32"
 
     @property
     def graph(self) -> str:

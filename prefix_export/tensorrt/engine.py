@@ -72,6 +72,11 @@ def build_engine(
         raise EngineError(
             "refit: expected a bundle whose graph holds prefixes (--mode bake), found one that feeds them"
         )
+    if request.precision is not None and bundle.manifest.precision == "int8":
+        raise EngineError(
+            "precision: expected none for a graph whose weights have 8 bits, which is computed in its own types, "
+            f"found {request.precision!r}"
+        )
     folder = request.output or engines_folder(bundle)
     check_places(folder, request.timing_cache, library)
     bundle.verify_graph()  # an engine is known by the graph's hash

@@ -12,7 +12,7 @@ from prefix_runtime.tensorrt_library import Library
 
 RTX = "tensorrt-rtx"
 PRECISIONS = ("fp16", "bf16")
-"""Not int8: where the graph has no scales TensorRT would have to be given some by a calibrator."""
+"""Not int8: the scales of weights are the graph's, which is then computed in its own types."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ def check_choices(request: EngineRequest, library: Library) -> None:
     if request.precision is None:
         return
     if request.precision not in PRECISIONS:
-        raise EngineError(f"precision: expected one of {', '.join(PRECISIONS)}, found {request.precision!r}")
+        hint = "; for weights of 8 bits build the bundle with --precision int8" if request.precision == "int8" else ""
+        raise EngineError(f"precision: expected one of {', '.join(PRECISIONS)}, found {request.precision!r}{hint}")
     if not hasattr(library.api.BuilderFlag, request.precision.upper()):
         raise EngineError(
             f"precision {request.precision}: expected none, as {library.name} computes in the types of the graph; "

@@ -308,7 +308,10 @@ def print_fields(fields: dict[str, str], as_json: bool) -> None:
 
 
 def _rounding_note(manifest: Manifest) -> str:
-    return f", by {manifest.quantizer} in blocks of {manifest.block_size}" if manifest.quantizer else ""
+    if not manifest.quantizer:
+        return ""
+    shared = f"in blocks of {manifest.block_size}" if manifest.block_size else "with a scale for each output"
+    return f", by {manifest.quantizer} {shared}"
 
 
 def _parity_note(parity: Any, task: str) -> str:

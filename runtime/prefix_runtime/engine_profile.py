@@ -21,7 +21,7 @@ KEPT = "num_logits_to_keep"
 Shape = tuple[int, ...]
 CACHE_TYPES = {"fp32": "float32", "fp16": "float16"}
 _PRECISIONS = ("fp32", "fp16")
-"""Of weights. Of 8 bits TensorRT for RTX 1.7 takes scales above 0 alone, and fails at two products of one input."""
+"""Of weights, in any graph of standard operators; int8 as it is written for the target tensorrt, not in blocks."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,11 @@ def tensors(manifest: Manifest) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
             f"TensorRT: expected a graph in standard operators, found one of the {manifest.flavour} flavour for "
             f"{manifest.target}; build the bundle with --target tensorrt"
         )
-    if manifest.precision not in _PRECISIONS:
+    if manifest.precision not in _PRECISIONS and (manifest.precision, manifest.target) != ("int8", "tensorrt"):
         raise BundleError(
-            f"TensorRT: expected a graph in {' or '.join(_PRECISIONS)}, found one in {manifest.precision}; build the "
-            "bundle with --target tensorrt --precision fp16"
+            f"TensorRT: expected a graph in {' or '.join(_PRECISIONS)}, or in int8 for it, found one in "
+            f"{manifest.precision} for {manifest.target}; build the bundle with --target tensorrt --precision fp16 or "
+            "int8"
         )
     inputs = [Tensor(name, "int64", (-1, -1)) for name in ("input_ids", "attention_mask", "position_ids")]
     inputs += _pairs(manifest, "past_key_values")

@@ -71,7 +71,7 @@ class Manifest:
         files: every file but the prefixes and the manifest itself, by path.
         tasks: by name.
         cache: what keys and values are kept in: "fp32", "fp16", "bf16" or "int8".
-        block_size: weights that share a scale, at most; None for "fp32".
+        block_size: weights that share a scale, at most; None for "fp32", and where each output has one.
         quantizer: how weights were rounded, "rtn" or "hqq"; None for "fp32".
         parity: the certificate that `build` wrote, or None where it was told not to verify.
     """

@@ -7,6 +7,7 @@ import onnx
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 import prefix_runtime
@@ -15,6 +16,7 @@ from prefix_export.errors import ExportError
 from prefix_export.quantize import DEFAULT_BLOCK_SIZES, Quantization, QuantizedModel, pack, quantization
 from prefix_export.targets import TARGETS
 from prefix_runtime import Bundle
+from prefix_runtime.cli import main
 
 EACH = [
     Quantization(8, 32),
@@ -22,6 +24,7 @@ EACH = [
     Quantization(4, 16),
     Quantization(8, 64, "hqq"),
     Quantization(4, 32, "hqq"),
+    Quantization(8, None),
 ]
 each_settings = pytest.mark.parametrize("settings", EACH, ids=str)
 
@@ -35,7 +38,7 @@ class TestPack:
     @each_settings
     def test_a_weight_is_off_by_half_a_step_at_most(self, weight, settings):
         packed = pack(weight, settings)
-        step = packed.scales.abs().repeat_interleave(packed.settings.block_size, 1)[:, :160]
+        step = packed.scales.abs().repeat_interleave(packed.block_size, 1)[:, :160]
         # A block's extreme may lie beyond the last step; hqq gives up extremes for what lies between.
         slack = 1.01 if settings.method == "rtn" else 3
         assert ((packed.dequantized() - weight).abs() <= slack * step).all()
@@ -59,6 +62,16 @@ class TestPack:
         assert packed.scales.shape == (4, -(-inputs // size))
         assert packed.dequantized().shape == (4, inputs)
 
+    @pytest.mark.parametrize("size", [1e-9, 1e-6, 1.0, 1e4])
+    def test_the_scale_of_an_output_is_a_positive_number_of_float16(self, weight, size):
+        packed = pack(weight * size, Quantization(8, None))
+        assert packed.scales.shape == (24, 1)
+        assert (packed.scales > 0).all()
+        torch.testing.assert_close(packed.scales.half().float(), packed.scales, rtol=0, atol=0)
+        # Half a step, what rounding the scale moves the last one by, and half of the smallest scale's, 2^-24, 127 times.
+        step = size * weight.abs().amax(1, keepdim=True) / 127
+        assert ((packed.dequantized() - weight * size).abs() <= 0.57 * step + 4e-6).all()
+
     def test_hqq_errs_less_than_rounding(self, weight):
         skewed = weight.abs() ** 3
         errors = [
@@ -70,6 +83,12 @@ class TestPack:
 class TestSettings:
     def test_float_weights_are_left_alone(self):
         assert quantization("fp32", None, "rtn") is None
+
+    @pytest.mark.parametrize(("size", "method"), [(32, "rtn"), (None, "hqq")])
+    def test_where_outputs_have_scales_blocks_and_zero_points_are_refused(self, size, method):
+        assert quantization("int8", None, "rtn", by_output=True) == Quantization(8, None)
+        with pytest.raises(ExportError, match=r"^block size, quantizer: expected none and rtn for a target whose "):
+            quantization("int8", size, method, by_output=True)
 
     @pytest.mark.parametrize("precision", ["int8", "int4"])
     def test_the_default_block_size_is_documented(self, precision):
@@ -158,6 +177,17 @@ class TestBundle:
         bundle = prefix_runtime.Bundle.open(workshop.bundle(precision=precision))
         parity = verify_against(bundle, str(workshop.model(tokenizer=True)))
         assert max(result.largest_logit_difference for result in parity.values()) < 1e-4
+
+
+def test_a_bundle_with_a_scale_for_each_output_says_so_and_is_verified_as_it_was_built(workshop):
+    folder = workshop.bundle(target="tensorrt", precision="int8")
+    bundle = Bundle.open(folder)
+    assert (bundle.manifest.block_size, bundle.manifest.quantizer, bundle.manifest.cache) == (None, "rtn", "fp16")
+    assert bundle.manifest.parity["quality"]["bare_model"]["greedy_agreement"] > 0.9
+    parity = verify_against(bundle, str(workshop.model(tokenizer=True)))
+    assert max(result.largest_logit_difference for result in parity.values()) < 0.02
+    said = CliRunner().invoke(main, ["inspect", str(folder)]).output
+    assert "int8, by rtn with a scale for each output" in said
 
 
 @pytest.mark.parametrize("settings", [{"quantizer": "hqq"}, {"block_size": 16}, {"cache": "fp16"}, {"cache": "int8"}])

@@ -19,6 +19,7 @@ from prefix_export.targets import TARGETS, plan
         (("cuda", "feed", None, None, None), ("cuda", "fast", "fp16", "fp16", 21, "model.onnx")),
         (("cuda", "feed", "bf16", None, None), ("cuda", "fast", "bf16", "bf16", 21, "model.onnx")),
         (("tensorrt", "bake", None, None, None), ("tensorrt", "portable", "fp32", "fp32", 21, "model.onnx")),
+        (("tensorrt", "feed", "int8", None, None), ("tensorrt", "portable", "int8", "fp16", 21, "model.onnx")),
         (("cpu", "feed", "int4", "int8", None), ("cpu", "fast", "int4", "int8", 21, "model.onnx")),
     ],
 )
@@ -41,9 +42,10 @@ def test_what_is_not_given_is_the_targets(given, expected):
         (("web", "feed", "int4", None, None), "target web: precision: expected one of int8, fp32, fp16, found 'int4'"),
         (("web", "bake", "fp32", "int8", None), "precision fp32: cache: expected one of fp32, found 'int8'"),
         (
-            ("tensorrt", "feed", "int8", None, None),
-            "target tensorrt: precision: expected one of fp32, fp16, found 'int8'",
+            ("tensorrt", "feed", "int4", None, None),
+            "target tensorrt: precision: expected one of fp32, fp16, int8, found 'int4'",
         ),
+        (("tensorrt", "feed", "int8", "fp32", None), "tensorrt, precision int8: cache: expected one of fp16, found"),
         (("portable", "feed", None, None, 17), "opset: expected 18 to 23, found 17"),
         (("portable", "feed", None, None, 24), "opset: expected 18 to 23, found 24"),
         (("portable", "feed", "int8", None, 20), "opset: expected 21 to 23 for int8 in standard operators, found 20"),

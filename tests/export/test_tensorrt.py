@@ -7,13 +7,16 @@ import os
 import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
+import transformers
 from click.testing import CliRunner
 
 from prefix_export import cli
+from prefix_export.build import BuildRequest, build
 from prefix_export.errors import EngineError
 from prefix_export.tensorrt.engine import build_engine, find_engine
 from prefix_export.tensorrt.request import EngineRequest
@@ -185,7 +188,7 @@ def test_an_interrupt_stops_the_build_and_leaves_what_was_there(fed, tmp_path, n
         ({"compute_capabilities": ("8.6", "8.6")}, EngineError, "compute capability: expected each once"),
         ({"compute_capabilities": ("7.5",)}, EngineError, "7.5: expected a graph in float16.*--precision fp16"),
         ({"precision": "fp16"}, EngineError, "precision fp16: expected none, as TensorRT for RTX.*types of the graph"),
-        ({"precision": "int8"}, EngineError, "precision: expected one of fp16, bf16, found 'int8'"),
+        ({"precision": "int8"}, EngineError, "expected one of fp16, bf16, found 'int8'; for weights of 8 bits build"),
         (
             {"is_refittable": True},
             EngineError,
@@ -206,11 +209,42 @@ def test_what_cannot_be_built_is_refused_and_nothing_written(fed, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_a_graph_of_rounded_weights_is_refused(workshop, tmp_path):
+def test_a_graph_that_was_rounded_for_others_is_refused(workshop, tmp_path):
     bundle = workshop.bundle("gpt2", (3,), tokenizer=False, target="portable", precision="int8", verify=False)
-    with pytest.raises(BundleError, match=r"^TensorRT: expected a graph in fp32 or fp16, found one in int8; build the"):
+    expected = r"^TensorRT: expected a graph in fp32 or fp16, or in int8 for it, found one in int8 for portable; build "
+    with pytest.raises(BundleError, match=expected):
         build_engine(EngineRequest(bundle, tmp_path / "engines", **SMALL))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_of_8_bits_is_computed_in_its_own_types(workshop, tmp_path):
+    bundle = workshop.bundle("gpt2", (3,), tokenizer=False, target="tensorrt", precision="int8", verify=False)
+    library = Library("tensorrt-rtx")
+    library.api = SimpleNamespace(**vars(library.api))
+    library.api.BuilderFlag = SimpleNamespace(FP16=0)  # as TensorRT had before 11
+    with pytest.raises(EngineError, match=r"^precision: expected none for a graph whose weights have 8 .*'fp16'$"):
+        build_engine(EngineRequest(bundle, tmp_path / "engines", precision="fp16", **SMALL), library=library)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_weights_of_8_bits_stay_so_in_an_engine(tmp_path, architecture):
+    sizes = {"hidden_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 16, "vocab_size": 384}
+    config = transformers.AutoConfig.for_model(architecture, **sizes, bos_token_id=0, eos_token_id=0)
+    if architecture == "llama":  # products of one activation, some of one size
+        config.update({"num_key_value_heads": 4, "intermediate_size": 4096, "max_position_embeddings": 64})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    found = {}
+    for precision in ("fp16", "int8"):
+        request = BuildRequest(
+            str(tmp_path / "model"), {}, tmp_path / precision, target="tensorrt", precision=precision, verify=False
+        )
+        bundle = build(request).bundle
+        weights = bundle.manifest.files["model.onnx.data"].size
+        found[precision] = weights, build_engine(EngineRequest(bundle.root, **SMALL)).record.file.size
+    saved, less = (before - after for before, after in zip(*found.values(), strict=True))
+    assert saved > 10e6
+    assert less > 0.9 * saved
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
