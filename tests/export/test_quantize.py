@@ -68,7 +68,7 @@ class TestPack:
         assert packed.scales.shape == (24, 1)
         assert (packed.scales > 0).all()
         torch.testing.assert_close(packed.scales.half().float(), packed.scales, rtol=0, atol=0)
-        # Half a step, what rounding the scale moves the last one by, and half of the smallest scale's, 2^-24, 127 times.
+        # Half a step, what rounding the scale moves the last one by, and half of the smallest scale, 2^-24, 127 times.
         step = size * weight.abs().amax(1, keepdim=True) / 127
         assert ((packed.dequantized() - weight * size).abs() <= 0.57 * step + 4e-6).all()
 
