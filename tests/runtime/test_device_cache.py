@@ -284,7 +284,7 @@ class TestResidentPrefixes:
         assert resident.get(prefix) is not place
 
     def test_a_prefix_larger_than_the_staging_arrives_whole(self, device, geometry, make_prefix, monkeypatch):
-        monkeypatch.setattr("prefix_runtime.resident._STAGING_BYTES", 96)
+        monkeypatch.setattr("prefix_runtime.resident._PIECE_BYTES", 96)
         prefix = make_prefix(7)
         buffer = ResidentPrefixes(device, geometry, HALF, 1 << 30).get(prefix)
         for index, layer in enumerate(prefix.sites["decoder"]):
@@ -292,6 +292,22 @@ class TestResidentPrefixes:
                 found = np.empty(array.shape, np.float16)
                 device.stream.download(found, buffer.address(index, part))
                 np.testing.assert_array_equal(found, array.astype(np.float16))
+
+    @pytest.mark.parametrize("place", ["resident._fill", "resident._Staging._send"])
+    def test_after_a_failure_prefixes_are_brought_in_as_before(self, device, geometry, make_prefix, monkeypatch, place):
+        monkeypatch.setattr("prefix_runtime.resident._PIECE_BYTES", 96)
+        resident = ResidentPrefixes(device, geometry, HALF, 1 << 30)
+        prefix = make_prefix(7)
+        with monkeypatch.context() as broken:
+            broken.setattr(f"prefix_runtime.{place}", failing)
+            for _ in range(20):
+                with pytest.raises(ProviderError):
+                    resident.get(prefix)
+        assert resident.nbytes == 0
+        layer, buffer = prefix.sites["decoder"][-1], resident.get(prefix)
+        found = np.empty(layer.value.shape, np.float16)
+        device.stream.download(found, buffer.address(len(geometry.layers) - 1, 1))
+        np.testing.assert_array_equal(found, layer.value.astype(np.float16))
 
 
 def test_bandwidth_is_what_a_copy_reads_and_writes(device, monkeypatch):
