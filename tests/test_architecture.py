@@ -87,7 +87,7 @@ def test_only_the_command_line_prints_or_knows_click(path):
 
 def test_only_the_session_knows_onnxruntime_and_its_quantiser_one_module():
     assert [path.name for path in RUNTIME if "onnxruntime" in imported_roots(path)] == ["session.py"]
-    assert [path.name for path in EXPORTER if "onnxruntime" in imported_roots(path)] == ["quantize.py"]
+    assert [path.name for path in EXPORTER if "onnxruntime" in imported_roots(path)] == ["rounding.py"]
 
 
 @pytest.mark.parametrize("path", [path for path in EXPORTER if path.parent.name == "formats"], ids=name_of)

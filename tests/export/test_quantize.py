@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 import prefix_runtime
 from prefix_export.build import BuildRequest, build, verify_against
 from prefix_export.errors import ExportError
-from prefix_export.quantize import DEFAULT_BLOCK_SIZES, Quantization, QuantizedModel, pack, quantization
+from prefix_export.quantize import QuantizedModel
+from prefix_export.rounding import DEFAULT_BLOCK_SIZES, Quantization, pack, quantization
 from prefix_export.targets import TARGETS
 from prefix_runtime import Bundle
 from prefix_runtime.cli import main
