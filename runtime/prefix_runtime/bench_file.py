@@ -13,7 +13,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .checks import is_finite
 from .errors import BenchError
-from .measurements import BYTES_PER_VALUE, BenchReport, Cell, Ratio
+from .measurements import BYTES_PER_VALUE, BenchReport, Cell, Ratio, quartiles
 
 FORMAT = "prefix-export.bench"
 FORMAT_VERSION = 2
@@ -89,8 +89,12 @@ def _summary_of(report: BenchReport, cell: Cell) -> dict[str, object]:
     for name in FIGURES:
         found = cell.quartiles(name)
         row |= {name: found.median, f"{name}_first_quartile": found.first, f"{name}_third_quartile": found.third}
-    step = report.step_floor(cell)
+    step, switch = report.step_floor(cell), report.switch(cell)
     row |= {
+        "task_switch_cold": quartiles(switch.cold).median if switch else None,
+        "task_switch_warm": quartiles(switch.warm).median if switch else None,
+        "open_seconds": report.open_seconds(cell),
+        "bytes_per_second": report.bytes_per_second,
         "time_to_first_token_floor": report.first_token_floor(cell).seconds,
         "inter_token_latency_floor": step.seconds,
         "floor_of_weights": step.weights,

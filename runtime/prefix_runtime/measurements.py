@@ -311,6 +311,15 @@ class BenchReport:
         found = [opening.generated_bytes for opening in self.openings if opening.key == cell.key]
         return max((each for each in found if each is not None), default=None)
 
+    def open_seconds(self, cell: Cell) -> float | None:
+        """The median of what fresh processes that ran a row took to open the bundle."""
+        found = [opening.open_seconds for opening in self.openings if opening.key == cell.key]
+        return quartiles(found).median if found else None
+
+    def switch(self, cell: Cell) -> Switch | None:
+        """The selection of a row's task; None where none was measured."""
+        return next((each for each in self.switches if (each.task, each.prefix_length) == cell.key[:2]), None)
+
     @cached_property
     def _by_key(self) -> dict[tuple[str | None, int, int, int], Cell]:
         return {cell.key: cell for cell in self.cells}

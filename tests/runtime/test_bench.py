@@ -389,6 +389,15 @@ class TestFiles:
         row = dict(zip(header.split(","), lines[0].split(","), strict=True))
         assert float(row["inter_token_latency"]) == report.cells[0].quartiles("inter_token_latency").median
         assert (row["task"], row["prefix_length"], row["inter_token_latency_ratio"]) == ("", "0", "")
+        assert (row["task_switch_cold"], row["task_switch_warm"]) == ("", "")
+        assert float(row["bytes_per_second"]) == report.bytes_per_second
+        assert float(row["open_seconds"]) > 0
+        switches = {(each.task, each.prefix_length): each for each in report.switches}
+        assert switches
+        for found in summary(report):
+            switch = switches.get((found["task"], found["prefix_length"]))
+            assert found["task_switch_warm"] == (np.median(switch.warm) if switch else None)
+            assert found["task_switch_cold"] == (np.median(switch.cold) if switch else None)
 
     def test_the_summary_has_the_overhead(self):
         row = summary(report_of(cell(0, *[1.0] * 6), cell(5, *[2.0] * 6)))[1]
