@@ -57,7 +57,8 @@ class TaskParity:
         largest_logit_difference: over all positions of all prompts.
         tolerance: the difference that is accepted.
         greedy_tokens_equal: whether the tokens agree, up to the first tie.
-        ties: prompts whose tokens part where two tokens are closer than the tolerance; nothing behind is compared.
+        ties: answers, of each prompt alone and in a batch, that part where two tokens are closer than twice the
+            tolerance, as each may be off by it; nothing behind is compared.
         prompts: that were compared.
     """
 
@@ -286,7 +287,7 @@ def _parting(
 ) -> float:
     """How far apart the engine's logits of the two tokens are where its greedy tokens part from the expected; else 0.
 
-    Two tokens closer than the accepted difference of either are a tie, which either side may break its way.
+    Two tokens closer than both their accepted differences are a tie, which either side may break its way.
     """
     for index, (left, right) in enumerate(zip(expected, found, strict=False)):
         if left != right:

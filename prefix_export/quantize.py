@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .errors import ExportError
 from .rounding import PackedWeight, Quantization, pack, unpacked
 from .targets import Target
 
@@ -29,6 +30,9 @@ class QuantizedModel:
     Args:
         model: in float32; its weights are overwritten by what their quantised values stand for.
         settings: how they are rounded.
+
+    Raises:
+        ExportError: a weight is not finite, or too large for a scale.
     """
 
     def __init__(self, model: PreTrainedModel, settings: Quantization) -> None:
@@ -41,6 +45,11 @@ class QuantizedModel:
                 weight: torch.nn.Parameter = module.weight
                 if id(weight) not in done:
                     done[id(weight)] = _round_in_place(weight, settings, transposed=isinstance(module, Conv1D))
+                    if not done[id(weight)].scales.isfinite().all():
+                        raise ExportError(
+                            f"{name}.weight: expected numbers that {settings.bits} bits and a scale can hold, found "
+                            "some that are not finite or too large; take another --precision"
+                        )
                 self._packed[name] = done[id(weight)]
 
     @contextmanager
@@ -48,7 +57,7 @@ class QuantizedModel:
         """Put modules that emit a target's operators in the place of linear layers and embedding, for the trace."""
         before = {name: self._model.get_submodule(name) for name in self._packed}
         if target.is_for_gpu and self.settings.method == "hqq":
-            # The operator takes zero points of 4 bits in other places there (onnxruntime 1.32): looked up as it is.
+            # The operator takes zero points in other places there (onnxruntime 1.31): looked up as it is.
             before = {name: module for name, module in before.items() if not isinstance(module, torch.nn.Embedding)}
         emitted = _GPU if target.is_for_gpu else _ONNXRUNTIMES if target.flavour == "fast" else _STANDARD
         if self.settings.block_size is None:

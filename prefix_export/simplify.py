@@ -1,8 +1,9 @@
 """Take out of a traced graph what costs time in each decode step and computes nothing.
 
 onnxruntime fuses activations and norms itself when it opens a graph. What it leaves is done here: reshapes that change
-nothing around attention; queries, keys and values that attention takes as one packed tensor, from
-one projection; rotary positions, which attention applies itself.
+nothing around attention; queries, keys and values that attention takes as one packed tensor, from one projection; a
+factor of queries, and rotary positions, which attention applies itself. onnxscript's rules for packed projections know
+neither rounded weights nor this operator's inputs. `join_rounded` is for TensorRT alone.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ _BACKEND = click.option(
 @click.option("--precision", help="With TensorRT before 11: also compute in fp16 or bf16. Default: as the graph.")
 @click.option("--refit", "is_refittable", is_flag=True, help="Baked prefixes may be replaced; needs a GPU.")
 @click.option(
-    "--version-compatible", "is_version_compatible", is_flag=True, help="Later versions of the library run it, too."
+    "--version-compatible", "is_version_compatible", is_flag=True, help="Set what lets later versions run it; untried."
 )
 @click.option(
     "--timing-cache", type=_FOLDER, help="With --backend tensorrt: file of what it measured, read and written."

@@ -93,9 +93,10 @@ def _up_to_date(
 ) -> EngineRecord | None:
     """The engine of this very recipe, where it is there and whole."""
     wanted = recipe_hash(graph_hash(bundle.manifest), library.backend, library.version, request.options(), ranges)
+    here = _capabilities_here(library)
     for record in read_engines(folder):
         found = recipe_hash(record.graph, record.backend, record.version, record.options, record.profiles)
-        if found == wanted:
+        if found == wanted and here in ((), record.compute_capabilities):
             try:
                 check_engine(folder, record, bundle)
             except BundleIntegrityError:

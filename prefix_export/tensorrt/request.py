@@ -31,7 +31,7 @@ class EngineRequest:
         precision: what weights may be computed in where a network's types are TensorRT's to choose, before its version
             11: "fp16" or "bf16". None computes as the graph says.
         is_refittable: whether another prefix may take the place of those that the graph holds.
-        is_version_compatible: whether later versions of the library run it.
+        is_version_compatible: whether the flags are set that let later versions of the library run it; tried with none.
         timing_cache: a file of what TensorRT measured, read and written; None for none.
     """
 

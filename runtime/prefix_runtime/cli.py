@@ -170,7 +170,8 @@ def generate(bundle: Path, prompt: str | None, token_ids: str | None, names: tup
 
     request = _prompt(prompt, token_ids)
     options = _options(flags)
-    with _log_on_stderr():  # a large bundle's graph is kept, for seconds, at the first opening
+    # A large bundle's graph is kept, for seconds, at the first opening.
+    with _log_on_stderr(), cleaning_up_when_terminated():
         engine = load(bundle, provider=flags["provider"], threads=flags["threads"])
     show_metrics = sys.stderr.isatty() if flags["metrics"] is None else flags["metrics"]
     for name in names or (None,):

@@ -66,7 +66,7 @@ def load(
         path: the bundle.
         provider: the execution provider: "cpu" or "cuda"; a `Cuda` chooses a GPU, its stream and its memory. "tensorrt"
             and "tensorrt-rtx" are onnxruntime's, "tensorrt-engine" runs what `prefix-export tensorrt` built.
-        threads: of one run; None leaves the choice to onnxruntime.
+        threads: of one run on a CPU; None leaves the choice to onnxruntime.
         max_length: positions that prefix and text may take together; at most, and by default, the bundle's own.
         cache_bytes: that key/value buffers may take before idle ones are dropped.
         max_batch: prompts of a list that are answered together; more are taken in turns.

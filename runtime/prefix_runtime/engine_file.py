@@ -37,7 +37,7 @@ class EngineRecord:
         file: the serialized engine, relative to the folder.
         backend: "tensorrt-rtx" or "tensorrt".
         version: of the library.
-        compute_capabilities: that it runs on, as "8.6"; none where it is the GPU's that it was built on.
+        compute_capabilities: that it runs on, as "8.6"; none where TensorRT for RTX chose: 8.0 and above.
         graph: what `graph_hash` says of the bundle's graph.
         options: that change what is built.
         profiles: ranges of sizes, of a prompt and of a decode step.

@@ -15,11 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from .bundle import Bundle
-from .errors import PrefixRuntimeError
+from .errors import BundleIntegrityError, PrefixRuntimeError
 from .prepared import forget, make, prepare, prepared_graph, provider_folder, remove, writing
 
 LARGE = 1 << 30
-"""Bytes of a bundle's graph and weights, from which on it is packed for seconds."""
+"""Bytes of a bundle without its prefixes, nearly all weights, from which on it is packed for seconds."""
 PAUSE = 24 * 3600.0
 """Seconds after which it is tried again where it failed, or a process was killed over it."""
 UNUSED = 30 * 24 * 3600.0
@@ -39,7 +39,8 @@ def find_or_keep(bundle: Bundle, keeps: bool | None = None) -> Path | None:
             log; False never does.
 
     Raises:
-        BundleIntegrityError, ProviderError, OSError: as `prepared.prepare`, where it is asked for.
+        BundleIntegrityError: the graph that is to be kept is not the one that the manifest names.
+        ProviderError, OSError: as `prepared.prepare`, where it is asked for.
     """
     if keeps:
         return keep(bundle)
@@ -83,8 +84,11 @@ def _kept(bundle: Bundle) -> Path | None:
     mark.touch()
     _logger.info("%s: keeping the graph as it is packed, in %s, for later openings", bundle.root, mark.parent)
     try:
-        bundle.verify()
+        bundle.verify_graph()
         return make(bundle)
+    except BundleIntegrityError:
+        _unmark(bundle)
+        raise
     except (OSError, PrefixRuntimeError) as error:
         _logger.warning(
             "%s: its graph could not be kept, and is packed at every opening: %s; it is tried again tomorrow, and by "
@@ -94,8 +98,7 @@ def _kept(bundle: Bundle) -> Path | None:
         )
         return None
     except BaseException:
-        with suppress(OSError):
-            mark.unlink()  # the next opening tries again
+        _unmark(bundle)  # the next opening tries again
         raise
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from .bundle import Bundle
 from .errors import ProviderError, RequestError
-from .keeping import find_or_keep
-from .pages import let_go, on_huge_pages
+from .keeping import discard, find_or_keep
+from .pages import letting_go, on_huge_pages
 from .prepared import provider_folder
 from .provider import Cuda
 from .session import Session, check_known, check_provider
@@ -32,14 +32,14 @@ def open_session(
     Args:
         bundle: whose graph.
         provider: as for `engine.load`, as the next two.
-        threads: of one run.
+        threads: of one run on a CPU.
         max_batch: prompts of a list that are answered together.
         only_own: open no graph that was kept, which has no hashes.
         prepares: keep the graph first where none was kept; as for `keeping.find_or_keep`.
 
     Raises:
         ProviderError: onnxruntime cannot open the graph with this provider.
-        RequestError: what is to be kept cannot be, or would not be opened.
+        RequestError: what is to be kept would not be opened.
         BundleIntegrityError, OSError: as `prepared.prepare`.
     """
     _check_provider(bundle, provider)
@@ -75,12 +75,12 @@ def _open_on_cpu(bundle: Bundle, kept: Path | None, threads: int | None) -> Sess
     if kept is not None:
         try:
             return Session(kept, "cpu", threads)
-        except ProviderError:
-            pass  # it is damaged: the bundle's own is whole, or says what is wrong
-    with on_huge_pages():
-        session = Session(bundle.graph_path, "cpu", threads)
-    let_go(bundle.graph_path.with_name(f"{bundle.graph_path.name}.data"))  # packed
-    return session
+        except ProviderError:  # it is damaged: the bundle's own is whole, or says what is wrong
+            with suppress(OSError):
+                discard(bundle)
+    weights = bundle.graph_path.with_name(f"{bundle.graph_path.name}.data")
+    with on_huge_pages(), letting_go(weights):  # packed
+        return Session(bundle.graph_path, "cpu", threads)
 
 
 def _open_by_tensorrt(bundle: Bundle, provider: str, threads: int | None, max_batch: int) -> Session:

@@ -47,17 +47,52 @@ def on_huge_pages() -> Iterator[None]:
             threading.Thread(target=_move, args=(spans,), name="prefix-runtime-pages", daemon=True).start()
 
 
-def let_go(path: Path) -> None:
-    """Take the pages of a mapped file out of this process' memory; what is used of it again is mapped again.
+@contextmanager
+def opening() -> Iterator[None]:
+    """Around all that maps a file of weights and may unmap it again: a session that is opened."""
+    with _openings.lock:
+        _openings.begun += 1
+        _openings.under_way += 1
+    try:
+        yield
+    finally:
+        with _openings.lock:
+            _openings.under_way -= 1
 
-    onnxruntime maps a file of weights, packs most of them anew, and keeps the mapping for the others. Pages that were
-    written to stay: they are no longer the file's.
+
+@contextmanager
+def letting_go(path: Path) -> Iterator[None]:
+    """Take the pages of a file that one `opening` in the block maps out of memory; what is used comes again.
+
+    onnxruntime maps a file of weights, packs most of them anew, and keeps the mapping for the others as long as the
+    session lives, which the block has to outlive. Pages that were written to stay: they are no longer the file's.
+    Of other mappings of the file nothing is known: they may be unmapped, and their addresses be somebody else's, before
+    the system is told what to do with them. So those that were there before are left alone, and all are where another
+    opening was under way meanwhile.
     """
-    madvise = _madvise()
+    madvise, path = _madvise(), path.resolve()
     if madvise is None:
+        yield
         return
-    for start, end in _unwritten_spans_of(path.resolve()):
-        madvise(start, end - start, _DONT_NEED)
+    with _openings.lock:
+        begun, is_alone = _openings.begun, _openings.under_way == 0
+        before = _spans_of(path)
+    yield
+    with _openings.lock:
+        if is_alone and _openings.begun == begun + 1:
+            for start, end in _difference(_spans_of(path, unwritten=True), before):
+                madvise(start, end - start, _DONT_NEED)
+
+
+class _Openings:
+    """Of this process: how many were begun, and how many are under way."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.begun = self.under_way = 0
+
+
+_openings = _Openings()
 
 
 def _move(spans: Sequence[Span]) -> None:
@@ -98,11 +133,11 @@ def _private_spans() -> list[Span]:
     ]
 
 
-def _unwritten_spans_of(path: Path) -> list[Span]:
-    """Where a file is mapped and was not written to since."""
+def _spans_of(path: Path, *, unwritten: bool = False) -> list[Span]:
+    """Where a file is mapped, in order; where it was not written to since."""
     spans: list[Span] = []
     is_wanted = False
-    for line in _lines(_SMAPS):
+    for line in _lines(_SMAPS if unwritten else _MAPS):
         for start, end, _, _, name in _mappings([line]):
             is_wanted = name == str(path)
             if is_wanted:

@@ -15,7 +15,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .bundle import Bundle, staged
@@ -67,7 +67,17 @@ def writing(*, waits: bool = True) -> Iterator[bool]:
             "name another in PREFIX_RUNTIME_CACHE"
         ) from error
     # A file's lock, as a network's file system may give none to a folder.
-    with locked(folder.with_name(f"{_PREPARED}.lock"), waits=waits) as is_held:
+    lock = folder.with_name(f"{_PREPARED}.lock")
+    with ExitStack() as stack:
+        try:
+            is_held = stack.enter_context(locked(lock, waits=waits))
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise OSError(
+                f"{lock}: expected a file to write to, found none: {error.strerror}; name another folder in "
+                "PREFIX_RUNTIME_CACHE"
+            ) from error
         left = list(folder.glob(PARTIAL_NAMES)) if is_held else []
         for path in left:
             remove(path)
@@ -82,7 +92,7 @@ def make(bundle: Bundle, provider: str = "cpu") -> Path:
     remove(folder)
     try:
         with staged(folder) as staging:
-            with _telling_a_full_disk(staging):
+            with _telling_what_cannot_be_written(staging):
                 save_opened(bundle.graph_path, staging / bundle.graph_path.name, provider)
             (staging / _SIZES).write_text(json.dumps(_sizes(staging)), encoding="utf-8")
     except BundleError:
@@ -107,7 +117,7 @@ def prepared_graph(bundle: Bundle, provider: str = "cpu") -> Path | None:
 def forget(bundle: Bundle, provider: str = "cpu") -> bool:
     """Remove what `prepare` kept; returns whether there was anything."""
     folder = _folder(bundle, provider)
-    if not folder.parent.is_dir():
+    if not os.path.lexists(folder) and not list(folder.parent.glob(PARTIAL_NAMES)):
         return False
     with writing() as was_left:
         return remove(folder) or was_left
@@ -155,16 +165,17 @@ def remove(path: Path) -> bool:
 
 
 @contextmanager
-def _telling_a_full_disk(staging: Path) -> Iterator[None]:
+def _telling_what_cannot_be_written(staging: Path) -> Iterator[None]:
     """Of which onnxruntime says, in half a screen, that it cannot open the graph."""
     try:
         yield
     except ProviderError as error:
-        if shutil.disk_usage(staging).free >= _FULL:
+        if str(staging) not in str(error):
             raise
+        found = "the disk full" if shutil.disk_usage(staging).free < _FULL else "that it cannot be written"
         raise OSError(
-            f"{staging.parent}: expected room for twice the bundle's size, found the disk full; make room, or name "
-            "another folder in PREFIX_RUNTIME_CACHE"
+            f"{staging.parent}: expected room for twice the bundle's size, found {found}; make room, or name another "
+            "folder in PREFIX_RUNTIME_CACHE"
         ) from error
 
 

@@ -27,7 +27,7 @@ class Sampling:
         top_k: keeps the k most likely tokens; 0 keeps all. Fan et al., 2018.
         top_p: keeps the most likely tokens whose probabilities reach p together; 1 keeps all. Holtzman et al., 2020.
         min_p: keeps tokens at least p times as likely as the most likely; 0 keeps all. Nguyen et al., 2024.
-        seed: of the choice; the same seed gives the same text; None takes a new one every time.
+        seed: of the choice; the same seed and the same logits give the same text; None takes a new one every time.
 
     Raises:
         RequestError: a setting outside of its range.

@@ -25,6 +25,7 @@ except ImportError as error:
 
 from .checks import is_whole
 from .errors import ProviderError
+from .pages import opening
 from .provider import Cuda
 from .tensorrt_provider import ENGINE, add_plugin
 from .tensorrt_provider import PROVIDERS as _TENSORRT
@@ -320,7 +321,7 @@ def _open(
     if provider in ("cuda", "tensorrt"):
         ort.preload_dlls()  # CUDA's libraries where pip put them
     try:
-        with _decoding_kernels() if provider == "cuda" else nullcontext():
+        with _decoding_kernels() if provider == "cuda" else nullcontext(), opening():
             session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime's own errors share no base but Exception.
         raise ProviderError(f"{path}: onnxruntime {ort.__version__} cannot open the graph: {error}") from error

@@ -75,7 +75,7 @@ def test_another_tasks_prefix_answers_another_task(score, wanted, task):
     ("options", "agreement", "lost"),
     [
         ({"precision": "int8"}, 0.99, 0),
-        ({"precision": "int8", "cache": "int8"}, 0.99, 1),
+        ({"precision": "int8", "cache": "int8"}, 0.99, 0),
         ({"precision": "int4"}, 0.97, 1),
     ],
     ids=["int8", "int8, keys and values too", "int4"],

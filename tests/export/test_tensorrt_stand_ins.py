@@ -262,6 +262,18 @@ def test_on_a_gpu_the_engine_itself_is_read_back(bundle, tmp_path):
 
 
 @pytest.mark.usefixtures("with_gpu")
+def test_an_engine_for_another_gpu_is_built_anew(bundle, tmp_path, monkeypatch):
+    api, _ = stand_in(bundle)
+    found = []
+    for capability in ("9.0", "9.0", "10.0"):
+        monkeypatch.setattr("prefix_export.tensorrt.engine.gpu_capability", lambda index: capability)  # noqa: B023
+        result = build(bundle, tmp_path / "engines", api)
+        found.append((result.record.compute_capabilities, result.seconds > 0))
+    assert found == [(("9.0",), True), (("9.0",), False), (("10.0",), True)]
+    assert [record.compute_capabilities for record in read_engines(tmp_path / "engines")] == [("10.0",)]
+
+
+@pytest.mark.usefixtures("with_gpu")
 def test_an_engine_that_was_built_otherwise_than_told_is_refused(bundle, tmp_path):
     api, made = stand_in(bundle)
 

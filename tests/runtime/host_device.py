@@ -12,8 +12,8 @@ from prefix_runtime import Cuda
 
 
 class HostEvent:
-    def wait(self):
-        pass
+    def __init__(self):
+        self.wait = lambda: None
 
 
 class HostMemory:
@@ -56,25 +56,46 @@ class HostStream:
         self.copied[verb] += nbytes
 
 
+class LateStream(HostStream):
+    """What is uploaded is copied when something waits for it, as late as a GPU may copy it."""
+
+    def __init__(self):
+        super().__init__()
+        self._asked = []
+
+    def upload(self, address, array):
+        self._asked.append((address, array))
+
+    def record(self, event):
+        event.wait = self.synchronize
+
+    def synchronize(self):
+        for address, array in self._asked:
+            super().upload(address, array)
+        self._asked.clear()
+
+
 class HostDevice:
     kind, index, name = "cpu", 0, "a GPU of the host's memory"
 
     def __init__(self, options=None):
         self.options = options or Cuda()
-        self.stream, self.uploads = HostStream(), HostStream()
+        self.stream, self.uploads = HostStream(), LateStream()
         self._lock = threading.RLock()
+        self._taken = []  # what was let go of may be written late
 
     def turn(self):
         return self._lock
 
     def allocate(self, nbytes, stream=None):  # noqa: ARG002
-        return HostMemory(nbytes)
+        self._taken.append(HostMemory(nbytes))
+        return self._taken[-1]
 
     def pinned(self, shape, dtype):
         return np.full(shape, 77, dtype)
 
     def await_uploads(self):
-        pass
+        self.uploads.synchronize()
 
     def new_event(self):
         return HostEvent()

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 import prefix_runtime
-from prefix_runtime import Bundle, ProviderError, keeping, prepared
+from prefix_runtime import Bundle, BundleIntegrityError, ProviderError, keeping, prepared
 from prefix_runtime.cli import main
 from prefix_runtime.keeping import LARGE, PAUSE, UNUSED, find_or_keep
 from prefix_runtime.prepared import prepare, prepared_graph, writing
@@ -249,12 +249,26 @@ def test_a_bundle_of_4_bits_is_not_kept(workshop, cache, monkeypatch):
     assert not cache.exists()
 
 
-def test_no_graph_is_kept_under_a_false_name(large, caplog):
-    tokenizer = large.root / "tokenizer.json"
-    tokenizer.write_bytes(tokenizer.read_bytes().replace(b"\n", b" ", 1))
-    load(large)
-    assert prepared_graph(large) is None
-    assert "tokenizer.json" in caplog.text
+def test_a_graph_that_is_not_the_manifests_is_refused_and_not_kept(large, cache):
+    weights = large.graph_path.with_name("model.onnx.data")
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(BundleIntegrityError, match=r"model\.onnx\.data: expected SHA-256"):
+            load(large)
+    assert not list(cache.iterdir())
+
+
+def test_a_kept_graph_that_cannot_be_opened_is_kept_anew(kept, opened_paths):
+    graph = prepared_graph(kept)
+    status = graph.stat()
+    graph.write_bytes(bytes(status.st_size))
+    os.utime(graph, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert prepared_graph(kept) == graph
+    for _ in range(2):
+        assert load(kept).logits(IDS).shape == (len(IDS), 384)
+    assert opened_paths[-3:] == [graph, kept.graph_path, graph]
 
 
 @pytest.mark.parametrize("is_kept", [False, True])
