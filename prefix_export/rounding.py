@@ -22,7 +22,7 @@ from .errors import ExportError
 
 BITS = {"int8": 8, "int4": 4}
 METHODS = ("rtn", "hqq")
-# At 8 bits a longer block costs no accuracy that can be measured and reads a tenth less memory a token.
+# At 8 bits a longer block costs no accuracy that can be measured and reads a seventh less memory a token.
 DEFAULT_BLOCK_SIZES = {"int8": 128, "int4": 32}
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
 
