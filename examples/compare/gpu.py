@@ -76,7 +76,7 @@ def measure(arguments: argparse.Namespace, workshop: Path) -> dict[str, Any]:
             "opening": product.opened["open_seconds"],
             "versions": {key: text for each in workers.values() for key, text in each.opened["versions"].items()},
             **batches(product, arguments),
-            "switch, on the GPU": switching(product, max(arguments.prefix_lengths), 201),
+            "switch, on the GPU": switching(product, max(arguments.prefix_lengths), 2001),
             "switch, on the host": switching(away, max(arguments.prefix_lengths), 51),
         }
     return summary(arguments, rows, manifest.weight_bytes) | found

@@ -72,6 +72,8 @@ class DeviceCache(Cache):
         self._geometry = geometry
         self._buffer = DeviceBuffer(self._device, geometry, cache_format.dtype.itemsize, rows, capacity)
         super().__init__(rows, capacity, self._buffer.nbytes)
+        self._awaited: dict[int, tuple[DeviceBuffer, int]] = {}
+        """Rows whose prefix is to be copied, from where and how many positions of it, before anything reads them."""
         self._state = _State(self._device, rows, capacity)
         self._prompt_state = _State(self._device, 1, capacity, sequence=capacity)
         self._vocab_size = geometry.vocab_size
@@ -88,13 +90,12 @@ class DeviceCache(Cache):
         self._ready = _Ready()
 
     def seed(self, row: int, prefix: Prefix | None) -> None:
-        """See `Cache`: the prefix is copied on the GPU."""
+        """See `Cache`: the prefix is copied on the GPU, in the turn of what is asked of the rows next."""
         held = self.rows[row]
-        held.prefix = None  # until the new one is whole
+        held.prefix = None  # until the new one is there
+        self._awaited.pop(row, None)
         if prefix is not None:
-            source = self._prefixes.get(prefix)
-            with self._device.turn():
-                self._buffer.copy_row(row, source, 0, prefix.prefix_length)
+            self._awaited[row] = self._prefixes.get(prefix), prefix.prefix_length
         held.prefix = prefix
         self.reset(row)
 
@@ -107,6 +108,7 @@ class DeviceCache(Cache):
         left, right = self.rows[source], self.rows[target]
         right.prefix = None  # until the copy is whole
         with self._device.turn():
+            self._copy_awaited()
             self._buffer.copy_row(target, self._buffer, source, left.length)
         right.prefix, right.offset = left.prefix, left.offset
         self._fill(target, left.length)
@@ -167,6 +169,7 @@ class DeviceCache(Cache):
                 # It has left, and is run along from an empty beginning, over what it held.
                 held.prefix, held.length, held.offset = None, 0, 0
             with self._device.turn():
+                self._copy_awaited()
                 self._state.put(self._stream, given, self.rows[:together])
             self._ready = _Ready(together, [held.length for held in self.rows[:count]])
         self._ready.token_ids = given
@@ -188,6 +191,13 @@ class DeviceCache(Cache):
     def _end(self, count: int) -> None:
         for held in self.rows[:count]:
             held.length += 1
+
+    def _copy_awaited(self) -> None:
+        """Let the GPU copy the prefixes that rows were seeded with since."""
+        while self._awaited:
+            row, (source, length) = next(iter(self._awaited.items()))
+            self._buffer.copy_row(row, source, 0, length)
+            del self._awaited[row]
 
     def _fill(self, row: int, length: int) -> None:
         self.rows[row].length = length
@@ -214,6 +224,7 @@ class DeviceCache(Cache):
         held, count = self.rows[row], len(token_ids)
         binding, state = self._prompt, self._prompt_state
         with self._device.turn():
+            self._copy_awaited()
             state.put_prompt(self._stream, token_ids, held)
         for name, width in zip(_STATE, (count, count, held.length + count), strict=True):
             binding.input_at(name, state.address(name), (1, width), _INT64)

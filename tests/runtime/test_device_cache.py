@@ -251,6 +251,38 @@ def test_a_prefix_that_cannot_be_brought_in_leaves_nothing_behind(on_device, on_
     np.testing.assert_array_equal(on_device.prefill(0, PROMPTS[0]), on_host.prefill(0, PROMPTS[0]))
 
 
+def continued(cache, prefixes, how):
+    """The logits of a prompt or of a step that follows on prefixes alone."""
+    for row, prefix in enumerate(prefixes):
+        cache.seed(row, prefix)
+    if how == "prefill":
+        return [cache.prefill(row, prompt).copy() for row, prompt in enumerate(PROMPTS)]
+    if how == "choose":
+        return cache.choose([9] * ROWS, more=3)
+    if how == "move":
+        cache.move(4, 1)
+    return cache.step([9] * ROWS).copy()
+
+
+@pytest.mark.parametrize("how", ["prefill", "step", "choose", "move"])
+def test_a_prefix_is_copied_before_anything_reads_its_row(on_device, on_host, make_prefix, how):
+    prefixes = [make_prefix(3 + row, seed=row, dtype=np.float16, position_base=0) for row in range(ROWS)]
+    on_device._prefixes._budget = 0  # each is let go of as soon as the next is asked for, and copied all the same
+    np.testing.assert_array_equal(continued(on_device, prefixes, how), continued(on_host, prefixes, how))
+    assert not on_device._awaited
+
+
+def test_a_prefix_that_cannot_be_copied_is_copied_by_the_next_run(on_device, on_host, prefixes, monkeypatch):
+    on_device.seed(0, prefixes[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(DeviceBuffer, "copy_row", failing)
+        with pytest.raises(ProviderError):
+            on_device.prefill(0, PROMPTS[0])
+    on_device.reset(0)
+    on_host.seed(0, prefixes[0])
+    np.testing.assert_array_equal(on_device.prefill(0, PROMPTS[0]), on_host.prefill(0, PROMPTS[0]))
+
+
 def test_a_row_that_cannot_be_moved_holds_no_prefix(on_device, prefixes, monkeypatch):
     begun(on_device, prefixes)
     monkeypatch.setattr(DeviceBuffer, "copy_row", failing)
