@@ -50,7 +50,7 @@ class BuildRequest:
         graph: of the model, a decoder-with-past in float32 that was exported before, to be used as it is.
         adapters: "onnx" writes an adapter file of onnxruntime's for each task, and a graph that takes them.
         precision: of the weights: "fp32", "fp16", "bf16", "int8" or "int4"; None takes the target's first.
-        block_size: weights that share a scale; None takes `rounding.DEFAULT_BLOCK_SIZES`, for the target tensorrt all
+        block_size: weights that share a scale; None takes `rounding.DEFAULT_BLOCK_SIZE`, for the target tensorrt all
             of an output.
         quantizer: how weights are rounded: "rtn" or "hqq".
         cache: what keys and values are kept in: "fp32", "fp16", "bf16" or "int8"; None takes the target's.

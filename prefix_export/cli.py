@@ -70,7 +70,7 @@ def main() -> None:
     "--precision",
     help="Of the weights: fp32, fp16, bf16, int8 or int4. Default: fp32; for cuda fp16, for the web int8.",
 )
-@click.option("--block-size", type=int, help="Weights that share a scale; not for tensorrt. Default: 128, int4 32.")
+@click.option("--block-size", type=int, help="Weights that share a scale; not for tensorrt. Default: 32.")
 @click.option("--quantizer", default="rtn", show_default=True, help="rtn rounds to nearest; hqq searches zero points.")
 @click.option(
     "--cache", help="Keys and values are kept in: fp32, fp16, bf16 or int8. Default: fp32, or as the weights."

@@ -20,7 +20,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 PRODUCT_COLOURS = {"product-float32": "#08519c", "product-int8": "#3182bd", "product-int4": "#6baed6"}
 FLOOR_COLOUR = "#888888"
-LABEL_GAP = 1.075
+LABEL_GAP = 1.085
 """From a label to the next above it, on the logarithmic axis."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 import transformers
@@ -14,9 +15,9 @@ import prefix_runtime
 from prefix_export.build import BuildRequest, build, verify_against
 from prefix_export.errors import ExportError
 from prefix_export.quantize import QuantizedModel
-from prefix_export.rounding import DEFAULT_BLOCK_SIZES, Quantization, pack, quantization
+from prefix_export.rounding import DEFAULT_BLOCK_SIZE, Quantization, pack, quantization
 from prefix_export.targets import TARGETS
-from prefix_runtime import Bundle
+from prefix_runtime import Bundle, Sampling
 from prefix_runtime.cli import main
 
 EACH = [
@@ -91,9 +92,9 @@ class TestSettings:
         with pytest.raises(ExportError, match=r"^block size, quantizer: expected none and rtn for a target whose "):
             quantization("int8", size, method, by_output=True)
 
-    @pytest.mark.parametrize(("precision", "size"), [("int8", 128), ("int4", 32)])
-    def test_the_default_block_size(self, precision, size):
-        assert quantization(precision, None, "rtn").block_size == size == DEFAULT_BLOCK_SIZES[precision]
+    @pytest.mark.parametrize("precision", ["int8", "int4"])
+    def test_the_default_block_size(self, precision):
+        assert quantization(precision, None, "rtn").block_size == 32 == DEFAULT_BLOCK_SIZE
 
     @pytest.mark.parametrize(
         ("given", "message"),
@@ -138,6 +139,39 @@ class TestModel:
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_row_is_multiplied_in_every_batch_as_it_is_alone(bits):
+    # To the last bit, or a row of a batch could be sampled otherwise than alone; of longer blocks it is not so.
+    random, inputs, outputs = np.random.default_rng(0), 512, 96
+    weight = torch.tensor(random.standard_normal((outputs, inputs), np.float32))
+    product = product_of(pack(weight, Quantization(bits, DEFAULT_BLOCK_SIZE)))
+    rows = random.standard_normal((9, inputs), np.float32)
+    (alone,) = zip(*(product.run(None, {"x": rows[row : row + 1]}) for row in range(9)), strict=True)
+    for count in range(2, 10):
+        (together,) = product.run(None, {"x": rows[:count]})
+        np.testing.assert_array_equal(together, np.concatenate(alone[:count]))
+
+
+def product_of(packed):
+    """A session that multiplies "x", [rows, inputs] float32, with a weight as the graph does."""
+    sizes = {"K": packed.inputs, "N": packed.outputs, "bits": packed.settings.bits, "block_size": packed.block_size}
+    node = onnx.helper.make_node(
+        "MatMulNBits", ["x", "values", "scales"], ["y"], domain="com.microsoft", accuracy_level=4, **sizes
+    )
+    inputs, result = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["rows", size])
+        for name, size in (("x", packed.inputs), ("y", packed.outputs))
+    )
+    weights = [
+        onnx.numpy_helper.from_array(packed.values.numpy(), "values"),
+        onnx.numpy_helper.from_array(packed.scales.numpy(), "scales"),
+    ]
+    graph = onnx.helper.make_graph([node], "product", [inputs], [result], weights)
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return onnxruntime.InferenceSession(model.SerializeToString())
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 class TestBundle:
     def test_every_linear_layer_is_packed_and_the_tied_table_stored_once(self, workshop, precision):
@@ -152,6 +186,16 @@ class TestBundle:
         assert gather.input[0] == head.input[1]
         assert {attribute.i for attribute in head.attribute if attribute.name == "accuracy_level"} == {4}
 
+    def test_sampled_rows_of_a_batch_are_the_rows_alone(self, workshop, precision):
+        engine = prefix_runtime.load(workshop.bundle(precision=precision), threads=1, max_batch=8)
+        prompts = [list(range(5, 6 + 3 * row)) for row in range(8)]
+        tasks = [("p3", None, "p20")[row % 3] for row in range(8)]
+        how = [Sampling(temperature=3, seed=row) for row in range(8)]
+        together = engine.generate(token_ids=prompts, task=tasks, sampling=how, max_new_tokens=40, ignore_end=True)
+        for row, prompt, task, sampling in zip(together, prompts, tasks, how, strict=True):
+            alone = engine.generate(token_ids=prompt, task=task, sampling=sampling, max_new_tokens=40, ignore_end=True)
+            assert row.token_ids == alone.token_ids
+
     def test_the_files_shrink(self, workshop, precision):
         sizes = [(workshop.bundle(precision=kind) / "model.onnx.data").stat().st_size for kind in ("fp32", precision)]
         assert sizes[1] < {"int8": 0.40, "int4": 0.30}[precision] * sizes[0]  # the table of positions stays as it is
@@ -159,7 +203,7 @@ class TestBundle:
     def test_the_manifest_says_so(self, workshop, precision):
         manifest = prefix_runtime.load(workshop.bundle(precision=precision)).bundle.manifest
         assert (manifest.precision, manifest.quantizer) == (precision, "rtn")
-        assert manifest.block_size == DEFAULT_BLOCK_SIZES[precision]
+        assert manifest.block_size == DEFAULT_BLOCK_SIZE
         quality = manifest.parity["quality"]
         assert set(quality["tasks"]) == {"p3", "p20"}
         for result in (quality["bare_model"], *quality["tasks"].values()):
