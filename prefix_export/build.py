@@ -261,8 +261,10 @@ def _conditions(mode: str, tasks: Iterable[str]) -> tuple[str | None, ...]:
 
 
 def _check_held_out(request: BuildRequest) -> None:
-    if request.held_out and (_is_exact(request) or not (request.verify or request.cache == "int8")):
+    if request.held_out and _is_exact(request):
         raise ExportError("held-out text: expected weights or a cache to round and compare with float32, found none")
+    if request.held_out and not (request.verify or request.cache == "int8"):
+        raise ExportError("held-out text: expected a comparison with float32 to use it for, found --no-verify")
     for task, path in request.held_out.items():
         # A checkpoint of several prefixes makes tasks of more names than are known here.
         if task is not None and not any(task == name or task.startswith(f"{name}-") for name in request.prefixes):

@@ -53,12 +53,20 @@ def as_list(
     if isinstance(token_ids, str | bytes) or not isinstance(token_ids, Iterable) or is_scalar:
         raise RequestError(f"token_ids: expected whole numbers, found {token_ids!r}; give text as the prompt")
     rows: list[Any] = list(token_ids)
-    if rows and all(isinstance(row, Sequence | np.ndarray) for row in rows):
-        for row in rows:
+    if rows and _is_row(rows[0]):
+        for place, row in enumerate(rows):
+            if not _is_row(row):
+                raise RequestError(
+                    f"token_ids[{place}]: expected a list of whole numbers like the others, found {row!r}"
+                )
             check_ids(row)
         return rows, False
     check_ids(rows)
     return [rows], True
+
+
+def _is_row(given: object) -> bool:
+    return isinstance(given, Sequence | np.ndarray) and not isinstance(given, str | bytes)
 
 
 def check_names(options: GenerationOptions) -> None:

@@ -187,6 +187,8 @@ def _check(report: BenchReport, where: str) -> None:
             raise BenchError(f"{where}: {name}: expected a sample for each of {rounds} rounds, found {min(found)}")
     if not report.cells or len({cell.key for cell in report.cells}) != len(report.cells):
         raise BenchError(f"{where}: cells: expected at least one, and each once")
+    if not all(size for cell in report.cells for size in (cell.prompt_length, cell.batch_size)):
+        raise BenchError(f"{where}: cells: expected prompts of a token or more in a row or more, found 0")
     figures = [figure for cell in report.cells for name in FIGURES[-2:] for figure in cell.figure(name)]
     figures += [figure for cell in report.cells for figure in cell.figure("time_to_first_token")]
     if not all((*figures, *report.bandwidth, report.subject.weight_bytes)):

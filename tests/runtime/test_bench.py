@@ -466,6 +466,14 @@ class TestFiles:
         with pytest.raises(BenchError, match="cells: expected at least one, and each once"):
             from_json(to_json(report), "x")
 
+    @pytest.mark.parametrize("name", ["prompt_length", "batch_size"])
+    def test_rows_of_nothing_are_refused(self, name):
+        report = report_of(replace(cell(0, 1.0), **{name: 0}))
+        with pytest.raises(
+            BenchError, match=r"^x: cells: expected prompts of a token or more in a row or more, found 0"
+        ):
+            from_json(to_json(report), "x")
+
     def test_the_figures_are_those_of_a_sample(self):
         assert {name for name in bench_file.FIGURES if math.isfinite(getattr(sample(1.0), name))} == {
             *Sample.__dataclass_fields__,

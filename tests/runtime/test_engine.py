@@ -103,6 +103,12 @@ class TestPrompts:
         alone = [engine.generate(token_ids=row, max_new_tokens=4) for row in rows]
         assert [r.token_ids for r in found] == [r.token_ids for r in alone]
 
+    @pytest.mark.parametrize("rows", [[[5, 6], 7], [np.array([5, 6]), 7]])
+    def test_rows_beside_what_is_none_are_refused(self, engine, rows):
+        expected = r"^token_ids\[1\]: expected a list of whole numbers like the others, found 7$"
+        with pytest.raises(RequestError, match=expected):
+            engine.generate(token_ids=rows, max_new_tokens=4)
+
     def test_each_prompt_of_a_list_may_have_a_task_of_its_own(self, engine):
         found = engine.generate(token_ids=[IDS] * 4, task=["p3", None, "p20", "p3"], max_new_tokens=8)
         assert [r.task for r in found] == ["p3", None, "p20", "p3"]
