@@ -66,7 +66,8 @@ def tensorrt(bundle: Path, compute_capabilities: tuple[str, ...], **options: Any
 def refit(bundle: Path, prefix: str, output: Path, engines: Path | None, name: str | None) -> None:
     """Copy an engine of BUNDLE that was built with --refit, with the prefix at PATH in the place of TASK's.
 
-    It has the same length. The engine is opened for this, on a GPU that runs it.
+    It has the same length. The engine is opened for this, on a GPU that runs it. load() opens it where it stands in
+    BUNDLE/tensorrt in the other's place; the certificate still tells of the prefix that was there.
     """
     from prefix_runtime import Bundle
     from prefix_runtime.engine_file import engines_folder

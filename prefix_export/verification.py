@@ -173,8 +173,8 @@ def check_can_run(precision: str) -> None:
     """
     if precision == "bf16" and _provider("cuda") == "cpu":
         raise ExportError(
-            "precision bf16: expected a GPU and onnxruntime-gpu to verify the graph with, found neither runs here: "
-            "build it there, or with --no-verify"
+            "precision bf16: expected a GPU and onnxruntime-gpu to verify the graph with, found none that runs here; "
+            "build where both are, or with --no-verify"
         )
 
 

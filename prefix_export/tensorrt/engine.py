@@ -67,11 +67,11 @@ def build_engine(
     chosen = limits(bundle.manifest, request.max_batch, request.max_prompt, request.max_prefix)
     ranges = profiles(bundle.manifest, chosen)
     library = library or Library(request.backend)
-    check_choices(request, library)
     if request.is_refittable and bundle.manifest.mode != "bake":
         raise EngineError(
             "refit: expected a bundle whose graph holds prefixes (--mode bake), found one that feeds them"
         )
+    check_choices(request, library)
     if request.precision is not None and bundle.manifest.precision == "int8":
         raise EngineError(
             "precision: expected none for a graph whose weights have 8 bits, which is computed in its own types, "
@@ -187,9 +187,10 @@ def find_engine(folder: Path, bundle: Bundle, name: str | None = None) -> Engine
     records = read_engines(folder)
     fitting = [record for record in records if name in (None, record.name)]
     if len(fitting) != 1:
-        listed = ", ".join(record.name for record in records) or "none"
+        listed = ", ".join(record.name for record in records)
         wanted = "one engine" if name is None else f"an engine {name!r}"
-        raise EngineError(f"{folder}: expected {wanted}, found {listed}; name one of them, or build it")
+        advice = "name one of them" if records else f"build it with: prefix-export tensorrt {bundle.root}"
+        raise EngineError(f"{folder}: expected {wanted}, found {listed or 'none'}; {advice}")
     bundle.verify_graph()
     check_engine(folder, fitting[0], bundle)
     return fitting[0]

@@ -123,7 +123,9 @@ def check_places(folder: Path, timing_cache: Path | None, library: Library) -> N
     if folder.exists() and not folder.is_dir():
         raise EngineError(f"output: {folder}: expected a folder, or nothing there yet, found a file")
     if timing_cache is not None and library.backend == RTX:
-        raise EngineError(f"timing cache: expected none, as {library.name} measures nothing while it builds, found one")
+        raise EngineError(
+            f"timing cache: expected none, as {library.name} measures nothing while it builds, found {timing_cache}"
+        )
 
 
 def _check_gpu(request: EngineRequest, library: Library) -> None:

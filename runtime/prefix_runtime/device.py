@@ -15,7 +15,7 @@ try:
     from cuda.bindings import runtime as cuda
     from cuda.bindings.driver import cuuint64_t
 except ImportError as error:
-    raise ImportError("the provider cuda needs CUDA's Python bindings: pip install 'prefix-runtime[gpu]'") from error
+    raise ImportError("a GPU needs CUDA's Python bindings: pip install 'prefix-runtime[gpu]'") from error
 
 from .device_buffer import Blocks
 from .errors import ProviderError

@@ -72,8 +72,8 @@ class DeviceCache(Cache):
         self._geometry = geometry
         self._buffer = DeviceBuffer(self._device, geometry, cache_format.dtype.itemsize, rows, capacity)
         super().__init__(rows, capacity, self._buffer.nbytes)
-        self._awaited: dict[int, tuple[DeviceBuffer, int]] = {}
-        """Rows whose prefix is to be copied, from where and how many positions of it, before anything reads them."""
+        self._awaited: tuple[int, DeviceBuffer, int] | None = None
+        """The row that was seeded last, where its prefix lies and how long that is, until it is copied."""
         self._state = _State(self._device, rows, capacity)
         self._prompt_state = _State(self._device, 1, capacity, sequence=capacity)
         self._vocab_size = geometry.vocab_size
@@ -93,9 +93,12 @@ class DeviceCache(Cache):
         """See `Cache`: the prefix is copied on the GPU, in the turn of what is asked of the rows next."""
         held = self.rows[row]
         held.prefix = None  # until the new one is there
-        self._awaited.pop(row, None)
+        if self._awaited is not None and self._awaited[0] != row:
+            with self._device.turn():
+                self._copy_awaited()
+        self._awaited = None
         if prefix is not None:
-            self._awaited[row] = self._prefixes.get(prefix), prefix.prefix_length
+            self._awaited = row, self._prefixes.get(prefix), prefix.prefix_length
         held.prefix = prefix
         self.reset(row)
 
@@ -193,11 +196,11 @@ class DeviceCache(Cache):
             held.length += 1
 
     def _copy_awaited(self) -> None:
-        """Let the GPU copy the prefixes that rows were seeded with since."""
-        while self._awaited:
-            row, (source, length) = next(iter(self._awaited.items()))
+        """Let the GPU copy the prefix of the row that was seeded last, if it has not yet."""
+        if self._awaited is not None:
+            row, source, length = self._awaited
             self._buffer.copy_row(row, source, 0, length)
-            del self._awaited[row]
+            self._awaited = None
 
     def _fill(self, row: int, length: int) -> None:
         self.rows[row].length = length

@@ -105,8 +105,8 @@ def read_engines(folder: Path) -> list[EngineRecord]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise BundleError(
-            f"{path}: expected a record of engines, found one that is damaged ({reason}); remove it, and "
-            "build them anew with: prefix-export tensorrt"
+            f"{path}: expected a record of engines, found one that is damaged ({reason}); remove it "
+            "and the engines beside it, and build them anew with: prefix-export tensorrt"
         ) from error
     for record in found:
         check_relative_path(record.file.path, f"{path}: engine {record.name!r}: file")

@@ -82,7 +82,7 @@ def limits(
     prompt = room - 1 if prompt is None else prompt
     is_fed = manifest.mode == "feed"
     if prefix is not None and not is_fed:
-        raise RequestError("max_prefix: expected none, as the graph holds its prefixes, found a number")
+        raise RequestError(f"max_prefix: expected none, as the graph holds its prefixes, found {prefix}")
     prefix = (longest if prefix is None else prefix) if is_fed else 0
     _check("max_batch", batch, 1, 4096)
     _check("max_prompt", prompt, 1, room - 1)

@@ -16,7 +16,7 @@ from .tensorrt_library import Library, check_profiles, check_tensors, gpu_capabi
 from .tensorrt_provider import ENGINE
 
 if TYPE_CHECKING:
-    from .device import Device
+    from .device import Device, Memory
 
 _LEAST_OF_RTX = (8, 0)
 """The compute capability that TensorRT for RTX builds for where none is asked for, and above."""
@@ -47,9 +47,9 @@ class EngineSession:
         self.limits = limits_of(profiles)
         self.inputs = frozenset(tensor.name for tensor in library.tensors(engine)[0])
         self._contexts = tuple(self._context(place) for place in (PREFILL, DECODE))
-        self._kept = device.pinned((1,), np.dtype(np.int64))
-        is_on_host = engine.get_tensor_location(KEPT) == library.api.TensorLocation.HOST
-        self._kept_there = None if is_on_host else device.allocate(self._kept.nbytes)
+        self._is_kept_on_host = engine.get_tensor_location(KEPT) == library.api.TensorLocation.HOST
+        self._kept: dict[int, tuple[np.ndarray, Memory | None]] = {}
+        """Each number of logits that was asked for: a run that is under way reads its own."""
 
     def run(self, place: int, bound: Mapping[str, tuple[int, Shape]], kept: int) -> None:
         """Ask for a run of what lies on the GPU; it may not be over when this returns.
@@ -71,14 +71,21 @@ class EngineSession:
                     f"{self._library.complaint()}"
                 )
             context.set_tensor_address(name, address)
-        self._kept[0] = kept
-        address = self._kept.ctypes.data
-        if self._kept_there is not None:
-            address = self._kept_there.address
-            stream.upload(address, self._kept)
-        context.set_tensor_address(KEPT, address)
+        context.set_tensor_address(KEPT, self._address_of(kept))
         if not context.execute_async_v3(stream.handle):
             raise ProviderError(f"{self._library.name} cannot run the engine {self._library.complaint()}")
+
+    def _address_of(self, kept: int) -> int:
+        """Where the number lies that the engine reads, [1] int64."""
+        if kept not in self._kept:
+            number = self.device.pinned((1,), np.dtype(np.int64))
+            number[0] = kept
+            memory = None if self._is_kept_on_host else self.device.allocate(number.nbytes)
+            if memory is not None:
+                self.device.stream.upload(memory.address, number)
+            self._kept[kept] = number, memory
+        number, memory = self._kept[kept]
+        return int(number.ctypes.data) if memory is None else memory.address
 
     def _context(self, place: int) -> Any:
         context = self._engine.create_execution_context()
@@ -102,9 +109,9 @@ def open_engine(
     Raises:
         ProviderError: there is no engine, no GPU that it was made for, no library of its version, or the engine is not
             what the manifest says.
-        BundleError, BundleIntegrityError: the engine is stale or damaged.
+        BundleError, BundleIntegrityError: no engine is made of such a bundle; the engine is stale or damaged.
     """
-    folder = engines_folder(bundle)
+    expected, folder = tensors(bundle.manifest), engines_folder(bundle)
     record = _fitting(bundle, options.device)
     content = check_engine(folder, record, bundle).read_bytes()
     library = library or Library(record.backend)
@@ -115,7 +122,7 @@ def open_engine(
         engine = library.open(content)
         if engine is None:
             raise ProviderError(f"{where}: {library.name} cannot open the engine {library.complaint()}")
-        check_tensors(tensors(bundle.manifest), library.tensors(engine), where)
+        check_tensors(expected, library.tensors(engine), where)
         names = tuple(profile.name for profile in record.profiles)
         check_profiles(record.profiles, library.profiles(engine, names), where)
         return EngineSession(library, engine, record.profiles, device)

@@ -269,7 +269,7 @@ def test_a_prefix_is_copied_before_anything_reads_its_row(on_device, on_host, ma
     prefixes = [make_prefix(3 + row, seed=row, dtype=np.float16, position_base=0) for row in range(ROWS)]
     on_device._prefixes._budget = 0  # each is let go of as soon as the next is asked for, and copied all the same
     np.testing.assert_array_equal(continued(on_device, prefixes, how), continued(on_host, prefixes, how))
-    assert not on_device._awaited
+    assert on_device._awaited is None
 
 
 def test_a_prefix_that_cannot_be_copied_is_copied_by_the_next_run(on_device, on_host, prefixes, monkeypatch):

@@ -239,7 +239,9 @@ def tasks_of(engine):
     return ["p3", "p20", *([None] if engine.bundle.manifest.mode == "feed" else [])]
 
 
-def test_logits_are_the_graphs(opened, reference):
+@pytest.mark.parametrize("location", ["host", "device"])
+def test_logits_are_the_graphs(opened, reference, monkeypatch, location):
+    monkeypatch.setattr(StandInEngine, "get_tensor_location", lambda engine, name: location)  # of what is no tensor
     engine, _ = opened()
     for task in tasks_of(engine):
         expected = reference.logits(PROMPT, task)
@@ -361,6 +363,11 @@ def test_a_bundle_without_an_engine_says_how_to_build_one(made, tmp_path):
         ProviderError, match=r"expected an engine in .*found none; build one with: prefix-export tensorrt"
     ):
         prefix_runtime.load(bundle, provider="tensorrt-engine")
+
+
+def test_a_bundle_of_which_no_engine_is_made_says_so(shared_bundle):
+    with pytest.raises(BundleError, match=r"expected a graph in standard operators.*with --target tensorrt"):
+        prefix_runtime.load(shared_bundle, provider="tensorrt-engine")
 
 
 @pytest.mark.usefixtures("capability")
