@@ -103,6 +103,7 @@ CONTESTANTS = {
     "product-int4": _product("prefix-export, int4", "int4"),
     "product-int8-cache": _product("prefix-export, int8, keys and values too", "int8", "--cache", "int8"),
     "product-int4-cache": _product("prefix-export, int4, keys and values int8", "int4", "--cache", "int8"),
+    "product-int8-64": _product("prefix-export, int8, block 64", "int8", "--block-size", "64"),
     "product-int8-128": _product("prefix-export, int8, block 128", "int8", "--block-size", "128"),
     "product-int8-256": _product("prefix-export, int8, block 256", "int8", "--block-size", "256"),
     "product-int4-128": _product("prefix-export, int4, block 128", "int4", "--block-size", "128"),

@@ -139,12 +139,12 @@ class TestModel:
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_row_is_multiplied_in_every_batch_as_it_is_alone(bits):
+@pytest.mark.parametrize(("bits", "size"), [(8, DEFAULT_BLOCK_SIZE), (8, 64), (4, DEFAULT_BLOCK_SIZE)])
+def test_a_row_is_multiplied_in_every_batch_as_it_is_alone(bits, size):
     # To the last bit, or a row of a batch could be sampled otherwise than alone; of longer blocks it is not so.
     random, inputs, outputs = np.random.default_rng(0), 512, 96
     weight = torch.tensor(random.standard_normal((outputs, inputs), np.float32))
-    product = product_of(pack(weight, Quantization(bits, DEFAULT_BLOCK_SIZE)))
+    product = product_of(pack(weight, Quantization(bits, size)))
     rows = random.standard_normal((9, inputs), np.float32)
     (alone,) = zip(*(product.run(None, {"x": rows[row : row + 1]}) for row in range(9)), strict=True)
     for count in range(2, 10):
