@@ -42,7 +42,7 @@ class Profiled(ort.InferenceSession):
 
 
 def by_operator(events: list[dict[str, Any]]) -> list[Counter[str]]:
-    """Of each of the last steps: milliseconds by operator; their sum and the whole run's under "rest"."""
+    """Of each of the last steps: milliseconds by operator; what no kernel takes under "rest"."""
     runs = sorted((event["ts"], event["dur"]) for event in events if event["name"] == "model_run")[-STEPS:]
     found = [Counter({"rest": duration / 1e3}) for _, duration in runs]
     for event in events:
@@ -76,8 +76,7 @@ def profiled(given: argparse.Namespace) -> list[Counter[str]]:
     engine = prefix_runtime.load(given.bundle, threads=given.threads, prepare=False)
     task = None
     if given.prefix_length:
-        prefix = random_prefix(engine.bundle, given.prefix_length)
-        engine.add_task(task := "random", prefix_runtime.Prefix(dict(prefix.sites), prefix.position_base))
+        engine.add_task(task := "random", random_prefix(engine.bundle, given.prefix_length))
     prompt = list(range(5, 5 + given.prompt_length))
     engine.generate(token_ids=prompt, task=task, max_new_tokens=WARM_UP + STEPS, ignore_end=True)
     return by_operator(json.loads(Path(Profiled.opened.end_profiling()).read_text()))

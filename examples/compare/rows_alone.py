@@ -17,7 +17,7 @@ import numpy as np
 import prefix_runtime
 from prefix_runtime.bench_inputs import random_prefix
 
-PREFIX_LENGTHS = (0, 3, 10, 17, 40, 64, 100, 200)
+PREFIX_LENGTHS = (3, 10, 17, 40, 64, 100, 200)
 
 
 def parted_at(together: list[int], alone: list[int]) -> int | None:
@@ -32,8 +32,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
-    engine = prefix_runtime.load(given.bundle, threads=given.threads, max_batch=len(PREFIX_LENGTHS), prepare=False)
-    tasks = [_added(engine, length) for length in PREFIX_LENGTHS]
+    lengths = {f"random-{length}": length for length in PREFIX_LENGTHS}
+    tasks = [None, *lengths]
+    engine = prefix_runtime.load(given.bundle, threads=given.threads, max_batch=len(tasks), prepare=False)
+    for name, length in lengths.items():
+        engine.add_task(name, random_prefix(engine.bundle, length))
     tokens, random = engine.bundle.manifest.geometry.vocab_size, np.random.default_rng(0)
     same, parted = 0, list[int]()
     for turn in range(given.rounds):
@@ -53,15 +56,6 @@ def main() -> None:
             parted += [] if place is None else [place]
     rows = given.rounds * len(tasks)
     print(f"{len(parted)} of {rows} rows part from the row alone, after {parted} tokens; {same} alike")
-
-
-def _added(engine: prefix_runtime.Engine, length: int) -> str | None:
-    """The task of a random prefix; None for none."""
-    if not length:
-        return None
-    prefix, name = random_prefix(engine.bundle, length), f"random-{length}"
-    engine.add_task(name, prefix_runtime.Prefix(dict(prefix.sites), prefix.position_base))
-    return name
 
 
 if __name__ == "__main__":
