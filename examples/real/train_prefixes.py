@@ -86,7 +86,7 @@ def exact_match_percent(
 @click.option("--projection/--no-projection", default=SETTINGS.projection, show_default=True, help="PEFT's MLP.")
 @click.option("--seed", default=SEED, show_default=True, help="The first task's.")
 @click.option("--tables", default=64, show_default=True, help="Held-out tables for the exact match at the end.")
-def main(device: str, base: Path, output: Path, tasks: str, seed: int, tables: int, **changes: float) -> None:
+def main(device: str, base: Path, output: Path, tasks: str, *, seed: int, tables: int, **changes: float) -> None:
     """Train a prefix for every task."""
     torch.set_float32_matmul_precision("high")
     settings = dataclasses.replace(SETTINGS, **changes)
