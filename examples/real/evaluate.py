@@ -121,8 +121,9 @@ class Evaluation:
 
 def results_of(archive: Archive, names: Sequence[str], lights: Sequence[Lighthouse]) -> dict[str, Any] | None:
     """The scores of all contestants; None if texts are missing, which are listed on standard error."""
-    kept = {(name, task): archive.read(name, task) for name in names for task in archive.adapters}
-    if missing := [f"{name}/{task}" for (name, task), content in kept.items() if content is None]:
+    wanted = [(name, task) for name in names for task in archive.adapters]
+    kept = {each: content for each in wanted if (content := archive.read(*each)) is not None}
+    if missing := [f"{name}/{task}" for name, task in wanted if (name, task) not in kept]:
         click.echo(f"no results yet: texts are missing for {', '.join(missing)}", err=True)
         return None
     found: dict[str, Any] = {}

@@ -60,8 +60,8 @@ def save_float32(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # transformers has made plain numbers of the 4-bit weights, but still calls the model quantized.
     del model.config.quantization_config
-    model.is_quantized = False
-    model.hf_quantizer = None
+    model.is_quantized = False  # type: ignore[assignment]
+    model.hf_quantizer = None  # type: ignore[assignment]
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 

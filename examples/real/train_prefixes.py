@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import click
 import torch
@@ -66,7 +67,7 @@ def exact_match_percent(
     tokenized = tokenize(documents, tokenizer, model.device)
     model.eval()
     exact = 0
-    for rows in torch.arange(len(tokenized), device=model.device).split(batch_size):
+    for rows in torch.split(torch.arange(len(tokenized), device=model.device), batch_size):
         token_ids, labels = tokenized.token_ids[rows], tokenized.labels(rows)
         logits = model(input_ids=token_ids, attention_mask=torch.ones_like(token_ids)).logits
         likeliest = logits[:, :-1].argmax(-1)  # [rows, longest - 1]
@@ -88,7 +89,7 @@ def exact_match_percent(
 @click.option("--projection/--no-projection", default=SETTINGS.projection, show_default=True, help="PEFT's MLP.")
 @click.option("--seed", default=SEED, show_default=True, help="The first task's.")
 @click.option("--tables", default=64, show_default=True, help="Held-out tables for the exact match at the end.")
-def main(device: str, base: Path, output: Path, tasks: str, *, seed: int, tables: int, **changes: float) -> None:
+def main(device: str, base: Path, output: Path, tasks: str, *, seed: int, tables: int, **changes: Any) -> None:
     """Train a prefix for every task."""
     torch.set_float32_matmul_precision("high")
     settings = dataclasses.replace(SETTINGS, **changes)
