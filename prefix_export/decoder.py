@@ -132,7 +132,7 @@ class Decoder(torch.nn.Module):
     def _kept(self, count: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor | slice:
         """The positions whose logits are wanted: the last `count`, or all for 0."""
         sequence = input_ids.shape[1]
-        first = torch.where(count == 0, 0, sequence - count).item()
+        first = torch.where(count == 0, 0, _size(input_ids, 1) - count).item()
         # The trace knows nothing of this number: what it may be has to be said.
         torch._check(first >= 0)  # noqa: SLF001  # torch documents it for torch.export
         torch._check(first <= sequence)  # noqa: SLF001

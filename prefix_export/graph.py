@@ -27,18 +27,22 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+import torch.fx.experimental._config
 
+from .cleaning import clean
 from .decoder import Decoder, PortableDecoder
 from .device import DeviceDecoder
 from .errors import ExportError
 from .fuse import fuse
+from .lowering import lowered
 from .simplify import join_rounded, simplify
 
 _MOST_IN_ONE_FILE = 2_000_000_000
@@ -71,10 +75,10 @@ def export_graph(decoder: Decoder, positions: int, path: Path, *, opset: int, ha
         OSError: the disk is full or not writable.
     """
     with decoder.stand_ins():
-        program = _trace(decoder.eval(), opset)
-    graph = program.model
+        graph = _trace(decoder.eval(), opset)
     _name_axes(graph)
     with _quiet():
+        clean(graph)
         simplify(graph, positions)
         join_rounded(graph)
         if isinstance(decoder, DeviceDecoder):
@@ -112,24 +116,52 @@ def export_graph(decoder: Decoder, positions: int, path: Path, *, opset: int, ha
     return read_bytes
 
 
-def _trace(decoder: Decoder, opset: int) -> torch.onnx.ONNXProgram:
+def _trace(decoder: Decoder, opset: int) -> ir.Model:
     try:
         with torch.no_grad(), _quiet():
-            program = torch.onnx.export(
-                decoder,
-                kwargs=decoder.example(),
-                dynamic_shapes=decoder.dynamic_shapes(),
-                input_names=decoder.names,
-                output_names=decoder.outputs,
-                opset_version=opset,
-                dynamo=True,
-                verbose=False,
-            )
+            return _translate(decoder, opset)
     except torch.onnx.errors.OnnxExporterError as error:
         cause = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
         raise ExportError(f"{type(decoder.model).__name__}: torch.onnx cannot trace the model: {cause}") from error
+
+
+def _translate(decoder: Decoder, opset: int) -> ir.Model:
+    """The graph as torch's exporter makes it, with much in it that `clean` takes out."""
+    shapes = decoder.dynamic_shapes()
+    settings: dict[str, Any] = {
+        "dynamic_shapes": shapes,
+        "input_names": decoder.names,
+        "output_names": decoder.outputs,
+        "opset_version": opset,
+        "dynamo": True,
+        "optimize": False,
+        "verbose": False,
+    }
+    # If this fails, torch can tell why, or traces the model in another way.
+    with suppress(Exception):
+        program = lowered(_captured(decoder, shapes))
+        if program is not None:
+            return _model(torch.onnx.export(program, **settings))
+    return _model(torch.onnx.export(decoder, kwargs=decoder.example(), **settings))
+
+
+def _model(program: torch.onnx.ONNXProgram | None) -> ir.Model:
     assert program is not None  # torch.onnx.export returns None only with dynamo=False
-    return program
+    return program.model
+
+
+def _captured(decoder: Decoder, shapes: dict[str, Any]) -> torch.export.ExportedProgram:
+    """The program of a model, captured as torch.onnx captures it (torch 2.13)."""
+    # Sizes of 0 and 1 are sizes like any other.
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # noqa: SLF001  # torch has no public switch
+        return torch.export.export(
+            decoder,
+            (),
+            kwargs=decoder.example(),
+            dynamic_shapes=shapes,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
 
 
 def _name_axes(graph: ir.Model) -> None:

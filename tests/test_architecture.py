@@ -104,7 +104,7 @@ def test_formats_know_no_graphs(path):
 def test_graphs_know_no_formats(name):
     known = {name for name in imported(ROOT / "prefix_export" / name) if name.startswith("prefix_")}
     assert known
-    allowed = ("attention", "bake", "decoder", "device", "errors", "fuse", "simplify")
+    allowed = ("attention", "bake", "cleaning", "decoder", "device", "errors", "fuse", "lowering", "simplify")
     modules = tuple(f"prefix_export.{module}." for module in allowed)
     assert all(name.startswith((*modules, "prefix_runtime.Layer")) for name in known)
 
