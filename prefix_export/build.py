@@ -27,7 +27,7 @@ from .export import export_plan
 from .fold import fold, located
 from .lint import lint
 from .models import BaseModel, load_base_model
-from .models.experts import unquantized_note
+from .models.experts import notes as expert_notes
 from .parity import PrefixSource, TaskParity
 from .progress import StepListener
 from .quality import HeldOut, TaskQuality, read_held_out
@@ -424,8 +424,8 @@ def _warnings(
     request: BuildRequest, target: targets.Target, base: BaseModel, prefixes: Mapping[str, Prefix], max_length: int
 ) -> list[str]:
     found = list(base.warnings)
-    if request.precision in BITS and (note := unquantized_note(base.model)):
-        found.append(f"{request.model}: {note}")
+    notes = expert_notes(base.model, is_quantized=request.precision in BITS)
+    found += [f"{request.model}: {line}" for line in notes]
     positions = base.model.config.get_text_config().max_position_embeddings
     if base.geometry.context_length < positions:
         found.append(

@@ -34,13 +34,24 @@ def traceable_experts(model: PreTrainedModel) -> Iterator[None]:
         model.set_experts_implementation(before)
 
 
-def unquantized_note(model: PreTrainedModel) -> str | None:
-    """What the user should know of experts when weights are quantised: theirs are not; None without experts."""
-    kept = sum(parameter.nbytes for parameter in expert_weights(model))
-    if not kept:
-        return None
-    total = sum(parameter.nbytes for parameter in model.parameters())
-    return (
-        f"the weights of the experts, {kept / 1e6:.1f} MB of {total / 1e6:.1f} MB in float32, stay as they are: only "
-        "linear layers and the embedding are quantized"
+def notes(model: PreTrainedModel, *, is_quantized: bool) -> Iterator[str]:
+    """What the user should know of a mixture of experts in a bundle, a line each; nothing of other models.
+
+    Args:
+        model: in the type that it was loaded in.
+        is_quantized: whether the bundle keeps weights in 8 or 4 bits.
+    """
+    weights = list(expert_weights(model))
+    if not weights:
+        return
+    largest = max(weight[0].nbytes for weight in weights)
+    yield (
+        f"the graph copies the weights of each expert that a token of the prompt uses, {largest / 1e6:.1f} MB each, "
+        "while a layer runs: long prompts take much memory"
     )
+    if is_quantized:
+        kept, total = sum(weight.nbytes for weight in weights), sum(weight.nbytes for weight in model.parameters())
+        yield (
+            f"the weights of the experts, {kept / 1e6:.1f} MB of {total / 1e6:.1f} MB in float32, are not quantized: "
+            "only linear layers and the embedding are"
+        )

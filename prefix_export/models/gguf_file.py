@@ -179,7 +179,8 @@ class _Cursor:
         kind, count = self._number("I"), self._count()
         if kind == _STRING:
             for _ in range(count):
-                self._at += self._number("Q")
+                length = self._number("Q")
+                self._at += length
         else:
             self._at += count * struct.calcsize(f"<{_scalar_format(kind)}")
 

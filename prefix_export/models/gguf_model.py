@@ -45,6 +45,20 @@ def alone(path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
+@contextmanager
+def silent() -> Iterator[None]:
+    """Keep the loader's own progress bar from the terminal; transformers' logging does not switch it off (5.23)."""
+    from transformers import modeling_gguf_pytorch_utils
+
+    loader: Any = modeling_gguf_pytorch_utils
+    before = loader.tqdm
+    loader.tqdm = lambda items, **_: items
+    try:
+        yield
+    finally:
+        loader.tqdm = before
+
+
 def loading_arguments() -> dict[str, Any]:
     """What `from_pretrained` is given so that a GGUF file becomes a plain model, which can be saved.
 

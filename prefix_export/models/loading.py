@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +21,7 @@ from .source import ModelSource
 
 _CONFIG = "config.json"
 _ADAPTER = "adapter_config.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -81,12 +83,15 @@ def _header(source: ModelSource) -> Header | None:
     return header
 
 
+def _content(source: ModelSource, name: str) -> dict[str, Any]:
+    """The object in a JSON file of a model; an empty one if there is none: transformers' loader says what is missing."""
+    path = source.file(name)
+    return config_file.read_object(path) if path is not None else {}
+
+
 def _check_config_file(source: ModelSource) -> None:
     """Refuse what config.json says that no loader can do."""
-    path = source.file(_CONFIG)
-    if path is None:
-        return  # transformers' loader says what is missing
-    content = config_file.read_object(path)
+    content = _content(source, _CONFIG)
     beside = [file for file in config_file.QUANTISED_FILES if source.file(file) is not None]
     config_file.check_weights_are_plain(source.name, content, beside)
     config_file.own_code(source.name, content)
@@ -98,18 +103,17 @@ def _no_config(source: ModelSource, error: Exception) -> ModelError:
             f"model {source.name!r}: expected a GGUF file that transformers can load, found "
             f"{pretrained.reason(error, source)}"
         )
-    if source.file(_ADAPTER) is not None and source.file(_CONFIG) is None:
+    expected = f"model {source.name!r}: expected a Hub id or a folder with a config.json"
+    if source.file(_CONFIG) is not None:
+        return ModelError(f"{expected} that transformers can read, found {pretrained.reason(error, source)}")
+    if source.file(_ADAPTER) is not None:
         return _only_an_adapter(source)
     found = "a folder without" if Path(source.root).is_dir() else "no such folder"
-    return ModelError(
-        f"model {source.name!r}: expected a Hub id or a folder with a config.json, found {found}: "
-        f"{pretrained.reason(error, source)}"
-    )
+    return ModelError(f"{expected}, found {found}: {pretrained.reason(error, source)}")
 
 
 def _only_an_adapter(source: ModelSource) -> ModelError:
-    path = source.file(_ADAPTER)
-    base = config_file.read_object(path).get("base_model_name_or_path") if path is not None else None
+    base = _content(source, _ADAPTER).get("base_model_name_or_path")
     return ModelError(
         f"model {source.name!r}: expected a base model, found an adapter ({_ADAPTER}) without the weights of its base; "
         f"give it as a prefix: --model {base if isinstance(base, str) and base else 'BASE'} --prefix {source.name}"
@@ -125,8 +129,7 @@ def _decoder_config(source: ModelSource) -> PreTrainedConfig:
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedArchitectureError(
-            f"model {source.name!r}: expected a causal language model that transformers can load, found the "
-            f"architecture {config.model_type!r}, which has none"
+            f"model {source.name!r}: expected the configuration of a causal language model, found {config.model_type!r}"
         )
     return config
 
@@ -194,10 +197,13 @@ def _notes(source: ModelSource, config: PreTrainedConfig) -> Iterator[str]:
     if header is not None:
         yield from gguf_model.windows_left_out(source.name, header, config)
         return
-    path = source.file(_CONFIG)
-    note = config_file.own_code(source.name, config_file.read_object(path)) if path is not None else None
-    if note is not None:
+    if (note := config_file.own_code(source.name, _content(source, _CONFIG))) is not None:
         yield note
+    if _content(source, _TOKENIZER_CONFIG).get("auto_map"):
+        yield (
+            f"{source.name}: the code of the tokenizer (auto_map in {_TOKENIZER_CONFIG}) is not run; transformers' own "
+            "tokenizer is used, which may split text in another way"
+        )
     if source.file(_ADAPTER) is not None:
         yield (
             f"{source.name}: the adapter that lies beside the model's weights ({_ADAPTER}) is not applied to them; a "

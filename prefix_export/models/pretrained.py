@@ -58,17 +58,19 @@ _PLAIN_OUTPUTS: Mapping[str, Any] = {
 # A config.json may name implementations that are not installed, or kernels on the Hub, which are code. None leaves the
 # choice to transformers: PyTorch's own attention (sdpa) where the architecture has it.
 _PLAIN_CODE: Mapping[str, Any] = {"attn_implementation": None, "experts_implementation": None}
-# transformers applies an adapter that lies beside a model's weights (transformers#43746). Told to look in another folder,
-# one that nobody has, it finds none.
+# transformers applies an adapter that lies beside a model's weights (transformers#43746). Told to look in a folder
+# that nobody has, it finds none.
 _NO_ADAPTER: Mapping[str, Any] = {"adapter_kwargs": {"subfolder": "prefix-export-takes-no-adapter-from-here"}}
 
 
 def configuration(source: ModelSource) -> PreTrainedConfig:
     """A model's configuration, by its config.json or its GGUF file."""
     with _folder(source) as (root, arguments):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(root, **arguments, **_PLAIN_OUTPUTS)
-    # Read from config.json once; it must not ask for the code again.
-    vars(config).pop("auto_map", None)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            root, trust_remote_code=False, **arguments, **_PLAIN_OUTPUTS
+        )
+    for leftover in ("auto_map", "quantization_config"):  # refused before, or empty
+        vars(config).pop(leftover, None)
     return config
 
 
@@ -81,6 +83,7 @@ def weights(source: ModelSource, config: PreTrainedConfig) -> tuple[PreTrainedMo
             root,
             config=config,
             dtype=torch.float32,
+            trust_remote_code=False,
             output_loading_info=True,
             **arguments,
             **plain,
@@ -93,7 +96,7 @@ def weights(source: ModelSource, config: PreTrainedConfig) -> tuple[PreTrainedMo
 def tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """A model's tokenizer."""
     with _folder(source) as (root, arguments):
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(root, **arguments)
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(root, trust_remote_code=False, **arguments)
     return found
 
 
@@ -126,5 +129,5 @@ def _folder(source: ModelSource) -> Iterator[tuple[str, dict[str, Any]]]:
     if source.gguf is None:
         yield source.root, source.arguments
         return
-    with gguf_model.alone(source.gguf) as folder:
-        yield str(folder), {"trust_remote_code": False, "gguf_file": source.gguf.name}
+    with gguf_model.alone(source.gguf) as folder, gguf_model.silent():
+        yield str(folder), {"gguf_file": source.gguf.name}

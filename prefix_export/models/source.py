@@ -78,8 +78,8 @@ class ModelSource:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What transformers' loaders are given beside `root`: the revision, and never leave to run foreign code."""
-        return {"trust_remote_code": False, **({"revision": self.revision} if self.revision else {})}
+        """What transformers' loaders are given beside `root`."""
+        return {"revision": self.revision} if self.revision else {}
 
     def file(self, name: str) -> Path | None:
         """A file of a folder or repository, fetched if need be; None if there is none."""
