@@ -22,6 +22,7 @@ from .source import ModelSource
 _CONFIG = "config.json"
 _ADAPTER = "adapter_config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+_MOST_LAYERS = 4096
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -84,7 +85,7 @@ def _header(source: ModelSource) -> Header | None:
 
 
 def _content(source: ModelSource, name: str) -> dict[str, Any]:
-    """The object in a JSON file of a model; an empty one if there is none: transformers' loader says what is missing."""
+    """The object in a JSON file of a model, or an empty one: transformers' loader says what is missing."""
     path = source.file(name)
     return config_file.read_object(path) if path is not None else {}
 
@@ -136,6 +137,9 @@ def _decoder_config(source: ModelSource) -> PreTrainedConfig:
 
 def _check_architecture(source: ModelSource, config: PreTrainedConfig) -> None:
     """Refuse an architecture that cannot be exported, by running it on PyTorch's meta device, without weights."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > _MOST_LAYERS:  # a module for each of them would fill the memory
+        raise ModelError(f"model {source.name!r}: expected at most {_MOST_LAYERS:,} layers, found {layers:,}")
     try:
         with torch.device("meta"):
             model = pretrained.model_without_weights(config, torch.float32)

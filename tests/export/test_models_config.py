@@ -215,6 +215,11 @@ def test_a_configuration_that_makes_no_model_is_refused_before_weights_are_read(
     refusal(folder)
 
 
+def test_more_layers_than_any_model_has_are_refused(folder):
+    configure(folder, num_hidden_layers=10**9)
+    assert "expected at most 4,096 layers, found 1,000,000,000" in refusal(folder)
+
+
 def test_a_file_that_is_no_model_is_refused(folder):
     message = refusal(folder / "config.json")
     assert "expected a Hub id, a folder or a file that ends in .gguf" in message
