@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from click.testing import CliRunner
 
+from prefix_export import cli
 from prefix_export.errors import ModelError
 from prefix_export.hub import commit_of, shown_name, split_revision, with_revision
 
@@ -56,6 +58,23 @@ def test_a_revision_given_apart_belongs_to_a_hub_id():
 def test_a_revision_without_a_hub_id_is_refused(model, found):
     with pytest.raises(ModelError, match=f"expected (a Hub id as --model|--model with a Hub id), .*{found}"):
         with_revision(model, "v2")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["build", "--output", "none"],
+        ["verify", "."],
+        ["inspect", "."],
+        ["fold", "--text", "fox", "--output", "none"],
+        ["bench", "--random"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_commands_take_a_revision_of_a_hub_id_alone(command):
+    result = CliRunner().invoke(cli.main, [*command, "--model", ".", "--revision", "v1"])
+    assert (result.exit_code, result.output.count("\n")) == (1, 1)
+    assert "--revision v1: expected a Hub id as --model, found a path" in result.output
 
 
 def test_the_hubs_cache_tells_the_commit():
