@@ -20,14 +20,17 @@ _BUILD_OPTIONS = ("target", "precision", "block_size", "cache")
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
-@click.option("--model", help="In place of BUNDLE: a known model, a folder with a config.json, or a Hub id.")
+@click.option(
+    "--model", help="In place of BUNDLE: a known model, a folder with a config.json, a GGUF file, or a Hub id."
+)
+@click.option("--revision", help="Of a Hub id given as --model.")
 @click.option("--random", is_flag=True, help="With --model: random weights, so that none are needed.")
 @click.option("--target", help="With --model: what the graph is made for, as of build. Default: cpu.")
 @click.option("--precision", help="With --model: of the weights. Default: fp32; for cuda fp16.")
 @click.option("--block-size", type=int, help="With --model: weights that share a scale.")
 @click.option("--cache", help="With --model: type of the key/value buffers. Default: fp32; for cuda as the weights.")
 @bench_options
-def bench(bundle: Path | None, model: str | None, random: bool, **flags: Any) -> None:
+def bench(bundle: Path | None, model: str | None, revision: str | None, random: bool, **flags: Any) -> None:
     """Measure BUNDLE, or a model's geometry with random weights, at several prefix lengths, in interleaved rounds.
 
     Prints time to first token, inter-token latency and tokens a second beside what reading memory allows, the overhead
@@ -36,6 +39,9 @@ def bench(bundle: Path | None, model: str | None, random: bool, **flags: Any) ->
     Models that --random knows without the network: distilgpt2, gpt2, gpt2-medium, gpt2-large, gpt2-xl, TinyLlama 1.1B,
     Llama 3.2 1B and 3B, SmolLM2 135M, Qwen2.5 0.5B and 1.5B, by their Hub ids, and llama-8b.
     """
+    from .hub import with_revision
+
+    model = with_revision(model, revision)
     _check_usage(bundle, model, random, flags)
     check_flags(flags)
     with progress() as on_step:

@@ -27,11 +27,12 @@ from .export import export_plan
 from .fold import fold, located
 from .lint import lint
 from .models import BaseModel, load_base_model
+from .models.experts import notes as expert_notes
 from .parity import PrefixSource, TaskParity
 from .progress import StepListener
 from .quality import HeldOut, TaskQuality, read_held_out
 from .quantize import QuantizedModel
-from .rounding import Quantization, quantization
+from .rounding import BITS, Quantization, quantization
 from .verification import answer_all, assess_all, certificate, check_can_run, compare_all, observe_all
 
 
@@ -40,7 +41,7 @@ class BuildRequest:
     """What to build.
 
     Attributes:
-        model: a Hub id or a folder.
+        model: a Hub id, `ID@REVISION`, a folder or a GGUF file.
         prefixes: a trained checkpoint for each task.
         output: the bundle's folder, which must not exist yet.
         max_length: positions that prefix and text may take together; None takes the model's context.
@@ -398,7 +399,7 @@ def _manifest(
     files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     return Manifest(
         producer=f"prefix-export {__version__}",
-        model=ModelEntry(base.name, type(base.model).__name__, base.fingerprint),
+        model=ModelEntry(base.name, type(base.model).__name__, base.fingerprint, base.revision),
         geometry=base.geometry,
         max_length=max_length,
         mode=plan.mode,
@@ -422,7 +423,9 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
 def _warnings(
     request: BuildRequest, target: targets.Target, base: BaseModel, prefixes: Mapping[str, Prefix], max_length: int
 ) -> list[str]:
-    found = []
+    found = list(base.warnings)
+    notes = expert_notes(base.model, is_quantized=request.precision in BITS)
+    found += [f"{request.model}: {line}" for line in notes]
     positions = base.model.config.get_text_config().max_position_embeddings
     if base.geometry.context_length < positions:
         found.append(

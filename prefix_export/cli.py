@@ -40,7 +40,8 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--model", required=True, help="Hub id or folder of the frozen base model.")
+@click.option("--model", required=True, help="The frozen base model: a Hub id, ID@REVISION, a folder or a GGUF file.")
+@click.option("--revision", help="Of a Hub id given as --model: a branch, tag or commit; the same as ID@REVISION.")
 @click.option(
     "--prefix",
     "prefixes",
@@ -84,8 +85,13 @@ def main() -> None:
     "Default: the demo's.",
 )
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with the source framework.")
-def build(model: str, prefixes: tuple[str, ...], held_out: tuple[str, ...], **options: Any) -> None:
+def build(
+    model: str, revision: str | None, prefixes: tuple[str, ...], held_out: tuple[str, ...], **options: Any
+) -> None:
     """Export the model and fold the prefixes into a bundle."""
+    from .hub import with_revision
+
+    model = with_revision(model, revision) or model
     with runtime.cleaning_up_when_terminated(), libraries_quiet(), showing_progress() as on_step:
         from .build import BuildRequest, build
 
@@ -97,11 +103,15 @@ def build(model: str, prefixes: tuple[str, ...], held_out: tuple[str, ...], **op
 
 @main.command()
 @click.argument("bundle", type=runtime.BUNDLE)
-@click.option("--model", help="Also compare the graph with this Hub id or folder, under every task.")
-def verify(bundle: Path, model: str | None) -> None:
+@click.option("--model", help="Also compare the graph with this Hub id, folder or GGUF file, under every task.")
+@click.option("--revision", help="Of a Hub id given as --model.")
+def verify(bundle: Path, model: str | None, revision: str | None) -> None:
     """Compare every file of BUNDLE with its SHA-256, and the graph with the model if it is given."""
     from prefix_runtime import Bundle
 
+    from .hub import with_revision
+
+    model = with_revision(model, revision)
     opened = Bundle.open(bundle)
     click.echo(runtime.verified(opened))
     if model is not None:

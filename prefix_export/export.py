@@ -15,6 +15,7 @@ from .decoder import Decoder, FastDecoder, PortableDecoder
 from .device import DeviceDecoder
 from .graph import export_graph
 from .models import BaseModel, cast_weights
+from .models.experts import traceable_experts
 from .quantize import QuantizedModel
 from .targets import Plan
 
@@ -57,7 +58,7 @@ def export_plan(
         decoder = FastDecoder(base.model, base.layers, _TYPES[plan.cache], scales)
     path = folder / plan.graph
     path.parent.mkdir(exist_ok=True)
-    with quantized.packed(plan.target) if quantized else nullcontext():
+    with traceable_experts(base.model), quantized.packed(plan.target) if quantized else nullcontext():
         return export_graph(
             decoder,
             base.geometry.context_length,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, DynamicCache
+from transformers import DynamicCache
 
 from prefix_runtime import Bundle, LayerPrefix, Prefix, PrefixMismatchError, Source
 from prefix_runtime.geometry import LEAST_TEXT
@@ -23,7 +23,7 @@ from . import formats
 from .errors import CheckpointError, PrefixExportError
 from .formats import SoftPrompt
 from .lint import lint, lint_prompt
-from .models import BaseModel, cached
+from .models import BaseModel, cached, load_config
 from .shape import DECODER, Shape
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -101,8 +101,7 @@ def fold_for_bundle(path: Path, bundle: Bundle) -> tuple[Prefix, tuple[str, ...]
         CheckpointError: it holds several, or a soft prompt, which only the model itself can fold; else as `fold`.
     """
     model = bundle.manifest.model.name
-    config = AutoConfig.from_pretrained(bundle.root)
-    shape = Shape.of_config(model, config, bundle.manifest.geometry.layers)
+    shape = Shape.of_config(model, load_config(str(bundle.root)), bundle.manifest.geometry.layers)
 
     def refuse() -> BaseModel:
         raise CheckpointError(

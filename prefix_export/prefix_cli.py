@@ -17,15 +17,17 @@ if TYPE_CHECKING:
 
 _NEW_FILE = click.Path(path_type=Path)
 _TEXT_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+_REVISION = click.option("--revision", help="Of a Hub id given as --model.")
 _FORMAT = click.option("--format", "wanted", help="What SOURCE is, whatever its content says; see FORMATS.md.")
 
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--model", help="Hub id or folder of the base model: also say how the prefix would fold.")
+@click.option("--model", help="The base model, as of fold: also say how the prefix would fold.")
+@_REVISION
 @_FORMAT
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(path: Path, model: str | None, wanted: str | None, as_json: bool) -> None:
+def inspect(path: Path, model: str | None, revision: str | None, wanted: str | None, as_json: bool) -> None:
     """Say what the bundle, prefix file or checkpoint at PATH holds, and how it would fold."""
     from prefix_runtime.bundle import MANIFEST_NAME, Bundle
 
@@ -36,7 +38,9 @@ def inspect(path: Path, model: str | None, wanted: str | None, as_json: bool) ->
     from . import formats  # torch takes seconds, and a bundle needs none
     from .cli import libraries_quiet
     from .fold import located
+    from .hub import with_revision
 
+    model = with_revision(model, revision)
     with libraries_quiet():
         found = located(path)
         fields = dict(formats.describe(found, wanted))
@@ -52,7 +56,8 @@ def inspect(path: Path, model: str | None, wanted: str | None, as_json: bool) ->
 @click.argument("source", type=click.Path(path_type=Path), required=False)
 @click.option("--text", help="In place of SOURCE: keys and values of this text.")
 @click.option("--text-file", type=_TEXT_FILE, help="The same, from a file.")
-@click.option("--model", required=True, help="Hub id or folder of the base model.")
+@click.option("--model", required=True, help="The base model: a Hub id, ID@REVISION, a folder or a GGUF file.")
+@_REVISION
 @click.option(
     "--output",
     type=_NEW_FILE,
@@ -61,15 +66,17 @@ def inspect(path: Path, model: str | None, wanted: str | None, as_json: bool) ->
 )
 @click.option("--part", "parts", multiple=True, help="Of a SOURCE of several prefixes only this one. Repeatable.")
 @_FORMAT
-def fold(source: Path | None, model: str, output: Path, **options: Any) -> None:
+def fold(source: Path | None, model: str, revision: str | None, output: Path, **options: Any) -> None:
     """Fold the checkpoint SOURCE, or a text, to the keys and values that a model runs with.
 
     Keys and values are folded by the model's configuration alone; soft prompts and texts are run through the model.
     """
     from .cli import libraries_quiet
     from .fold import Folded, fold_text
+    from .hub import with_revision
     from .models import load_base_model
 
+    model = with_revision(model, revision) or model
     text, text_file = options["text"], options["text_file"]
     if sum(given is not None for given in (source, text, text_file)) != 1:
         raise click.UsageError("expected one of SOURCE, --text and --text-file")

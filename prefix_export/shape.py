@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +13,7 @@ from prefix_runtime import LayerGeometry, Prefix, PrefixMismatchError
 from prefix_runtime.geometry import check_layers
 
 from .errors import ModelError
+from .hub import shown_name
 
 DECODER, ENCODER, BOTH = "decoder-only model", "encoder", "encoder-decoder"
 
@@ -27,7 +27,7 @@ class Shape:
     """A base model, as far as folding keys and values needs it.
 
     Attributes:
-        name: as the user named it; a folder by its last part.
+        name: a folder's last part, a GGUF file's stem, or a Hub id without its revision.
         kind: `DECODER`, `ENCODER` or `BOTH`.
         sites: the layers of each attention site that it has (`prefix_runtime.prefix.SITES`).
         hidden_size: of its embeddings.
@@ -58,7 +58,6 @@ class Shape:
         Raises:
             ModelError: it lacks what is needed, or does not tell the shapes of keys and values.
         """
-        shown = Path(name).resolve().name if Path(name).is_dir() else name
         text = config.get_text_config(decoder=True)
         try:
             if layers is None:
@@ -71,7 +70,9 @@ class Shape:
             ) from error
         context = getattr(text, "max_position_embeddings", None)
         windows = _windows(text)
-        return cls(shown, kind, MappingProxyType(sites), hidden_size, context, windows, config.model_type, config)
+        return cls(
+            shown_name(name), kind, MappingProxyType(sites), hidden_size, context, windows, config.model_type, config
+        )
 
     def site(self, site: str, where: str) -> tuple[LayerGeometry, ...]:
         """The layers of a site.

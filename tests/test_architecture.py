@@ -90,6 +90,31 @@ def test_only_the_session_knows_onnxruntime_and_its_quantiser_one_module():
     assert [path.name for path in EXPORTER if "onnxruntime" in imported_roots(path)] == ["rounding.py"]
 
 
+LOADERS = ("from_pretrained", "from_config")
+
+
+def loader_calls(path):
+    """Calls of transformers' loaders by the name of what they are called on; PEFT reads tensors that it is given."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LOADERS:
+            owner = ast.unparse(node.func.value)
+            if owner != "PeftModel":
+                yield owner, node
+
+
+@pytest.mark.parametrize("path", EXPORTER, ids=name_of)
+def test_only_one_module_calls_transformers_loaders_and_trusts_no_code(path):
+    if name_of(path) != "prefix_export/models/pretrained.py":
+        assert not list(loader_calls(path))
+        assert not [name for name in imported(path) if name.startswith("transformers.Auto")]
+        return
+    calls = list(loader_calls(path))
+    assert len(calls) == 4
+    for _, call in calls:
+        trusted = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "trust_remote_code"]
+        assert trusted == ["False"]
+
+
 @pytest.mark.parametrize("path", [path for path in EXPORTER if path.parent.name == "formats"], ids=name_of)
 def test_formats_know_no_graphs(path):
     # Only what opens files knows torch, whose checkpoints some are.

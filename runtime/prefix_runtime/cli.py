@@ -279,6 +279,7 @@ def print_bundle(bundle: Bundle, as_json: bool) -> None:
         {
             "format": f"bundle, by {manifest.producer}",
             "model": f"{manifest.model.name} ({manifest.model.architecture})",
+            **({"revision": manifest.model.revision} if manifest.model.revision else {}),
             "fingerprint": manifest.model.fingerprint,
             "layers": str(len(manifest.geometry.layers)),
             "key/value heads": str(first.key_value_heads),

@@ -44,11 +44,19 @@ class TaskEntry:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """The frozen model: as the user named it, its architecture's class and its weights' fingerprint."""
+    """The frozen model.
+
+    Attributes:
+        name: as the user named it, without a revision.
+        architecture: its class.
+        fingerprint: of its weights.
+        revision: the commit or revision of a Hub id, or None.
+    """
 
     name: str
     architecture: str
     fingerprint: str
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -321,7 +329,12 @@ def _read_task(fields: _Fields) -> TaskEntry:
 
 
 def _read_model(fields: _Fields) -> ModelEntry:
-    return ModelEntry(fields.get("name", str), fields.get("architecture", str), fields.get("fingerprint", str))
+    return ModelEntry(
+        fields.get("name", str),
+        fields.get("architecture", str),
+        fields.get("fingerprint", str),
+        fields.optional("revision", str),
+    )
 
 
 def _read_geometry(fields: _Fields) -> Geometry:

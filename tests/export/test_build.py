@@ -106,6 +106,7 @@ def test_the_manifest_says_what_the_model_is(built, model):
         "name": model.name,
         "architecture": "GPT2LMHeadModel",
         "fingerprint": base.fingerprint,
+        "revision": None,  # of a folder
     }
     assert manifest["geometry"] == {
         "layers": [{"key_value_heads": 4, "head_dim": 16}] * 3,
