@@ -77,7 +77,7 @@ def find_weights(folder: Path) -> Found:
     entries = _entries(folder, _MOST_ENTRIES)
     own = list(_own(folder, entries, is_top=True))
     if len(own) > 1:
-        own.sort(key=lambda each: -each.step(folder))
+        own.sort(key=lambda each: (-each.step(folder), each.weights))
         shown = ", ".join(each.weights.name for each in own[:_MOST_SHOWN])
         raise CheckpointError(f"{folder}: expected one file of tensors, found {shown}; name the file")
     if own:
@@ -116,7 +116,7 @@ def _is_adapter(entry: os.DirEntry[str]) -> bool:
 
 def _searched(root: Path) -> tuple[_Candidate, list[_Candidate]]:
     """The one candidate in the subfolders, and those of checkpoints that it was preferred to."""
-    candidates = sorted(_walk(root), key=lambda each: -each.step(root))
+    candidates = sorted(_walk(root), key=lambda each: (-each.step(root), each.weights))
     if not candidates:
         raise CheckpointError(f"{root}: expected a folder with a trained prefix, found {_nothing(root)}")
     finished = [each for each in candidates if each.step(root) < 0]

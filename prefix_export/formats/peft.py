@@ -69,14 +69,22 @@ def saved(checkpoint: Checkpoint, part: str) -> Saved | None:
     Raises:
         CheckpointError: as `read`.
     """
-    adapters = adapters_of(checkpoint)
-    name = next((name for name in adapters if part == name or part.startswith(f"{name}-")), next(iter(adapters)))
-    adapter = adapters[name]
+    adapter, task = _owner(adapters_of(checkpoint), part)
     if adapter.config_path is None or adapter.config["task_type"] != "CAUSAL_LM":
         return None
-    task = part.removeprefix(name).removeprefix("-")
-    tensors = {each: adapter.tensors.array(each) for each in adapter.tensors.shapes}
-    return Saved(adapter.config, tensors, int(task) if task else None, adapter.config_where)
+    tensors = {name: adapter.tensors.array(name) for name in adapter.tensors.shapes}
+    return Saved(adapter.config, tensors, task, adapter.config_where)
+
+
+def _owner(adapters: Mapping[str, Adapter], part: str) -> tuple[Adapter, int | None]:
+    """The adapter that a part is of, and which task of it."""
+    for name, adapter in adapters.items():
+        if adapter.kind != "MULTITASK_PROMPT_TUNING":
+            if part == name:
+                return adapter, None
+        elif part.rpartition("-")[0] == name:
+            return adapter, int(part.rpartition("-")[2])
+    raise CheckpointError(f"part {part!r}: expected one of {', '.join(adapters) or 'one adapter'}")
 
 
 def describe(checkpoint: Checkpoint) -> Mapping[str, str]:

@@ -139,15 +139,15 @@ def adapters_of(checkpoint: Checkpoint, shape: Shape | None = None) -> dict[str,
 
 
 def _open(checkpoint: Checkpoint) -> Adapter:
-    path = checkpoint.config_path(CONFIG_NAME)
-    config = checkpoint.config(CONFIG_NAME)
-    if config is None:
+    path = _config_of(checkpoint)
+    if path is None:
         raise CheckpointError(
             f"{checkpoint.weights}: expected {CONFIG_NAME} beside a PEFT adapter, found none; copy both files, or the "
             "adapter's folder"
         )
+    config = read_json(path)
     _check_kind(path, config)
-    return Adapter(checkpoint, config, checkpoint.tensors, path)
+    return Adapter(checkpoint, config, checkpoint.tensors, path, _from_above(checkpoint, path))
 
 
 def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
@@ -164,34 +164,41 @@ def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _open_state_dict(encoder: PromptEncoder, shape: Shape | None) -> Adapter:
-    path = _config_of(encoder)
+    checkpoint = encoder.checkpoint
+    path = _config_of(checkpoint, encoder.name)
     if path is None:
         return _inferred(encoder, shape)
     config = read_json(path)
     _check_kind(path, config)
     if encoder.kind not in (None, config["peft_type"]):
         raise CheckpointError(
-            f"{path}: peft_type: expected {encoder.kind}, as the modules in {encoder.checkpoint.weights.name} are, "
+            f"{path}: peft_type: expected {encoder.kind}, as the modules in {checkpoint.weights.name} are, "
             f"found {config['peft_type']}"
         )
-    is_beside = path.parent == encoder.checkpoint.weights.parent
-    note = f"{encoder.checkpoint.weights}: no {CONFIG_NAME} is beside it; {path} is taken for its own"
-    named = replace(encoder, config=config)
-    return Adapter(encoder.checkpoint, config, named, path, () if is_beside else (note,))
+    return Adapter(checkpoint, config, replace(encoder, config=config), path, _from_above(checkpoint, path))
 
 
-def _config_of(encoder: PromptEncoder) -> Path | None:
-    """A state dict's config: in a folder of its adapter's name, beside it, or up to two folders above.
+def _config_of(checkpoint: Checkpoint, name: str = "") -> Path | None:
+    """An adapter's config: in a folder of its name beside the tensors, beside them, or up to two folders above.
 
-    A Trainer that keeps state dicts in `checkpoint-N/global_stepN` writes the config into the folder above them.
+    A Trainer that keeps state dicts in `checkpoint-N/global_stepN` writes the config into a folder above them.
     """
-    folder = encoder.checkpoint.weights.parent.absolute()
-    above = [each / CONFIG_NAME for each in folder.parents[:2]]
-    own = [folder / encoder.name / CONFIG_NAME] if encoder.name not in ("", ".", "..") else []
-    for path in (*own, folder / CONFIG_NAME, *above):
-        if path.is_file() and (path not in above or read_json(path).get("peft_type") in KEYS_AND_VALUES + EMBEDDINGS):
+    folder = checkpoint.weights.parent.absolute()
+    own = [folder / name / CONFIG_NAME] if name not in ("", ".", "..") else []
+    for path in (*own, checkpoint.config_path(CONFIG_NAME)):
+        if path.is_file():
+            return path
+    for path in (each / CONFIG_NAME for each in folder.parents[:2]):
+        if path.is_file() and read_json(path).get("peft_type") in KEYS_AND_VALUES + EMBEDDINGS:
             return path
     return None
+
+
+def _from_above(checkpoint: Checkpoint, config: Path) -> tuple[str, ...]:
+    """What a user should know of a config that lies above its tensors."""
+    if config.parent.absolute() not in checkpoint.weights.absolute().parents[1:]:
+        return ()
+    return (f"{checkpoint.weights}: no {CONFIG_NAME} is beside it; {config} is taken for its own",)
 
 
 def _inferred(encoder: PromptEncoder, shape: Shape | None) -> Adapter:

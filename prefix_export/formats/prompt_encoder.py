@@ -114,17 +114,26 @@ class PromptEncoder(Tensors):
 
     def _prompt(self) -> np.ndarray:
         if _TRAINABLE in self.modules:
-            return np.concatenate([self._matrix(tail) for tail in (_FROZEN, _TRAINABLE) if tail in self.modules])
+            tables = [self._matrix(tail) for tail in (_FROZEN, _TRAINABLE) if tail in self.modules]
+            self._check_alike([table.shape[1:] for table in tables])
+            return np.concatenate(tables)
         found = self._matrix(_EMBEDDING)
         self._check_size(len(found))
         if _DELTA in self.modules:
-            return np.asarray(found + _projected(self._matrix(_DELTA), self.config, self.where))
+            delta = self._matrix(_DELTA)
+            self._check_alike([found.shape, delta.shape])
+            return np.asarray(found + _projected(delta, self.config, self.where))
         if any(tail.startswith("lstm_head.") for tail in self.modules):
             found = _lstm(found, self._lstm_layers(), f"{self.where}.lstm_head")
         for stem, activation in (("transform", "tanh"), ("mlp_head", "relu")):
             if layers := self._linear_layers(stem):
                 found = evaluated(found, layers, f"{self.where}.{stem}", activation)
         return found
+
+    def _check_alike(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        if len(set(shapes)) > 1:
+            found = " and ".join(str(list(shape)) for shape in shapes)
+            raise CheckpointError(f"{self.where}: expected tables of one width and, for CPT, length, found {found}")
 
     def _check_size(self, rows: int) -> None:
         shapes = {tail: self.checkpoint.shapes[full] for tail, full in self.modules.items()}
