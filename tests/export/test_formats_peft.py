@@ -137,8 +137,8 @@ def test_a_config_in_the_folder_above_is_taken_and_said(adapter, base):
     (adapter / WEIGHTS).rename(adapter / "checkpoint-3" / WEIGHTS)
     trained = formats.read(adapter, base.shape)
     assert trained.parts[""] == expected
-    assert trained.warnings[-1].endswith(f"no adapter_config.json is beside it; {adapter / 'adapter_config.json'} is taken "
-                                         "for its own")  # fmt: skip
+    found = adapter / "adapter_config.json"
+    assert trained.warnings[-1].endswith(f"no adapter_config.json is beside it; {found} is taken for its own")
 
 
 def test_an_adapter_without_weights_is_refused(adapter, base):
