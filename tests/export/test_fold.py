@@ -376,7 +376,8 @@ class TestNarrowEmbeddings:
     """OPT-350m's embeddings are half as wide as its layers."""
 
     @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory):
+    @classmethod
+    def folder(cls, tmp_path_factory):
         torch.manual_seed(0)
         folder = tmp_path_factory.mktemp("opt-350m")
         model = AutoModelForCausalLM.from_config(transformers.OPTConfig(**NARROW))
@@ -386,7 +387,8 @@ class TestNarrowEmbeddings:
         return folder
 
     @pytest.fixture(scope="class")
-    def narrow(self, folder):
+    @classmethod
+    def narrow(cls, folder):
         return load_base_model(str(folder))
 
     def configs(self):

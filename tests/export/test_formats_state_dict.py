@@ -202,7 +202,8 @@ def test_what_training_loops_keep_beside_the_weights_is_left(trained, shape, tmp
 
 class TestSeveralAdapters:
     @pytest.fixture(scope="class")
-    def two(self, llama):
+    @classmethod
+    def two(cls, llama):
         wrapped = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config_of("prefix"))
         wrapped.add_adapter("support", config_of("prefix, projection"))
         randomised(wrapped.prompt_encoder)

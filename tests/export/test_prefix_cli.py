@@ -144,7 +144,8 @@ class TestCompose:
 
 class TestTrainingRuns:
     @pytest.fixture(scope="class")
-    def state_dict(self, model, tmp_path_factory):
+    @classmethod
+    def state_dict(cls, model, tmp_path_factory):
         """A state dict of the adapters `default` and `support`, in a checkpoint of a run."""
         config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
         wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
