@@ -47,7 +47,7 @@ def main() -> None:
     "prefixes",
     metavar="[TASK=]PATH",
     multiple=True,
-    help="A trained prefix: a file, a folder or a Hub id (see FORMATS.md). Repeatable; TASK defaults to its name.",
+    help="A trained prefix: a file, a folder or a Hub id, ID@REVISION too. Repeatable; TASK defaults to its name.",
 )
 @click.option("--output", type=click.Path(path_type=Path), default="bundle", show_default=True, help="Must not exist.")
 @click.option("--max-length", type=int, help="Positions that prefix and text may take. Default: the model's context.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,6 @@ from prefix_runtime import Engine, Manifest, Prefix
 from . import formats
 from .errors import CheckpointError, ParityError, PrefixExportError
 from .formats import peft as peft_format
-from .formats.checkpoint import Checkpoint
 from .models import BaseModel, cached
 
 ABSOLUTE_TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.5, "fp16 weights": 5e-2, "bf16 weights": 0.4}
@@ -187,30 +186,30 @@ def _reference(
 ) -> AbstractContextManager[Reference]:
     if source is not None:
         reader, checkpoint = formats.find_reader(source.path)
-        if reader is peft_format and peft_format.is_causal(checkpoint):
-            return _peft_reference(base.model, checkpoint, source.part)
+        adapter = peft_format.saved(checkpoint, source.part) if reader is peft_format else None
+        if adapter is not None:
+            return _peft_reference(base.model, adapter)
     return nullcontext(CacheReference(base.model, prefix))
 
 
 @contextmanager
-def _peft_reference(model: PreTrainedModel, checkpoint: Checkpoint, part: str) -> Iterator[Reference]:
+def _peft_reference(model: PreTrainedModel, adapter: peft_format.Saved) -> Iterator[Reference]:
     try:
         from peft import PeftModel
     except ImportError as error:
         raise PrefixExportError(
-            f"{checkpoint.weights}: expected PEFT to compare the exported graph with, found it not installed; "
+            f"{adapter.where}: expected PEFT to compare the exported graph with, found it not installed; "
             "pip install 'prefix-export[peft]', or build with --no-verify"
         ) from error
-    config = checkpoint.config_path(peft_format.CONFIG_NAME)
     with tempfile.TemporaryDirectory() as folder:
         # PEFT loads folders with these names alone, and loads pickles if it finds any: it is shown tensors alone.
-        shutil.copyfile(config, Path(folder) / config.name)
-        save_file({name: checkpoint.array(name) for name in checkpoint.shapes}, Path(folder) / _PEFT_WEIGHTS)
+        (Path(folder) / peft_format.CONFIG_NAME).write_text(json.dumps(dict(adapter.config)), encoding="utf-8")
+        save_file(dict(adapter.tensors), Path(folder) / _PEFT_WEIGHTS)
         try:
             wrapped = PeftModel.from_pretrained(model, folder)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{config}: PEFT itself cannot load the adapter: {error}") from error
-    yield PeftReference(wrapped.eval(), int(part) if part else None)
+            raise CheckpointError(f"{adapter.where}: PEFT itself cannot load the adapter: {error}") from error
+    yield PeftReference(wrapped.eval(), adapter.task)
 
 
 @dataclass(frozen=True)

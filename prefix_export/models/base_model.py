@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -46,7 +46,9 @@ class BaseModel:
     @cached_property
     def shape(self) -> Shape:
         """What a prefix has to fit; its layers are those that were found by running the model."""
-        return Shape.of_config(self.name, self.model.config, self.geometry.layers)
+        shape = Shape.of_config(self.name, self.model.config, self.geometry.layers)
+        embeddings: Any = self.model.get_input_embeddings()
+        return replace(shape, embedding_size=int(embeddings.weight.shape[-1]))
 
     @property
     def generation_config(self) -> GenerationConfig:

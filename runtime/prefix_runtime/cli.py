@@ -244,9 +244,11 @@ def split_task(text: str) -> tuple[str, Path]:
     name, path = split_named(text)
     if name is not None:
         return name, path
+    # A Hub id may have a revision behind it, which names no task.
+    told = path if path.exists() else Path(str(path).partition("@")[0])
     # PEFT's file is called alike in every folder: the folder's name tells more.
-    named = path.absolute().parent if path.stem == "adapter_model" else path.absolute()
-    return (named.name if path.is_dir() or named != path.absolute() else named.stem), path
+    named = told.absolute().parent if told.stem == "adapter_model" else told.absolute()
+    return (named.name if told.is_dir() or named != told.absolute() else named.stem), path
 
 
 def split_named(text: str) -> tuple[str | None, Path]:

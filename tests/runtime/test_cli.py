@@ -197,6 +197,8 @@ class TestTasks:
             ("e2e=some=path", "e2e", "some=path"),
             ("dir/e2e/adapter_model.safetensors", "e2e", "dir/e2e/adapter_model.safetensors"),
             ("v1.2.safetensors", "v1.2", "v1.2.safetensors"),
+            ("owner/adapter@v1.0", "adapter", "owner/adapter@v1.0"),
+            ("owner/adapter/support@refs/pr/3", "support", "owner/adapter/support@refs/pr/3"),
         ],
     )
     def test_the_name_is_the_given_one_or_the_files(self, text, name, path):
