@@ -24,6 +24,7 @@ from .errors import (
     TaskNameError,
     UnknownTaskError,
 )
+from .generation_config import PLAIN, GenerationConfig, GenerationDefaults
 from .geometry import Geometry, LayerGeometry
 from .manifest import Manifest
 from .prefix import LayerPrefix, Prefix, Source
@@ -34,6 +35,7 @@ from .sampling import Sampling
 __version__ = "0.1.0"
 
 __all__ = [
+    "PLAIN",
     "BenchError",
     "Bundle",
     "BundleError",
@@ -44,6 +46,8 @@ __all__ = [
     "Cuda",
     "DuplicateTaskError",
     "Engine",
+    "GenerationConfig",
+    "GenerationDefaults",
     "GenerationOptions",
     "GenerationResult",
     "Geometry",
