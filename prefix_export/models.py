@@ -30,6 +30,7 @@ from prefix_runtime import Geometry, LayerGeometry
 
 from .attention import AttentionLayer, probe
 from .errors import ModelError, UnsupportedArchitectureError
+from .generation_defaults import check_generation_config
 from .shape import Shape
 
 _TASK = "text-generation"
@@ -63,7 +64,7 @@ class BaseModel:
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """Its generation defaults, of which the runtime reads the end tokens."""
+        """Its generation defaults."""
         config = self.model.generation_config
         return config if config is not None else GenerationConfig()
 
@@ -72,10 +73,13 @@ def load_base_model(name: str) -> BaseModel:
     """A base model by its Hub id or its folder; Hugging Face's cache and offline variables apply.
 
     Raises:
-        ModelError: it cannot be found or loaded, or is no decoder-only language model.
+        ModelError: it cannot be found or loaded, is no decoder-only language model, or its generation defaults cannot
+            be used.
         UnsupportedArchitectureError: its attention does not go through transformers' attention interface.
     """
-    model = _load_model(name, load_decoder_config(name))
+    config = load_decoder_config(name)
+    check_generation_config(name, config.get_text_config().vocab_size)
+    model = _load_model(name, config)
     return base_model(name, model, fingerprint(model), _load_tokenizer(name))
 
 

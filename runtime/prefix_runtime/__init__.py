@@ -24,7 +24,7 @@ from .errors import (
     TaskNameError,
     UnknownTaskError,
 )
-from .generation_config import PLAIN, GenerationConfig, GenerationDefaults
+from .generation_config import GenerationConfig, GenerationDefaults
 from .geometry import Geometry, LayerGeometry
 from .manifest import Manifest
 from .prefix import LayerPrefix, Prefix, Source
@@ -35,7 +35,6 @@ from .sampling import Sampling
 __version__ = "0.1.0"
 
 __all__ = [
-    "PLAIN",
     "BenchError",
     "Bundle",
     "BundleError",

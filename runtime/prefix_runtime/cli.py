@@ -288,6 +288,8 @@ def verified(bundle: Bundle) -> str:
 
 def print_bundle(bundle: Bundle, as_json: bool) -> None:
     """Print what a bundle holds."""
+    from .generation_config import shown_defaults
+
     manifest = bundle.manifest
     if as_json:
         click.echo(manifest.to_json(), nl=False)
@@ -306,6 +308,7 @@ def print_bundle(bundle: Bundle, as_json: bool) -> None:
             "graph": f"{manifest.mode}, {manifest.flavour} flavour, for {manifest.target}",
             "weights": f"{manifest.precision}{_rounding_note(manifest)}",
             "keys and values": manifest.cache,
+            **shown_defaults(bundle),
             "size": f"{size / 1e6:.1f} MB without prefixes",
             "tasks": ", ".join(
                 f"{name} (prefix length {manifest.tasks[name].prefix_length}, {_parity_note(manifest.parity, name)})"

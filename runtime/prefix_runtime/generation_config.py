@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict, cast
@@ -201,6 +202,22 @@ class GenerationDefaults:
         }
 
 
+def shown_defaults(bundle: Bundle) -> dict[str, str]:
+    """What a bundle's model does by default, end tokens, and what is not followed, as people read it.
+
+    Raises:
+        BundleError: a configuration is malformed or contradicts itself.
+    """
+    defaults = GenerationDefaults.of_bundle(bundle)
+    way = "greedy" if defaults.sampling.is_greedy else "sampled"
+    ignored = (bundle.manifest.generation or {}).get("not_followed", {})
+    return {
+        "generation": ", ".join([way, *(f"{name} {value}" for name, value in defaults.described().items())]),
+        "end tokens": ", ".join(map(str, defaults.end_tokens)) or "none",
+        **({"not followed": ", ".join(f"{name} {_short(ignored[name])}" for name in ignored)} if ignored else {}),
+    }
+
+
 def read_generation_config(bundle: Bundle) -> dict[str, Any]:
     """A bundle's `generation_config.json`; without one, what transformers makes of `config.json` in its place.
 
@@ -246,7 +263,8 @@ def _read_sampling(found: _Reader) -> Sampling:
         temperature=temperature,
         top_h=found.number("top_h", 0.0, 0.0, 1.0),
         top_k=found.count("top_k", 50) or 0,  # 50 is transformers' own default
-        top_p=min(found.number("top_p", 1.0, 0.0), 1.0),  # above 1 it does nothing there
+        # There 0 keeps one token, and more than 1 keeps all.
+        top_p=min(max(found.number("top_p", 1.0, 0.0), sys.float_info.min), 1.0),
         min_p=found.number("min_p", 0.0, 0.0, 1.0),
         typical_p=min(found.number("typical_p", 1.0, 0.0), 1.0),
         epsilon_cutoff=_cutoff(found.number("epsilon_cutoff", 0.0)),

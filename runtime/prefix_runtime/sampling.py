@@ -30,8 +30,7 @@ class Sampling:
         temperature: divides the logits; 0 takes the most likely token and ignores what follows.
         top_h: keeps the most likely tokens up to this part of the entropy; 0 keeps all. arXiv:2509.02510.
         top_k: keeps the k most likely tokens; 0 keeps all. Fan et al., 2018.
-        top_p: keeps the most likely tokens whose probabilities reach p together, at least one; 1 keeps all. Holtzman
-            et al., 2020.
+        top_p: keeps the most likely tokens whose probabilities reach p together; 1 keeps all. Holtzman et al., 2020.
         min_p: keeps tokens at least p times as likely as the most likely; 0 keeps all. Nguyen et al., 2024.
         typical_p: keeps the tokens nearest to the expected information whose probabilities reach p together; 1 keeps
             all. Meister et al., 2022.
@@ -57,7 +56,8 @@ class Sampling:
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, "0 or more", is_finite(self.temperature) and self.temperature >= 0)
         _check("top_k", self.top_k, "a whole number, 0 or more", is_whole(self.top_k))
-        for name in ("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+        _check("top_p", self.top_p, "above 0 and at most 1", is_finite(self.top_p) and 0 < self.top_p <= 1)
+        for name in ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"):
             value = getattr(self, name)
             _check(name, value, "0 to 1", is_finite(value) and 0 <= value <= 1)
         penalty = self.repetition_penalty
