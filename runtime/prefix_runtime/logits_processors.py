@@ -269,7 +269,7 @@ class ExponentialDecay(LogitsProcessor):
     def __call__(self, scores: np.ndarray, step: Step) -> np.ndarray:
         """See `LogitsProcessor`."""
         found = scores[self._ends]
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # a forbidden token is minus infinity, and stays
             growth = np.power(np.float64(self._factor), step.new_tokens - self._start) - 1
             grown = found + np.abs(found) * np.float32(growth)
         # In a long text the logit leaves what float32 holds; the largest number can still be sampled.
