@@ -237,7 +237,7 @@ def _warnings_of_ends(defaults: GenerationDefaults, base: BaseModel) -> list[str
             f"with transformers' generate; to end there, pass end_tokens={configured} (--end-token)"
         )
     own = getattr(tokenizer, "eos_token_id", None)
-    if tokenizer is not None and own is not None and ends and own not in ends:
+    if tokenizer is not None and own is not None and own < vocab_size and ends and own not in ends:
         named = ", ".join(f"{tokenizer.convert_ids_to_tokens(end)!r} ({end})" for end in ends if end < vocab_size)
         found.append(
             f"the tokenizer's end token is {tokenizer.eos_token!r} ({own}), but {_FILE} ends text at {named}, and so "

@@ -375,7 +375,7 @@ def _settings(given: tuple[str, ...]) -> dict[str, Any]:
         except (ValueError, RecursionError):
             separator = ""
         if not separator:
-            raise click.UsageError(f"--set: expected NAME=VALUE with a value in JSON, found {text!r}")
+            raise click.UsageError(f"--set: expected NAME=VALUE with a value in JSON, found {text[:80]!r}")
     return found
 
 

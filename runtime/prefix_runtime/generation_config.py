@@ -367,7 +367,9 @@ def _check(name: str, sound: bool, expected: str, found: object) -> None:
 
 
 def _shown(value: object) -> str:
-    return f"{len(value)} of them" if isinstance(value, tuple) and len(value) > 4 else _short(value)
+    if isinstance(value, tuple):
+        return f"{len(value)} of them" if len(value) > 4 else _short(list(value))
+    return _short(value)
 
 
 def _short(value: object) -> str:

@@ -96,14 +96,14 @@ def test_defaults_that_make_no_sense_are_refused_when_the_bundle_opens(bundle, r
 )
 def test_a_file_that_is_no_object_is_refused(bundle, rewrite, content, found):
     rewrite(bundle, "generation_config.json", content)
-    with pytest.raises(BundleError, match=f"generation_config.json: expected a JSON object, found {found}"):
+    with pytest.raises(BundleError, match=rf"generation_config\.json: expected a JSON object, found {found}"):
         prefix_runtime.load(bundle)
 
 
 def test_a_file_that_is_too_large_is_refused(bundle, rewrite, monkeypatch):
     monkeypatch.setattr("prefix_runtime.generation_config._MOST_BYTES", 100)
     rewrite(bundle, "generation_config.json", b'{"suppress_tokens": [' + b"1, " * 100 + b"1]}")
-    with pytest.raises(BundleError, match="generation_config.json: expected at most 100 bytes, found 324"):
+    with pytest.raises(BundleError, match=r"generation_config\.json: expected at most 100 bytes, found 324"):
         prefix_runtime.load(bundle)
 
 
@@ -173,9 +173,11 @@ def test_the_models_stop_strings_end_a_text(engine, bundle, rewrite, tokenizer):
     assert own.generate("the lazy dog", max_new_tokens=30, stop=free.text[:2]).text == ""
 
 
-def test_a_token_is_found_by_its_name(engine, workshop):
+def test_a_token_is_found_by_its_name(engine):
     assert engine.token_id("<|end|>") == 0
-    with pytest.raises(RequestError, match="^token '<|no|>': expected one of the tokenizer's vocabulary, found none"):
+    with pytest.raises(
+        RequestError, match=r"^token '<\|no\|>': expected one of the tokenizer's vocabulary, found none"
+    ):
         engine.token_id("<|no|>")
 
 

@@ -187,18 +187,19 @@ class TestLengths:
     def test_a_prompt_as_long_as_the_models_max_length_is_refused(self, engine_with):
         engine = engine_with(max_length=5)
         with pytest.raises(
-            RequestError, match="^prompt: expected fewer tokens than the model's max_length, 5, found 5;"
+            RequestError, match=r"^prompt: expected fewer tokens than the model's max_length, 5, found 5;"
         ):
             engine.generate(token_ids=PROMPT)
         assert len(engine.generate(token_ids=PROMPT, max_new_tokens=3).token_ids) == 3
 
 
-class TestSampling:
-    DEFAULTS = {"do_sample": True, "temperature": 1.7, "top_p": 0.9, "repetition_penalty": 1.3}
+SAMPLED = {"do_sample": True, "temperature": 1.7, "top_p": 0.9, "repetition_penalty": 1.3}
 
-    def test_a_model_that_samples_does_so_as_transformers_would(self, engine_with, generate):
+
+class TestSampling:
+    def test_a_model_that_samples_does_so_as_transformers_would(self, engine_with):
         # transformers keeps 50 tokens unless something else is said.
-        sampling = engine_with(**self.DEFAULTS).generation_defaults().sampling
+        sampling = engine_with(**SAMPLED).generation_defaults().sampling
         assert sampling == Sampling(temperature=1.7, top_k=50, top_p=0.9)
 
     def test_tokens_come_as_often_as_transformers_draws_them(self, engine_with, generate):
@@ -218,14 +219,14 @@ class TestSampling:
         assert theirs <= set(ids.tolist())
 
     def test_an_explicit_sampling_is_greedy_and_keeps_the_other_defaults(self, engine_with, generate):
-        expected = generate(PROMPT, TASK, self.DEFAULTS | {"do_sample": False})
+        expected = generate(PROMPT, TASK, SAMPLED | {"do_sample": False})
         options = {"token_ids": PROMPT, "task": TASK, "max_new_tokens": NEW_TOKENS}
-        engine = engine_with(**self.DEFAULTS)
+        engine = engine_with(**SAMPLED)
         assert list(engine.generate(**options, sampling=Sampling()).token_ids) == expected
         assert list(engine.generate(**options, generation_config={"do_sample": False}).token_ids) == expected
 
     def test_a_seed_makes_the_models_own_sampling_repeatable(self, engine_with):
-        engine = engine_with(**self.DEFAULTS)
+        engine = engine_with(**SAMPLED)
         seeded = replace(engine.generation_defaults().sampling, seed=3)
         texts = {engine.generate(token_ids=PROMPT, max_new_tokens=9, sampling=seeded).token_ids for _ in range(3)}
         assert len(texts) == 1
@@ -270,7 +271,7 @@ class TestEndTokens:
 
     @pytest.mark.parametrize("ends", ["0", -1, 384, [0, 384], [True], 1.5, {"a": 1}, [[0]], b"a"])
     def test_what_is_no_token_is_refused(self, engine_with, ends):
-        with pytest.raises(RequestError, match="^end_tokens: expected token ids of 0 to 383, found"):
+        with pytest.raises(RequestError, match=r"^end_tokens: expected token ids of 0 to 383, found"):
             engine_with().generate(token_ids=PROMPT, end_tokens=ends)
 
 
