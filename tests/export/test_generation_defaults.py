@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -111,6 +112,17 @@ def test_every_setting_of_transformers_is_followed_inert_or_named():
              "watermarking_config", "dola_layers", "constraints", "force_words_ids"}  # fmt: skip
     assert known == set(FOLLOWED) | generation_defaults._INERT | named
     assert not set(FOLLOWED) & generation_defaults._INERT
+
+
+def test_the_documentation_has_a_row_for_every_setting():
+    page = (Path(__file__).parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
+    followed, not_followed = page.split("## What is followed")[1].split("## What is not followed")
+    assert {name for name in FOLLOWED if f"`{name}`" not in followed} == set()
+    named = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {
+        *FOLLOWED,
+        *generation_defaults._INERT,
+    }
+    assert {name for name in named if f"`{name}`" not in not_followed.split("##")[0]} == set()
 
 
 def test_what_is_followed_is_listed(with_defaults):
