@@ -25,6 +25,7 @@ from .clients import GENAI_CONFIG_NAME, genai_config, save_adapters, save_config
 from .errors import ExportError, ModelError
 from .export import export_plan
 from .fold import fold, located
+from .generation_defaults import generation_report
 from .lint import lint
 from .models import BaseModel, load_base_model
 from .models.experts import notes as expert_notes
@@ -413,6 +414,7 @@ def _manifest(
         cache=plan.cache,
         block_size=settings.block_size if settings else None,
         quantizer=settings.method if settings else None,
+        generation=generation_report(base).record(),
     )
 
 
@@ -442,6 +444,7 @@ def _warnings(
         )
     if base.tokenizer is None:
         found.append(f"{request.model} has no tokenizer: the bundle takes token ids, not text")
+    found += generation_report(base).warnings
     for task, prefix in prefixes.items():
         found += [f"task {task!r}: {line}" for line in lint(prefix, base.shape, max_length)]
     return found

@@ -52,7 +52,7 @@ class BaseModel:
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """Its generation defaults, of which the runtime reads the end tokens."""
+        """Its generation defaults."""
         config = self.model.generation_config
         return config if config is not None else GenerationConfig()
 

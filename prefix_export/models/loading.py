@@ -12,6 +12,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 
 from prefix_export.attention import probe
 from prefix_export.errors import ModelError, UnsupportedArchitectureError
+from prefix_export.generation_defaults import FILE as GENERATION_CONFIG
+from prefix_export.generation_defaults import check_generation_config
 
 from . import config_file, gguf_model, pretrained
 from .base_model import BaseModel, base_model, fingerprint
@@ -33,12 +35,15 @@ def load_base_model(name: str) -> BaseModel:
     its weights is not applied.
 
     Raises:
-        ModelError: it cannot be found or loaded, is no decoder-only language model, or its weights are quantised.
+        ModelError: it cannot be found or loaded, is no decoder-only language model, its weights are quantised,
+            or its generation defaults cannot be used.
         UnsupportedArchitectureError: its attention does not go through transformers' attention interface.
     """
     source = ModelSource.of(name)
     config = _decoder_config(source)
     _check_architecture(source, config)
+    generation = None if source.gguf is not None else source.file(GENERATION_CONFIG)
+    check_generation_config(source.name, generation, config.get_text_config().vocab_size)
     model = _load_weights(source, config)
     base = base_model(name, model, fingerprint(model), _load_tokenizer(source))
     return replace(base, revision=source.commit, warnings=tuple(_notes(source, config)))

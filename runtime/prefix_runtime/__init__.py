@@ -24,6 +24,7 @@ from .errors import (
     TaskNameError,
     UnknownTaskError,
 )
+from .generation_config import GenerationConfig, GenerationDefaults
 from .geometry import Geometry, LayerGeometry
 from .manifest import Manifest
 from .prefix import LayerPrefix, Prefix, Source
@@ -44,6 +45,8 @@ __all__ = [
     "Cuda",
     "DuplicateTaskError",
     "Engine",
+    "GenerationConfig",
+    "GenerationDefaults",
     "GenerationOptions",
     "GenerationResult",
     "Geometry",

@@ -12,9 +12,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .arguments import GenerationOptions
     from .bundle import Bundle
     from .engine import Engine
+    from .generation_config import GenerationConfig
     from .manifest import Manifest
     from .prefix import Prefix
     from .results import GenerationResult
@@ -147,14 +148,32 @@ def remove_task(bundle: Path, task: str) -> None:
 @click.argument("prompt", required=False)
 @click.option("--token-ids", metavar="IDS", help="Token ids with commas between them, in place of PROMPT.")
 @click.option("--task", "names", multiple=True, help="Whose prefix to use; repeat to compare. Default: the bare model.")
-@click.option("--max-new-tokens", type=int, help="At the most. Default: 256, or what the context has room for.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token.")
-@click.option("--top-k", type=int, default=0, help="Keep the k most likely tokens. Default: all.")
-@click.option("--top-p", type=float, default=1.0, help="Keep the tokens that make up this probability. Default: all.")
-@click.option("--min-p", type=float, default=0.0, help="Keep tokens this likely against the best. Default: all.")
-@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 discourages. Default: 1.")
+@click.option("--max-new-tokens", type=int, help="New tokens at most. Default: the model's, or else 256.")
+@click.option("--temperature", type=float, help="0 takes the most likely token. Default: the model's, or else 0.")
+@click.option("--top-k", type=int, help="Keep the k most likely tokens. Default: the model's, or else all.")
+@click.option(
+    "--top-p", type=float, help="Keep tokens that make up this probability. Default: the model's, or else all."
+)
+@click.option(
+    "--min-p", type=float, help="Keep tokens this likely against the best. Default: the model's, or else all."
+)
+@click.option("--repetition-penalty", type=float, help="Above 1 discourages. Default: the model's, or else 1.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
-@click.option("--stop", multiple=True, help="End before this text; repeatable.")
+@click.option("--stop", multiple=True, help="End before this text; repeatable. Default: the model's.")
+@click.option(
+    "--end-token",
+    "ends",
+    multiple=True,
+    metavar="ID|TOKEN",
+    help="End at this token; repeatable. Default: the model's.",
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=JSON",
+    help="Another setting of generation_config.json, such as min_new_tokens=5; null turns it off. Repeatable.",
+)
 @click.option(
     "--provider",
     default="cpu",
@@ -168,11 +187,11 @@ def generate(bundle: Path, prompt: str | None, token_ids: str | None, names: tup
     """Answer PROMPT with BUNDLE, streaming; without PROMPT it is read from standard input."""
     from .engine import load
 
-    request = _prompt(prompt, token_ids)
-    options = _options(flags)
+    request, settings = _prompt(prompt, token_ids), _settings(flags["settings"])
     # A large bundle's graph is kept, for seconds, at the first opening.
     with _log_on_stderr(), cleaning_up_when_terminated():
         engine = load(bundle, provider=flags["provider"], threads=flags["threads"])
+    options = _options(flags, settings, engine)
     show_metrics = sys.stderr.isatty() if flags["metrics"] is None else flags["metrics"]
     for name in names or (None,):
         if flags["as_json"]:
@@ -271,6 +290,8 @@ def verified(bundle: Bundle) -> str:
 
 def print_bundle(bundle: Bundle, as_json: bool) -> None:
     """Print what a bundle holds."""
+    from .generation_config import shown_defaults
+
     manifest = bundle.manifest
     if as_json:
         click.echo(manifest.to_json(), nl=False)
@@ -290,6 +311,7 @@ def print_bundle(bundle: Bundle, as_json: bool) -> None:
             "graph": f"{manifest.mode}, {manifest.flavour} flavour, for {manifest.target}",
             "weights": f"{manifest.precision}{_rounding_note(manifest)}",
             "keys and values": manifest.cache,
+            **shown_defaults(bundle),
             "size": f"{size / 1e6:.1f} MB without prefixes",
             "tasks": ", ".join(
                 f"{name} (prefix length {manifest.tasks[name].prefix_length}, {_parity_note(manifest.parity, name)})"
@@ -346,14 +368,30 @@ def _prompt(prompt: str | None, token_ids: str | None) -> dict[str, Any]:
     return {"prompt": prompt}
 
 
-def _options(flags: dict[str, Any]) -> GenerationOptions:
-    from .sampling import Sampling
+def _settings(given: tuple[str, ...]) -> dict[str, Any]:
+    """The settings of `NAME=JSON` texts."""
+    found: dict[str, Any] = {}
+    for text in given:
+        name, separator, value = text.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            separator = ""
+        if not separator:
+            raise click.UsageError(f"--set: expected NAME=VALUE with a value in JSON, found {text[:80]!r}")
+    return found
 
-    settings = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+def _options(flags: dict[str, Any], settings: dict[str, Any], engine: Engine) -> GenerationOptions:
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    chosen = {name: flags[name] for name in names if flags[name] is not None}
+    config = cast("GenerationConfig", settings)
     return {
         "max_new_tokens": flags["max_new_tokens"],
-        "sampling": Sampling(**{name: flags[name] for name in settings}),
-        "stop": flags["stop"],
+        "sampling": replace(engine.generation_defaults(config).sampling, **chosen) if chosen else None,
+        "stop": flags["stop"] or None,
+        "end_tokens": [int(end) if end.isdecimal() else engine.token_id(end) for end in flags["ends"]] or None,
+        "generation_config": config,
     }
 
 

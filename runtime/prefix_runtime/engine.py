@@ -13,8 +13,6 @@ import numpy as np
 from .arguments import (
     GenerationOptions,
     as_list,
-    as_sampling,
-    as_stop,
     check_ids,
     check_names,
     one_each,
@@ -25,9 +23,10 @@ from .cache_format import CacheFormat
 from .cache_pool import CAPACITY_STEP, CacheMaker, CachePool
 from .checks import is_whole
 from .decoding import decode
-from .end_tokens import read_end_tokens
 from .errors import CompositionError, ContextOverflowError, PrefixError, RequestError, TaskError
 from .generation import GrowingAnswer, Request
+from .generation_config import GenerationConfig, GenerationDefaults
+from .generation_rules import GenerationRules, RuleBook
 from .growing_cache import GrowingCache
 from .kv_cache import KeyValueCache
 from .open_session import open_session
@@ -145,7 +144,7 @@ class Engine:
         position_bytes = cache_format.dtype.itemsize * self._geometry.values_per_position
         self._pool = CachePool(make, position_bytes, max_length, cache_bytes, step)
         self._codec = TextCodec.of_bundle(bundle)
-        self._end_tokens = read_end_tokens(bundle)
+        self._rules = RuleBook(bundle)
 
     @property
     def device(self) -> Device | None:
@@ -156,6 +155,26 @@ class Engine:
     def tasks(self) -> tuple[str, ...]:
         """The tasks' names, sorted."""
         return self._store.names
+
+    def generation_defaults(self, changes: GenerationConfig | None = None) -> GenerationDefaults:
+        """How tokens are chosen and what ends them, as the model's `generation_config.json` and changes to it ask for.
+
+        >>> replace(engine.generation_defaults().sampling, seed=1)  # doctest: +SKIP
+
+        Raises:
+            RequestError: a change is malformed, or contradicts another or the model's defaults.
+        """
+        return self._rules.defaults_with(changes)
+
+    def token_id(self, token: str) -> int:
+        """The id of a token as the tokenizer's vocabulary spells it, such as "<|im_end|>".
+
+        Raises:
+            RequestError: the vocabulary has no such token, or the bundle has no tokenizer.
+        """
+        if self._codec is None:
+            raise RequestError(f"token {token!r}: {self.bundle.root} has no tokenizer: expected a token id")
+        return self._codec.token_id(token)
 
     def add_task(self, name: str, prefix: Prefix | str | Path) -> None:
         """Add a task to this engine, at once and for as long as it lives; `Bundle.add_task` changes the folder.
@@ -332,8 +351,7 @@ class Engine:
         self, prompt: str | Sequence[int], task: str | None, options: GenerationOptions, least_new_tokens: int = 1
     ) -> Request:
         started = time.perf_counter()
-        stop = as_stop(options.get("stop"))
-        if stop and self._codec is None:
+        if options.get("stop") and self._codec is None:
             raise RequestError(f"stop: {self.bundle.root} has no tokenizer, so text cannot be looked at; leave it out")
         if not isinstance(options.get("ignore_end", False), bool):
             raise RequestError(f"ignore_end: expected True or False, found {options['ignore_end']!r}")
@@ -347,14 +365,14 @@ class Engine:
         selected = time.perf_counter() - selecting
         has_begun = prefix is not None and prefix.metadata.get(TEXT_HAS_BEGUN) == "true"
         ids = self._encode(prompt, has_begun=has_begun)
+        rules = self._rules.rules(options)
+        new_tokens = options.get("max_new_tokens")
         return Request(
             prompt=ids,
             task=task,
             prefix=prefix,
-            max_new_tokens=self._check_length(prefix, len(ids), options.get("max_new_tokens"), least_new_tokens),
-            sampling=as_sampling(options.get("sampling")),
-            stop=stop,
-            end_tokens=() if options.get("ignore_end") else self._end_tokens,
+            max_new_tokens=self._check_length(prefix, len(ids), new_tokens, least_new_tokens, rules),
+            rules=rules,
             task_selection=selected,
             preparation=time.perf_counter() - started,
         )
@@ -375,7 +393,7 @@ class Engine:
                 )
         return ids
 
-    def _check_length(self, prefix: Prefix | None, prompt: int, new: Any, least: int) -> int:
+    def _check_length(self, prefix: Prefix | None, prompt: int, new: Any, least: int, rules: GenerationRules) -> int:
         """The new tokens that may be asked for; None stands for the default."""
         if new is not None and not is_whole(new, least):
             raise RequestError(f"max_new_tokens: expected a whole number, {least} or more, found {new!r}")
@@ -387,4 +405,4 @@ class Engine:
                 f"max_length {self._max_length}, prefix {prefix.prefix_length if prefix else 0}), "
                 f"found a prompt of {prompt} and {wanted - prompt} new; shorten the prompt or lower max_new_tokens"
             )
-        return min(DEFAULT_MAX_NEW_TOKENS, room - prompt) if new is None else int(new)
+        return min(rules.new_tokens(prompt, DEFAULT_MAX_NEW_TOKENS), room - prompt) if new is None else int(new)

@@ -82,6 +82,8 @@ class Manifest:
         block_size: weights that share a scale, at most; None for "fp32", and where each output has one.
         quantizer: how weights were rounded, "rtn" or "hqq"; None for "fp32".
         parity: the certificate that `build` wrote, or None where it was told not to verify.
+        generation: "followed": names of the model's generation defaults that the runtime follows; "not_followed": those
+            that it does not, with their values. None in bundles of older versions.
     """
 
     producer: str
@@ -100,6 +102,7 @@ class Manifest:
     block_size: int | None = None
     quantizer: str | None = None
     parity: Mapping[str, Any] | None = None
+    generation: Mapping[str, Any] | None = None
 
     @property
     def graph_files(self) -> list[FileEntry]:
@@ -286,6 +289,7 @@ def _read_manifest(fields: _Fields) -> Manifest:
         block_size=fields.count("block_size", 1, 1 << 16) if fields.optional("block_size", int) else None,
         quantizer=fields.choice("quantizer", "rtn", "hqq") if fields.optional("quantizer", str) else None,
         parity=_read_parity(fields),
+        generation=_read_generation(fields),
     )
 
 
@@ -307,6 +311,15 @@ def _read_parity(fields: _Fields) -> dict[str, Any] | None:
         results = _Fields(parity, f"{fields.where}: parity")
         results.named("tasks", _check_result)
     return parity
+
+
+def _read_generation(fields: _Fields) -> dict[str, Any] | None:
+    generation = fields.optional("generation", dict)
+    if generation is not None:
+        parts = _Fields(generation, f"{fields.where}: generation")
+        parts.get("followed", list)
+        parts.get("not_followed", dict)
+    return generation
 
 
 def _check_result(fields: _Fields) -> None:

@@ -51,6 +51,17 @@ class TextCodec:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=with_special_tokens).ids
         return ids
 
+    def token_id(self, token: str) -> int:
+        """The id of a token as the vocabulary spells it.
+
+        Raises:
+            RequestError: the vocabulary has no such token.
+        """
+        found: int | None = self._tokenizer.token_to_id(token)
+        if found is None:
+            raise RequestError(f"token {token!r}: expected one of the tokenizer's vocabulary, found none of this name")
+        return found
+
     def growing_text(self, stop: Sequence[str]) -> GrowingText:
         """A new, empty text that ends before the first of the `stop` strings."""
         return GrowingText(self._tokenizer, stop)

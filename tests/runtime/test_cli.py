@@ -7,7 +7,7 @@ import math
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import click
 import pytest
@@ -83,6 +83,16 @@ class TestInspect:
         }
         assert told["fingerprint"] == Bundle.open(shared_bundle).manifest.model.fingerprint
         assert "p20 (prefix length 20, agrees with peft" in told["tasks"]
+
+    def test_generation_defaults_are_told_and_what_is_not_followed(self, printed, bundle, rewrite):
+        rewrite(bundle, "generation_config.json", b'{"eos_token_id": [0, 5], "suppress_tokens": [3], "min_length": 7}')
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        manifest["generation"]["not_followed"] = {"num_beams": 4}
+        (bundle / "manifest.json").write_text(json.dumps(manifest))
+        told = dict(line.split("  ", 1) for line in printed("inspect", bundle).splitlines())
+        assert told["generation"].strip() == "greedy, min_length 7, suppress_tokens [3]"
+        assert told["end tokens"].strip() == "0, 5"
+        assert told["not followed"].strip() == "num_beams 4"
 
     def test_a_task_that_was_added_is_told_as_not_compared(self, printed, bundle, prefix_file):
         printed("tasks", "add", bundle, prefix_file)
@@ -273,6 +283,50 @@ class TestGenerate:
         told = json.loads(printed("generate", shared_bundle, PROMPT, "--task", "p3", *flags, "--json"))
         assert (told["text"], told["token_ids"]) == (expected.text, list(expected.token_ids))
 
+    @pytest.fixture
+    def sampling_bundle(self, bundle, rewrite):
+        """A bundle whose model samples by default, from two tokens, and never takes those of an even id."""
+        config = {"do_sample": True, "top_k": 2, "temperature": 5.0, "suppress_tokens": list(range(0, 384, 2))}
+        rewrite(bundle, "generation_config.json", json.dumps(config).encode())
+        return bundle
+
+    def test_the_models_own_defaults_are_the_flags_defaults(self, printed, sampling_bundle):
+        engine = prefix_runtime.load(sampling_bundle, threads=1)
+        own = engine.generation_defaults().sampling
+        for flags, sampling in (
+            (["--seed", 3], replace(own, seed=3)),
+            (["--seed", 3, "--temperature", 2], replace(own, seed=3, temperature=2.0)),
+            (["--temperature", 0], Sampling()),
+            (["--temperature", 0, "--repetition-penalty", 3], Sampling(repetition_penalty=3.0)),
+        ):
+            line = printed("generate", sampling_bundle, PROMPT, "--max-new-tokens", 9, "--json", *flags)
+            expected = engine.generate(PROMPT, max_new_tokens=9, sampling=sampling)
+            assert json.loads(line)["token_ids"] == list(expected.token_ids)
+            assert all(token_id % 2 for token_id in expected.token_ids)
+
+    def test_settings_lie_on_top_of_the_models(self, printed, sampling_bundle, engine):
+        flags = ["--set", "do_sample=false", "--set", "suppress_tokens=null", "--set", "no_repeat_ngram_size=1"]
+        line = printed("generate", sampling_bundle, PROMPT, "--max-new-tokens", 20, "--json", *flags)
+        expected = engine.generate(PROMPT, max_new_tokens=20, generation_config={"no_repeat_ngram_size": 1})
+        assert json.loads(line)["token_ids"] == list(expected.token_ids)
+
+    def test_an_end_token_is_an_id_or_a_token(self, printed, engine, tokenizer, shared_bundle):
+        free = engine.generate(PROMPT, task="p3", max_new_tokens=20).token_ids
+        end = free[3]
+        for given in (str(end), tokenizer.id_to_token(end)):
+            flags = ["--task", "p3", "--max-new-tokens", 20, "--end-token", "383", "--end-token", given, "--json"]
+            told = json.loads(printed("generate", shared_bundle, PROMPT, *flags))
+            assert told["token_ids"] == list(free[: free.index(end) + 1])
+            assert told["finish_reason"] == "end_token"
+
+    @pytest.mark.parametrize(
+        "setting", ["min_new_tokens", "min_new_tokens=", "min_new_tokens=five", "=", "a=" + "[" * 9999]
+    )
+    def test_a_setting_that_is_no_json_is_a_usage_error(self, cli, shared_bundle, setting):
+        result = cli("generate", shared_bundle, PROMPT, "--set", setting)
+        assert result.exit_code == 2
+        assert "--set: expected NAME=VALUE with a value in JSON, found" in result.stderr
+
     def test_metrics_go_to_standard_error_when_they_are_asked_for(self, cli, shared_bundle):
         options = [shared_bundle, PROMPT, "--task", "p3", "--max-new-tokens", 4]
         result = cli("generate", *options, "--metrics")
@@ -289,6 +343,13 @@ class TestGenerate:
             ([PROMPT, "--max-new-tokens", "999"], "expected at most 320 tokens"),
             ([PROMPT, "--temperature", "-1"], "temperature: expected 0 or more, found -1.0"),
             ([PROMPT, "--top-p", "2"], "top_p: expected above 0 and at most 1, found 2.0"),
+            (
+                [PROMPT, "--end-token", "<|no|>"],
+                "token '<|no|>': expected one of the tokenizer's vocabulary, found none",
+            ),
+            ([PROMPT, "--end-token", "384"], "end_tokens: expected token ids of 0 to 383, found [384]"),
+            ([PROMPT, "--set", "num_beams=4"], "generation_config: expected some of max_length, "),
+            ([PROMPT, "--set", "min_new_tokens=-1"], "min_new_tokens: expected a whole number, 0 or more, found -1"),
             ([PROMPT, "--stop", ""], "stop: expected strings of at least one character"),
             ([PROMPT, "--provider", "tpu"], "provider: expected one of cpu"),
             ([PROMPT, "--threads", "0"], "threads: expected 1 to 512, found 0"),

@@ -173,7 +173,7 @@ class TestPrompts:
             engine.generate(token_ids=[IDS, [999]])
 
     def test_an_unknown_option_is_refused(self, engine):
-        with pytest.raises(TypeError, match=r"options max_new_tokens, sampling, stop, ignore_end, found .*max_tokens"):
+        with pytest.raises(TypeError, match=r"options max_new_tokens, sampling, stop, .*, found .*max_tokens"):
             engine.generate("a", max_tokens=3)
 
 
@@ -266,18 +266,21 @@ class TestEndings:
         result = engine_ending_with(free[6]).generate(token_ids=IDS, max_new_tokens=first + 1)
         assert (len(result.token_ids), result.finish_reason) == (first + 1, "end_token")
 
-    @pytest.mark.parametrize("removed", [None, "file"])
-    def test_where_the_generation_config_names_none_the_models_config_does(
-        self, engine, engine_ending_with, bundle, rewrite, removed
+    def test_without_a_generation_config_the_models_config_names_the_end_token(
+        self, engine, engine_ending_with, bundle
     ):
         free = tokens(engine)
-        if removed:
-            manifest = json.loads((bundle / "manifest.json").read_text())
-            manifest["files"] = [entry for entry in manifest["files"] if entry["path"] != "generation_config.json"]
-            (bundle / "manifest.json").write_text(json.dumps(manifest))
-        else:
-            rewrite(bundle, "generation_config.json", b"{}")
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        manifest["files"] = [entry for entry in manifest["files"] if entry["path"] != "generation_config.json"]
+        (bundle / "manifest.json").write_text(json.dumps(manifest))
         assert tokens(engine_ending_with(free[2], "config.json")) == free[: free.index(free[2]) + 1]
+
+    def test_a_generation_config_that_names_none_means_that_there_is_none(
+        self, engine, engine_ending_with, bundle, rewrite
+    ):
+        free = tokens(engine)
+        rewrite(bundle, "generation_config.json", b"{}")
+        assert tokens(engine_ending_with(free[2], "config.json")) == free
 
     def test_the_generation_config_goes_before_the_models(self, engine, engine_ending_with):
         free = tokens(engine)

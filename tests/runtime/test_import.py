@@ -22,6 +22,8 @@ PUBLIC = [
     "Cuda",
     "DuplicateTaskError",
     "Engine",
+    "GenerationConfig",
+    "GenerationDefaults",
     "GenerationOptions",
     "GenerationResult",
     "Geometry",
