@@ -31,9 +31,9 @@ from prefix_runtime import Geometry, LayerGeometry
 from .attention import AttentionLayer, probe
 from .errors import ModelError, UnsupportedArchitectureError
 from .shape import Shape
+from .tokenizer import TOKENIZER_FILES
 
 _TASK = "text-generation"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _rotary_kinds(config: PreTrainedConfig) -> set[str]:
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     # Without any of these files transformers makes a tokenizer of nothing for some architectures.
-    if not any(_has_file(name, file) for file in _TOKENIZER_FILES):
+    if not any(_has_file(name, file) for file in TOKENIZER_FILES):
         return None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)

@@ -8,10 +8,13 @@ from typing import Any, TypedDict, cast
 
 import numpy as np
 
-from .checks import is_whole
+from .checks import is_unicode, is_whole
 from .errors import RequestError
 from .sampling import Sampling
 
+MAX_STOP_STRINGS = 64
+MAX_STOP_LENGTH = 256
+"""Characters of one stop string."""
 _GREEDY = Sampling()
 _LISTED = ("max_new_tokens", "sampling")
 """Options that may differ between the prompts of a list."""
@@ -22,7 +25,8 @@ class GenerationOptions(TypedDict, total=False):
 
     max_new_tokens: at the most, or a list; where it is not given 256, or fewer if the context has no room for them.
     sampling: how tokens are chosen, or a list; greedy where it is not given.
-    stop: strings that end the text and are left out of it.
+    stop: strings that end the text and are left out of it; at most 64, of at most 256 characters each. A special
+        token's text is one too, and a string may begin in the prompt.
     ignore_end: go on behind end tokens, up to `max_new_tokens`; for measurements.
     """
 
@@ -138,11 +142,20 @@ def as_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """The strings that were given.
 
     Raises:
-        RequestError: one is empty, or is something else.
+        RequestError: one is empty, is too long, or is something else; there are too many.
     """
     if stop is None:
         return ()
     strings = [stop] if isinstance(stop, str) else stop
     if not isinstance(strings, Sequence) or not all(isinstance(string, str) and string for string in strings):
         raise RequestError(f"stop: expected strings of at least one character, found {strings!r}")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise RequestError(f"stop: expected at most {MAX_STOP_STRINGS} strings, found {len(strings)}")
+    for place, string in enumerate(strings):
+        if len(string) > MAX_STOP_LENGTH:
+            raise RequestError(
+                f"stop[{place}]: expected at most {MAX_STOP_LENGTH} characters, found {len(string)}: give its beginning"
+            )
+        if not is_unicode(string):
+            raise RequestError(f"stop[{place}]: expected Unicode text, found {string!a}")
     return tuple(strings)

@@ -58,7 +58,7 @@ class GrowingAnswer:
         self.prompt = request.prompt
         self._request, self._lease = request, lease
         self._sampler = make_sampler(request.sampling)
-        self._text = codec.growing_text(request.stop) if codec else None
+        self._text = codec.growing_text(request.stop, request.prompt) if codec else None
         self._token_ids: list[int] = []
         self._history = list(request.prompt)  # with the new ones
         self._times: list[float] = []  # from the batch's beginning to each token
