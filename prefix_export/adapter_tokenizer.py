@@ -66,10 +66,8 @@ def tokenizer_warnings_for_bundle(path: Path, bundle: Bundle, config: PreTrained
         return (f"the tokenizer beside the adapter cannot be compared with the bundle's: {error}",)
     if text is None:
         return ()
-    return (
-        f"the tokenizer beside the adapter differs from the bundle's ({text}); the bundle keeps its own: build a bundle "
-        "of this adapter to use the adapter's",
-    )
+    line = f"the tokenizer beside the adapter differs from the bundle's ({text}); the bundle keeps its own"
+    return (f"{line}: build a bundle of this adapter to use the adapter's",)
 
 
 def _tokenizers(
@@ -78,14 +76,15 @@ def _tokenizers(
     """The tokenizers beside adapters, one for each folder under its first task, and those that cannot be read."""
     found: dict[str, PreTrainedTokenizerBase] = {}
     warnings: list[str] = []
-    folders = {_folder(source.path): task for task, source in reversed(sources.items())}
-    for folder, task in reversed(folders.items()):
+    folders: dict[Path, str] = {}
+    for task, source in sources.items():
+        folders.setdefault(_folder(source.path), task)
+    for folder, task in folders.items():
         try:
             own = load_tokenizer(folder, config)
         except (PrefixExportError, PrefixRuntimeError) as error:
-            warnings.append(
-                f"task {task!r}: the tokenizer beside the adapter cannot be used, the bundle uses the base model's: {error}"
-            )
+            line = f"task {task!r}: the tokenizer beside the adapter cannot be used, the bundle uses the base model's"
+            warnings.append(f"{line}: {error}")
             continue
         if own is not None:
             found[task] = own

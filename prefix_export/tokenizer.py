@@ -1,4 +1,4 @@
-"""The model's tokenizer: loaded from a folder, written into a bundle, and compared with what the runtime makes of it."""
+"""A model's tokenizer: loaded from a folder, written into a bundle, and compared with the runtime's."""
 
 from __future__ import annotations
 
@@ -41,12 +41,13 @@ ODD_TEXTS = (
     "שלום \u202bعربي\u202c ﷽",
     "zero\u200bwidth \ufeff non\u00a0breaking \u2028 soft\u00ad",
     "nul \x00 del \x7f bell \x07",
-    "\ufffd \ufb01 Ⅳ ℌ ａｂｃ",
+    "\ufffd \ufb01 Ⅳ \u210c \uff41\uff42\uff43",
     "▁ Ġ Ċ ## <0x41> </w>",
     "a" * 300,
 )
 """Texts that tokenizers treat differently."""
 
+_ADVICE = "encode with transformers, give token_ids, and decode the answer's with transformers"
 _MOST_SPECIAL = 32
 """Special tokens that are put into texts."""
 
@@ -121,19 +122,14 @@ def tokenizer_warnings(folder: Path, tokenizer: PreTrainedTokenizerBase | None) 
         return ()
     kind = type(tokenizer).__name__
     if not (folder / TOKENIZER_NAME).is_file():
-        return (
-            f"the tokenizer is transformers' {kind}, which runs in Python and has no {TOKENIZER_NAME}: the bundle takes "
-            "token ids, not text; encode with transformers and give token_ids",
-        )
+        line = f"the tokenizer is transformers' {kind}, which runs in Python and has no {TOKENIZER_NAME}"
+        return (f"{line}: the bundle takes token ids, not text; {_ADVICE}",)
     config = folder / TOKENIZER_CONFIG_NAME
     codec = TextCodec(folder / TOKENIZER_NAME, config if config.is_file() else None)
     found = next(codec_differences(codec, tokenizer), None)
     if found is None:
         return ()
-    return (
-        f"the runtime's tokenizer differs from transformers' {kind}, which computes something in Python: {found}; "
-        "encode with transformers and give token_ids",
-    )
+    return (f"the runtime's tokenizer differs from transformers' {kind}: {found}; {_ADVICE}",)
 
 
 def codec_differences(codec: TextCodec, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Small tokenizers of real families, as their repositories publish them: the same parts, a vocabulary of a few hundred."""
+"""Small tokenizers of real families: the parts and files that are published, with a few hundred tokens."""
 
 from __future__ import annotations
 
@@ -300,6 +300,6 @@ def prefix_space(folder: Path) -> None:
 
 
 FAMILIES = (
-    bert, forced_clean_up, gemma, gpt2, gpt_neox, llama2, llama3, mistral, opt, phi3, prefix_space, qwen2, splitting, t5,
-    word_level, xlm_roberta,
+    bert, forced_clean_up, gemma, gpt2, gpt_neox, llama2, llama3, mistral, opt, phi3, prefix_space, qwen2, splitting,
+    t5, word_level, xlm_roberta,
 )  # fmt: skip

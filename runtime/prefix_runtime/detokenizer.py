@@ -98,9 +98,9 @@ class Detokenizer:
 class TextWindow:
     """The text of tokens that come one by one, in whole characters; the work for each is the same however many came.
 
-    Bytes that are no character, or not yet, are held back until a character follows them. If a tokenizer falls back to
-    bytes, a byte that fits nowhere makes no character of any byte beside it: characters that were given out before stay.
-    Otherwise the text is that of all tokens decoded together.
+    Bytes that are no character, or not yet, are held back until a character follows them. The text is that of all
+    tokens decoded together, with one exception. If a tokenizer falls back to bytes, a byte that fits nowhere undoes the
+    characters of the bytes around it. Here, characters that were given out before it came stay.
     """
 
     def __init__(self, detokenizer: Detokenizer) -> None:

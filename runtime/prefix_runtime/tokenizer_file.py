@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,8 @@ MAX_WORD = 1000
 """Characters of a word that WordPiece looks up: its time grows with their cube."""
 
 _SEQUENCES = ("normalizers", "pretokenizers", "processors", "decoders")
+_NORMALIZER = "normalizer"
+_ESCAPED_ASCII = re.compile(rb"\\u00[2-7]")
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
@@ -40,6 +43,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
         BundleError: the file is no tokenizer, or is larger or more deeply nested than a tokenizer is.
     """
     content = read_bounded(path, MAX_TOKENIZER_BYTES, "a tokenizer")
+    _check_normalizers(content, path)
     try:
         with refusing_failures(path):
             tokenizer: Tokenizer = Tokenizer.from_buffer(content)
@@ -112,6 +116,40 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
+def _check_normalizers(content: bytes, path: Path) -> None:
+    """Check whatever a file has under the name "normalizer": the library runs it over added tokens as it loads them.
+
+    The rest of the file, of which a vocabulary is the most, is not read.
+    """
+    try:
+        if _ESCAPED_ASCII.search(content):  # no program writes letters so, but the name may hide behind it
+            found = _all_values(content, _NORMALIZER)
+        else:
+            found = _plain_values(content.decode(), _NORMALIZER)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: expected a tokenizer, found a file that is none: {_one_line(error)}") from error
+    for state in found:
+        _check_components(list(components(state)), f"{path}: {_NORMALIZER}")
+
+
+def _plain_values(text: str, key: str) -> list[Any]:
+    """The JSON values that follow a key, wherever it stands."""
+    decoder = json.JSONDecoder()
+    return [decoder.raw_decode(text, match.end())[0] for match in re.finditer(rf'"{key}"\s*:\s*', text)]
+
+
+def _all_values(content: bytes, key: str) -> list[Any]:
+    """The same, however the key is written."""
+    found: list[Any] = []
+
+    def note(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found.extend(value for name, value in pairs if name == key)
+        return dict(pairs)
+
+    json.loads(content, object_pairs_hook=note)
+    return found
+
+
 def _check_shape(tokenizer: Tokenizer, path: Path) -> None:
     added = len(tokenizer.get_added_tokens_decoder())
     if added > MAX_ADDED_TOKENS:
@@ -132,12 +170,14 @@ def _check_shape(tokenizer: Tokenizer, path: Path) -> None:
 
 def components(state: Any) -> Iterator[dict[str, Any]]:
     """A normalizer, pre-tokenizer, post-processor or decoder, or those that a sequence of them is made of."""
-    for name in _SEQUENCES:
-        if name in state:
-            for inner in state[name]:
-                yield from components(inner)
-            return
-    yield state
+    if not isinstance(state, dict):
+        return
+    inner = next((state[name] for name in _SEQUENCES if isinstance(state.get(name), list)), None)
+    if inner is None:
+        yield state
+        return
+    for part in inner:
+        yield from components(part)
 
 
 def _check_components(parts: list[dict[str, Any]], where: str) -> None:
@@ -147,7 +187,7 @@ def _check_components(parts: list[dict[str, Any]], where: str) -> None:
     for part in parts:
         if len(_pattern(part)) > MAX_PATTERN:
             raise BundleError(f"{where}: expected a pattern of at most {MAX_PATTERN} characters, found a longer one")
-        if len(part.get("precompiled_charsmap") or "") > MAX_CHARSMAP:
+        if len(str(part.get("precompiled_charsmap", ""))) > MAX_CHARSMAP:
             raise BundleError(f"{where}: expected a character map of at most {MAX_CHARSMAP >> 20} MiB, found a larger")
         growth *= _growth(part)
         if growth > MAX_GROWTH:
@@ -162,16 +202,17 @@ def _pattern(part: dict[str, Any]) -> str:
 
 
 def _growth(part: dict[str, Any]) -> float:
-    """How much longer a component can make a text, at most: bytes as characters are two bytes each."""
-    kind = part.get("type")
-    if kind == "ByteLevel":
-        return 2
-    if kind == "Precompiled":
+    """How much longer a component can make a text, at most."""
+    if part.get("type") == "ByteLevel":
+        return 2  # bytes become characters of two bytes
+    if "precompiled_charsmap" in part:
         return 20  # U+FDFA has 18 characters in NFKC
-    if kind == "Replace":
-        replaced = len(_pattern(part)) if "String" in part["pattern"] else 1
-        return max(1.0, len(part["content"]) / max(1, replaced))
-    if kind == "TemplateProcessing":
+    if "prepend" in part:
+        return max(1, len(str(part["prepend"])))
+    if "pattern" in part and "content" in part:
+        is_text = isinstance(part["pattern"], dict) and "String" in part["pattern"]
+        return max(1.0, len(str(part["content"])) / max(1, len(_pattern(part)) if is_text else 1))
+    if isinstance(part.get("single"), list):
         return max(1, sum("Sequence" in piece for piece in part["single"]))
     return 1
 
