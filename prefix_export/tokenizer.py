@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -97,6 +99,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         raise ExportError(f"{folder}: the tokenizer cannot be written: {_line(error)}") from error
     path = folder / TOKENIZER_CONFIG_NAME
     config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("auto_map", None)  # names code that is not written
     # transformers writes these only if they were given when the tokenizer was loaded.
     config["split_special_tokens"] = bool(tokenizer.split_special_tokens)
     config["clean_up_tokenization_spaces"] = bool(tokenizer.clean_up_tokenization_spaces)
@@ -109,7 +112,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def tokenizer_warnings(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, ...]:
-    """What the runtime cannot do as transformers' tokenizer does, a line at most; found by trying odd texts.
+    """What the runtime does not do as transformers' tokenizer does, a line each; found by trying odd texts.
 
     Args:
         folder: where `save_tokenizer` wrote its files.
@@ -124,25 +127,50 @@ def tokenizer_warnings(folder: Path, tokenizer: PreTrainedTokenizerBase | None) 
     if not (folder / TOKENIZER_NAME).is_file():
         line = f"the tokenizer is transformers' {kind}, which runs in Python and has no {TOKENIZER_NAME}"
         return (f"{line}: the bundle takes token ids, not text; {_ADVICE}",)
-    config = folder / TOKENIZER_CONFIG_NAME
-    codec = TextCodec(folder / TOKENIZER_NAME, config if config.is_file() else None)
-    found = next(codec_differences(codec, tokenizer), None)
-    if found is None:
-        return ()
-    return (f"the runtime's tokenizer differs from transformers' {kind}: {found}; {_ADVICE}",)
+    warnings = []
+    if code := _code(tokenizer):
+        line = f"the tokenizer has code of its own ({code}), which is never run"
+        warnings.append(f"{line}: its token ids and text may differ")
+    difference = next(_differences(TextCodec(folder / TOKENIZER_NAME, folder / TOKENIZER_CONFIG_NAME), tokenizer), None)
+    if difference is not None:
+        warnings.append(f"the runtime's tokenizer differs from transformers' {kind}: {difference}; {_ADVICE}")
+    return tuple(warnings)
 
 
-def codec_differences(codec: TextCodec, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def _code(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The class that a tokenizer's configuration asks for and that lies beside it, or None."""
+    named = tokenizer.init_kwargs.get("auto_map")
+    listed = named.get("AutoTokenizer") if isinstance(named, dict) else named
+    return next((str(name) for name in reversed(listed or ()) if name), None)
+
+
+def _differences(codec: TextCodec, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Odd texts that two tokenizers encode differently, and token ids that they decode differently."""
-    for text in odd_texts(tokenizer):
-        for special in (True, False):
-            ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
-            own = codec.encode(text, with_special_tokens=special)
-            if own != ids:
-                yield f"{_short(text)} has token ids {_short(own)}, not {_short(ids)}"
-        decoded, own_text = tokenizer.decode(ids, skip_special_tokens=True), codec.decode(ids)
-        if own_text != decoded:
-            yield f"token ids {_short(ids)} are {_short(own_text)}, not {_short(decoded)}"
+    for text, special in product(odd_texts(tokenizer), (True, False)):
+        ids = _attempt(_encoded, tokenizer, text, special)
+        own_ids = _attempt(codec.encode, text, with_special_tokens=special)
+        if own_ids != ids:
+            yield f"{_short(text)} has token ids {_short(own_ids)}, not {_short(ids)}"
+        elif ids is not None:
+            decoded = _attempt(tokenizer.decode, ids, skip_special_tokens=True)
+            own_text = _attempt(codec.decode, ids)
+            if own_text != decoded:
+                yield f"token ids {_short(ids)} are {_short(own_text)}, not {_short(decoded)}"
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
+    return ids
+
+
+def _attempt(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What a call returns, or None if the tokenizer fails: both may fail on a text alike."""
+    try:
+        return call(*arguments, **options)
+    except BaseException as error:
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
+        return None
 
 
 def odd_texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

@@ -47,7 +47,7 @@ def _template(*before: str, tokenizer: Tokenizer, after: tuple[str, ...] = ()):
     return processors.TemplateProcessing(single=single, special_tokens=list(pieces.items()))
 
 
-def _byte_level(specials: list[str], *, pre_tokenizer=None, size: int = 400) -> Tokenizer:
+def byte_level(specials: list[str], *, pre_tokenizer=None, size: int = 400) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -62,7 +62,7 @@ def _byte_level(specials: list[str], *, pre_tokenizer=None, size: int = 400) -> 
 def _split_byte_level(specials: list[str]) -> Tokenizer:
     split = pre_tokenizers.Split(Regex(GPT4_SPLIT), "isolated")
     bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return _byte_level(specials, pre_tokenizer=pre_tokenizers.Sequence([split, bytes_alone]))
+    return byte_level(specials, pre_tokenizer=pre_tokenizers.Sequence([split, bytes_alone]))
 
 
 def _sentencepiece_bpe(specials: list[str], *, unknown: str = "<unk>") -> Tokenizer:
@@ -79,7 +79,7 @@ def _sentencepiece_bpe(specials: list[str], *, unknown: str = "<unk>") -> Tokeni
 
 def gpt2(folder: Path) -> None:
     """Only the files that GPT-2 was published with: no tokenizer.json."""
-    state = json.loads(_byte_level(["<|endoftext|>"]).to_str())["model"]
+    state = json.loads(byte_level(["<|endoftext|>"]).to_str())["model"]
     _write(folder, None, "gpt2", model_max_length=1024)
     (folder / "vocab.json").write_text(json.dumps(state["vocab"]))
     merges = [" ".join(merge) for merge in state["merges"]]
@@ -88,7 +88,7 @@ def gpt2(folder: Path) -> None:
 
 def opt(folder: Path) -> None:
     """The start token is `</s>`."""
-    tokenizer = _byte_level(["<pad>", "</s>", "<unk>"])
+    tokenizer = byte_level(["<pad>", "</s>", "<unk>"])
     tokenizer.post_processor = _template("</s>", tokenizer=tokenizer)
     names = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
     _write(
@@ -98,7 +98,7 @@ def opt(folder: Path) -> None:
 
 def gpt_neox(folder: Path) -> None:
     """Runs of spaces are added tokens that are not special."""
-    tokenizer = _byte_level(["<|endoftext|>", "<|padding|>"])
+    tokenizer = byte_level(["<|endoftext|>", "<|padding|>"])
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.add_tokens([AddedToken(" " * count, normalized=True, special=False) for count in (8, 4, 2)])
     name = "<|endoftext|>"
@@ -273,7 +273,7 @@ def word_level(folder: Path) -> None:
 
 def splitting(folder: Path) -> None:
     """A file that asks for special tokens in a text to be read as text."""
-    tokenizer = _byte_level(["<|end|>"])
+    tokenizer = byte_level(["<|end|>"])
     tokenizer.post_processor = _template("<|end|>", tokenizer=tokenizer)
     _write(
         folder, tokenizer, "gpt2", tokenizer_class="PreTrainedTokenizerFast", eos_token="<|end|>",
@@ -284,7 +284,7 @@ def splitting(folder: Path) -> None:
 def forced_clean_up(folder: Path) -> None:
     """A BPE tokenizer whose file insists on the clean-up of spaces."""
     _write(
-        folder, _byte_level(["<|end|>"]), "gpt2", tokenizer_class="PreTrainedTokenizerFast", eos_token="<|end|>",
+        folder, byte_level(["<|end|>"]), "gpt2", tokenizer_class="PreTrainedTokenizerFast", eos_token="<|end|>",
         clean_up_tokenization_spaces=True,
         clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output=True,
     )  # fmt: skip
@@ -292,7 +292,7 @@ def forced_clean_up(folder: Path) -> None:
 
 def prefix_space(folder: Path) -> None:
     """A start and an end token, and a space before the first word, by tokenizer_config.json alone."""
-    tokenizer = _byte_level(["<s>", "</s>"])
+    tokenizer = byte_level(["<s>", "</s>"])
     _write(
         folder, tokenizer, "gpt2", tokenizer_class="GPT2Tokenizer", bos_token="<s>", eos_token="</s>", unk_token="</s>",
         add_bos_token=True, add_eos_token=True, add_prefix_space=True,

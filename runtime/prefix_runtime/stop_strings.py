@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from .detokenizer import NO_CHARACTER
+
 _CONTINUATIONS = bytes(range(0x80, 0xC0))
 
 
@@ -15,7 +17,8 @@ class StopStrings:
 
     A stop string is met when it ends in the newest token, which may go on behind it. It may begin in the prompt, and
     special tokens count with the text that stands for them. It is compared as bytes: those of a character that several
-    tokens make up, and those that make up none.
+    tokens make up, and those that make up none. A string with U+FFFD is looked for in the text as well, which has that
+    character in place of bytes that are none.
 
     Source: transformers 5.23, `StopStringCriteria`.
 
@@ -29,48 +32,36 @@ class StopStrings:
     """
 
     def __init__(self, strings: Sequence[str], prompt: Iterable[bytes] = ()) -> None:
-        self._searches = [_Search(string.encode()) for string in strings]
-        self._longest = max(len(search.wanted) for search in self._searches)
+        self._in_bytes = [_Search(string.encode()) for string in strings]
+        self._in_text = [_Search(string) for string in strings if NO_CHARACTER in string]
         self._pieces: deque[_Piece] = deque()
         self._end = 0  # bytes so far; those of the prompt lie before 0
         self.cut: int | None = None
         self.certain = 0
-        for byte in self._last_bytes(prompt):
-            for search in self._searches:
-                search.push(byte)
+        _first_met(self._in_bytes, _last_bytes(prompt, max(search.size for search in self._in_bytes)))
 
-    def _last_bytes(self, prompt: Iterable[bytes]) -> bytes:
-        taken: list[bytes] = []
-        size = 0
-        for token in prompt:
-            if size >= self._longest:
-                break
-            taken.append(token)
-            size += len(token)
-        return b"".join(reversed(taken))
-
-    def push(self, token: bytes, before: int, after: int) -> None:
+    def push(self, token: bytes, piece: str, before: int) -> None:
         """Take a token.
 
         Args:
             token: its bytes.
-            before: characters that were certain before it came.
-            after: characters that are certain now.
+            piece: the text that became certain with it.
+            before: characters of the text before that.
         """
+        after = before + len(piece)
         self._pieces.append(_Piece(self._end, token, before, after))
-        first: int | None = None
-        for byte in token:
-            self._end += 1
-            for search in self._searches:
-                if search.push(byte):
-                    start = self._end - len(search.wanted)
-                    first = start if first is None else min(first, start)
-        if first is not None:
-            self.cut = self._characters(first)
+        start, in_text = _first_met(self._in_bytes, token), _first_met(self._in_text, piece)
+        cuts = [] if in_text is None else [before + in_text]
+        if start is not None:
+            cuts.append(self._characters(self._end + start))
+        self._end += len(token)
+        if cuts:
+            self.cut = min(cuts)
             return
-        possible = self._end - max(search.matched for search in self._searches)
+        possible = self._end - max(search.matched for search in self._in_bytes)
+        in_text = after - max((search.matched for search in self._in_text), default=0)
         self._forget(possible)
-        self.certain = after if possible == self._end else self._characters(possible)
+        self.certain = min(in_text, after if possible == self._end else self._characters(possible))
 
     def _forget(self, position: int) -> None:
         """Drop the tokens that end before a position."""
@@ -79,10 +70,25 @@ class StopStrings:
 
     def _characters(self, position: int) -> int:
         """Characters of the text before a position in its bytes."""
-        for piece in self._pieces:
-            if position < piece.end:
-                return piece.characters_before(position)
-        return self._pieces[-1].after
+        return next(piece.characters_before(position) for piece in self._pieces if position < piece.end)
+
+
+def _last_bytes(prompt: Iterable[bytes], count: int) -> bytes:
+    """At least the last `count` bytes of a prompt, if it has as many."""
+    taken: list[bytes] = []
+    size = 0
+    for token in prompt:
+        if size >= count:
+            break
+        taken.append(token)
+        size += len(token)
+    return b"".join(reversed(taken))
+
+
+def _first_met(searches: Sequence[_Search], more: Sequence[int | str]) -> int | None:
+    """Where the first of the strings that end in some more text begins, counted from there; None if none does."""
+    starts = [place + 1 - search.size for search in searches for place, item in enumerate(more) if search.push(item)]
+    return min(starts, default=None)
 
 
 @dataclass(frozen=True)
@@ -109,24 +115,25 @@ class _Piece:
 class _Search:
     """The search for one string; Knuth, Morris and Pratt, "Fast Pattern Matching in Strings", 1977."""
 
-    def __init__(self, wanted: bytes) -> None:
-        self.wanted = wanted
-        self.matched = 0  # of its first bytes, those that the text ends with
+    def __init__(self, wanted: bytes | str) -> None:
+        self._wanted: Sequence[int | str] = wanted
+        self.size = len(wanted)
+        self.matched = 0  # of its first bytes or characters, those that the text ends with
         self._shorter = [0]  # for each beginning, the longest shorter one that it ends with
-        for byte in wanted[1:]:
-            self._shorter.append(self._next(self._shorter[-1], byte))
+        for item in self._wanted[1:]:
+            self._shorter.append(self._next(self._shorter[-1], item))
 
-    def push(self, byte: int) -> bool:
-        """Take a byte; whether the text ends with the string now."""
-        if self.matched == len(self.wanted):
+    def push(self, item: int | str) -> bool:
+        """Take a byte or character; whether the text ends with the string now."""
+        if self.matched == self.size:
             self.matched = self._shorter[-1]
-        self.matched = self._next(self.matched, byte)
-        return self.matched == len(self.wanted)
+        self.matched = self._next(self.matched, item)
+        return self.matched == self.size
 
-    def _next(self, matched: int, byte: int) -> int:
-        while matched and self.wanted[matched] != byte:
+    def _next(self, matched: int, item: int | str) -> int:
+        while matched and self._wanted[matched] != item:
             matched = self._shorter[matched - 1]
-        return matched + (self.wanted[matched] == byte)
+        return matched + (self._wanted[matched] == item)
 
 
 def _characters(content: bytes) -> int:

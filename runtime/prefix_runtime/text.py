@@ -131,11 +131,11 @@ class GrowingText:
             BundleError: the tokenizer fails.
         """
         before = self._given + len(self._held)
-        self._held += self._window.push(token_id)
-        after = self._given + len(self._held)
+        piece = self._window.push(token_id)
+        self._held += piece
         if self._stop is None:
-            return self._give(after)
-        self._stop.push(self._detokenizer.token_bytes(token_id), before, after)
+            return self._give(before + len(piece))
+        self._stop.push(self._detokenizer.token_bytes(token_id), piece, before)
         if self._stop.cut is None:
             return self._give(self._stop.certain)
         self.stopped = True
