@@ -149,7 +149,7 @@ class TestWhereItLies:
         found, _ = chosen(base, task=adapter("a", separator) / "adapter_model.safetensors")
         assert "<sep>" in found.tokenizer.get_vocab()
 
-    def test_beside_the_folder_of_an_adapter_with_a_name(self, base, adapter, tmp_path):
+    def test_beside_the_folder_of_an_adapter_with_a_name(self, base, adapter):
         trained = adapter("trained", separator)
         named = Path(shutil.copytree(adapter("plain"), trained / "named"))
         found, _ = chosen(base, task=named)
