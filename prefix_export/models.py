@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from prefix_runtime import Geometry, LayerGeometry
+from prefix_runtime.tokenizer_file import is_panic
 
 from .attention import AttentionLayer, probe
 from .errors import ModelError, UnsupportedArchitectureError
@@ -211,7 +212,9 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
         return None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except BaseException as error:  # tokenizers raises Exception itself, and panics
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         raise ModelError(
             f"model {name!r}: expected a tokenizer that transformers can load, found {_first_line(error)}"
         ) from error
@@ -225,5 +228,5 @@ def _has_file(name: str, file: str) -> bool:
     return found is not None
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

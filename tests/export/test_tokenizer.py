@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,8 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from prefix_export.errors import PrefixExportError
-from prefix_export.models import load_config
+from prefix_export.errors import ModelError, PrefixExportError
+from prefix_export.models import load_base_model, load_config
 from prefix_export.tokenizer import ODD_TEXTS, load_tokenizer, odd_texts, save_tokenizer, tokenizer_warnings
 from prefix_runtime import BundleError
 from prefix_runtime.text import TextCodec
@@ -233,3 +234,12 @@ def test_a_start_token_of_the_post_processor_is_all_of_an_empty_prompt(tmp_path)
     tokenizer.post_processor = processors.TemplateProcessing("<|end|> $A", special_tokens=[("<|end|>", 0)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert TextCodec(tmp_path / "tokenizer.json").encode("") == [0]
+
+
+def test_a_base_model_whose_tokenizer_panics_is_refused_in_a_line(workshop, tmp_path):
+    model = shutil.copytree(workshop.model("gpt2", tokenizer=True), tmp_path / "model")
+    state = json.loads((model / "tokenizer.json").read_text())
+    state["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (model / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(ModelError, match=r"expected a tokenizer that transformers can load, found Precompiled"):
+        load_base_model(str(model))
