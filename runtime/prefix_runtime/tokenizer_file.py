@@ -218,4 +218,4 @@ def _growth(part: dict[str, Any]) -> float:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__
