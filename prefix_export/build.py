@@ -18,6 +18,7 @@ from prefix_runtime.manifest import ModelEntry, check_new_task_name
 from prefix_runtime.storage import write_file_atomically
 
 from . import __version__, targets
+from .adapter_tokenizer import with_adapters_tokenizer
 from .adopt import adopt_graph
 from .attention import check_fast_flavour
 from .calibrate import cache_scales, save_scales
@@ -34,6 +35,7 @@ from .progress import StepListener
 from .quality import HeldOut, TaskQuality, read_held_out
 from .quantize import QuantizedModel
 from .rounding import BITS, Quantization, quantization
+from .tokenizer import tokenizer_warnings
 from .verification import answer_all, assess_all, certificate, check_can_run, compare_all, observe_all
 
 
@@ -128,7 +130,8 @@ def build(
     on_step("folding prefixes")
     sourced = _fold_all(request, plan, base, max_length)
     prefixes, sources = sourced.prefixes, sourced.sources
-    warnings = (*sourced.warnings, *_warnings(request, plan.target, base, prefixes, max_length))
+    base, notes = with_adapters_tokenizer(base, sources)
+    warnings = (*sourced.warnings, *notes, *_warnings(request, plan.target, base, prefixes, max_length))
     _check_held_out_tasks(request, prefixes)
     measured, compared = _split(request, _held_out(request, base, prefixes, max_length))
     in_float = answer_all(base, prefixes, sources, compared, on_step) if request.verify else {}
@@ -145,6 +148,7 @@ def build(
         if scales is not None:
             save_scales(scales, folder)
         save_configs(base, folder)
+        warnings += tokenizer_warnings(folder, base.tokenizer)
         _save_for_clients(plan, base, prefixes, max_length, folder)
         on_step("hashing")
         manifest = _manifest(plan, settings, base, prefixes, weight_bytes, max_length=max_length, folder=folder)

@@ -20,6 +20,7 @@ from prefix_runtime.geometry import LEAST_TEXT
 from prefix_runtime.prefix import TEXT_HAS_BEGUN
 
 from . import formats
+from .adapter_tokenizer import tokenizer_warnings_for_bundle
 from .errors import CheckpointError, PrefixExportError
 from .formats import SoftPrompt
 from .hub import split_revision
@@ -126,7 +127,8 @@ def fold_for_bundle(path: Path, bundle: Bundle) -> tuple[Prefix, tuple[str, ...]
             f"first: prefix-export fold {path} --model {model} --output FILE"
         )
 
-    folded = fold(path, shape, refuse)
+    at = located(path)
+    folded = fold(at, shape, refuse)
     if len(folded.prefixes) > 1:
         raise CheckpointError(
             f"{path}: expected one prefix, found {len(folded.prefixes)}; fold them first: prefix-export fold {path} "
@@ -134,7 +136,8 @@ def fold_for_bundle(path: Path, bundle: Bundle) -> tuple[Prefix, tuple[str, ...]
         )
     (prefix,) = folded.prefixes.values()
     bundle.manifest.geometry.check_prefix(prefix, str(path))
-    return prefix, (*folded.warnings, *lint(prefix, shape, bundle.manifest.max_length))
+    warnings = (*folded.warnings, *tokenizer_warnings_for_bundle(at, bundle, config))
+    return prefix, (*warnings, *lint(prefix, shape, bundle.manifest.max_length))
 
 
 def _as_prefix(part: Prefix | SoftPrompt, shape: Shape, load: Callable[[], BaseModel], path: Path) -> Prefix:

@@ -14,6 +14,8 @@ from prefix_export.attention import probe
 from prefix_export.errors import ModelError, UnsupportedArchitectureError
 from prefix_export.generation_defaults import FILE as GENERATION_CONFIG
 from prefix_export.generation_defaults import check_generation_config
+from prefix_export.tokenizer import TOKENIZER_FILES
+from prefix_runtime.tokenizer_file import is_panic
 
 from . import config_file, gguf_model, pretrained
 from .base_model import BaseModel, base_model, fingerprint
@@ -25,7 +27,6 @@ _CONFIG = "config.json"
 _ADAPTER = "adapter_config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _MOST_LAYERS = 4096
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def load_base_model(name: str) -> BaseModel:
@@ -185,7 +186,9 @@ def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
         return None
     try:
         return pretrained.tokenizer(source)
-    except pretrained.FAILURES as error:
+    except BaseException as error:  # tokenizers raises Exception itself, and panics
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         raise ModelError(
             f"model {source.name!r}: expected a tokenizer that transformers can load, found "
             f"{pretrained.reason(error, source)}"
@@ -197,7 +200,7 @@ def _has_tokenizer(source: ModelSource) -> bool:
     header = _header(source)
     if header is not None:
         return "tokenizer.ggml.model" in header.values
-    return any(source.file(file) is not None for file in _TOKENIZER_FILES)
+    return any(source.file(file) is not None for file in TOKENIZER_FILES)
 
 
 def _notes(source: ModelSource, config: PreTrainedConfig) -> Iterator[str]:

@@ -115,7 +115,7 @@ def configuration_of(model_type: str, values: Mapping[str, Any]) -> PreTrainedCo
     return config
 
 
-def reason(error: Exception, source: ModelSource) -> str:
+def reason(error: BaseException, source: ModelSource) -> str:
     """The first line of what a loader raised, without temporary folders and without advice to trust foreign code."""
     text = str(error).strip() or type(error).__name__
     if "trust_remote_code" in text:

@@ -8,9 +8,9 @@ from typing import Any, TypedDict, cast
 
 import numpy as np
 
-from .checks import is_whole
+from .checks import is_unicode, is_whole
 from .errors import RequestError
-from .generation_config import GenerationConfig
+from .generation_config import MAX_STOP_LENGTH, MAX_STOP_STRINGS, GenerationConfig
 from .sampling import Sampling
 
 _LISTED = ("max_new_tokens", "sampling", "generation_config")
@@ -29,7 +29,8 @@ class GenerationOptions(TypedDict, total=False):
     generation_config: settings on top of the model's, by transformers' names, or a list; None as a value turns a
         setting off. `sampling`, `max_new_tokens`, `end_tokens` and `stop` go before it.
     end_tokens: token ids that end the text, in place of the model's; an empty list for none.
-    stop: strings that end the text and are left out of it, in place of the model's; an empty list for none.
+    stop: strings that end the text and are left out of it, in place of the model's; an empty list for none. At most 64,
+        of at most 256 characters each. A special token's text is one too, and a string may begin in the prompt.
     ignore_end: go on behind end tokens, up to `max_new_tokens`; for measurements.
     """
 
@@ -147,13 +148,22 @@ def as_stop(stop: str | Sequence[str] | None) -> tuple[str, ...] | None:
     """The strings that were given; None without any option.
 
     Raises:
-        RequestError: one is empty, or is something else.
+        RequestError: one is empty, is too long, or is something else; there are too many.
     """
     if stop is None:
         return None
     strings = [stop] if isinstance(stop, str) else stop
     if not isinstance(strings, Sequence) or not all(isinstance(string, str) and string for string in strings):
         raise RequestError(f"stop: expected strings of at least one character, found {strings!r}")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise RequestError(f"stop: expected at most {MAX_STOP_STRINGS} strings, found {len(strings)}")
+    for place, string in enumerate(strings):
+        if len(string) > MAX_STOP_LENGTH:
+            raise RequestError(
+                f"stop[{place}]: expected at most {MAX_STOP_LENGTH} characters, found {len(string)}: give its beginning"
+            )
+        if not is_unicode(string):
+            raise RequestError(f"stop[{place}]: expected Unicode text, found {string!a}")
     return tuple(strings)
 
 

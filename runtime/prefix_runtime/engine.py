@@ -233,8 +233,8 @@ class Engine:
         """Answer a prompt, or each of a list of prompts, which are decoded together, as if each were alone.
 
         Args:
-            prompt: text, encoded with the special tokens that the model's tokenizer adds by itself; with none behind a
-                prefix that is a text itself.
+            prompt: text, encoded with the special tokens that the model's tokenizer adds by itself, which may be all
+                that an empty prompt has. None are added if the task's prefix is a text, or holds one.
             token_ids: in place of text, taken as they are.
             task: whose prefix to use; None runs the bare model. For a list of prompts one task, or one for each. Tasks
                 joined by `+` are composed: their prefixes stand one after another.
@@ -381,11 +381,14 @@ class Engine:
         if isinstance(prompt, str):
             if self._codec is None:
                 raise RequestError(f"prompt: {self.bundle.root} has no tokenizer: expected token_ids, found text")
-            ids = tuple(self._codec.encode(prompt, with_special_tokens=not has_begun)) if prompt else ()
+            ids = tuple(self._codec.encode(prompt, with_special_tokens=not has_begun))
         else:
             ids = tuple(int(token_id) for token_id in prompt)
         if not ids:
-            raise RequestError("prompt: expected at least one token, found none")
+            raise RequestError(
+                "prompt: expected at least one token, found none: the tokenizer adds none to this text; give text, or "
+                "give a start token as token_ids"
+            )
         for index, token_id in enumerate(ids):
             if not 0 <= token_id < self._geometry.vocab_size:
                 raise RequestError(

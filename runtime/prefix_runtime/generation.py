@@ -56,7 +56,7 @@ class GrowingAnswer:
         self._request, self._lease = request, lease
         self._rules = request.rules
         self._sampler = make_sampler(request.rules.sampling)
-        self._text = codec.growing_text(request.rules.stop) if codec else None
+        self._text = codec.growing_text(request.rules.stop, request.prompt) if codec else None
         self._token_ids: list[int] = []
         self._history = np.empty(len(request.prompt) + request.max_new_tokens, np.int64)  # prompt and new ones
         self._history[: len(request.prompt)] = request.prompt

@@ -17,6 +17,10 @@ from .sampling import Sampling
 _MOST_BYTES = 1 << 26
 """The largest configuration file that is read; lists of forbidden words of real models take less than a megabyte."""
 
+MAX_STOP_STRINGS = 64
+MAX_STOP_LENGTH = 256
+"""Characters of one stop string."""
+
 _TEXT_CONFIGS = ("decoder", "generator", "text_config")
 
 
@@ -321,6 +325,8 @@ class _Reader:
         listed = [value] if isinstance(value, str) else value
         sound = isinstance(listed, list | tuple) and all(isinstance(each, str) and each for each in listed)
         _check(name, sound, "strings of at least one character", value)
+        is_bounded = len(listed) <= MAX_STOP_STRINGS and all(len(each) <= MAX_STOP_LENGTH for each in listed)
+        _check(name, is_bounded, f"at most {MAX_STOP_STRINGS} strings of at most {MAX_STOP_LENGTH} characters", value)
         return tuple(listed)
 
     def runs(self, name: str) -> tuple[tuple[int, ...], ...]:

@@ -366,6 +366,13 @@ class TestGenerate:
     def test_an_empty_standard_input_is_refused(self, refused, shared_bundle):
         assert "prompt: expected at least one token" in refused("generate", shared_bundle, input="")
 
+    @pytest.mark.parametrize("given_as", [{}, {"input": ""}])
+    def test_an_empty_prompt_is_the_start_token_that_the_tokenizer_adds(self, printed, starting_bundle, given_as):
+        expected = prefix_runtime.load(starting_bundle, threads=1).generate(token_ids=[0], max_new_tokens=4).text
+        prompt = [] if given_as else [""]
+        output = printed("generate", starting_bundle, *prompt, "--max-new-tokens", 4, **given_as)
+        assert output == f"{expected}\n"
+
     def test_a_standard_input_that_is_no_text_is_refused(self, refused, shared_bundle):
         assert "standard input: expected UTF-8 text" in refused("generate", shared_bundle, input=b"\xff\xfe")
 
