@@ -167,9 +167,16 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def sha256(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def adapter_hash(folder: Path) -> str:
+    """SHA-256 of an adapter's weights in hexadecimal.
+
+    Raises:
+        click.ClickException: the folder holds no adapter.
+    """
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise click.ClickException(f"expected an adapter, found no file {weights}; run train_prefixes.py first")
+    return hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
 def names_in(listed: str, known: Iterable[str], option: str) -> list[str]:
@@ -203,7 +210,7 @@ def main(tables: int, precisions: str, only: str | None, *, fresh: bool, output:
     names = [PEFT, *names_in(precisions, BUILDS, "--precisions")]
     tasks = names_in(options["tasks"], TASKS, "--tasks")
     subject = Subject(options["base"], options["prefixes"], tasks, options["threads"])
-    adapters = {task: sha256(folder / "adapter_model.safetensors") for task, folder in subject.adapters().items()}
+    adapters = {task: adapter_hash(folder) for task, folder in subject.adapters().items()}
     archive = Archive(options["texts"], tables, adapters, options["verify"])
     evaluation = Evaluation(subject, archive, held_out(tables), options["device"], options["batch"])
     if subject.threads:

@@ -77,6 +77,13 @@ def test_texts_for_tests_are_right_answers(evaluated):
     assert [set(json.loads(text)) >= {"name", "isle", "built"} for text in texts["json"]] == [True] * 3
 
 
+def test_a_missing_adapter_is_named_in_one_line(tmp_path):
+    done = run("evaluate.py", "--base", DEMO / "model", "--prefixes", tmp_path)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert str(tmp_path / "describe" / "adapter_model.safetensors") in line
+
+
 def test_an_adapter_is_trained_and_saved_as_float16(tmp_path):
     options = ["--base", DEMO / "model", "--output", tmp_path, "--tasks", "headline", "--steps", 2]
     done = run("train_prefixes.py", *options, "--documents", 8, "--batch-size", 2, "--tables", 2)
