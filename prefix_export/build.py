@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from prefix_runtime import Bundle, LayerPrefix, Manifest, Prefix
-from prefix_runtime.bundle import MANIFEST_NAME, check_output, describe_file, staged, write_prefix
+from prefix_runtime.bundle import MANIFEST_NAME, describe_file, staged, write_prefix
 from prefix_runtime.cache_format import CACHE_TYPES
 from prefix_runtime.geometry import LEAST_TEXT
 from prefix_runtime.manifest import ModelEntry, check_new_task_name
@@ -30,50 +30,10 @@ from .models import BaseModel, load_base_model
 from .parity import PrefixSource, TaskParity
 from .progress import StepListener
 from .quality import HeldOut, TaskQuality, read_held_out
+from .quantization import Quantization, quantization
 from .quantize import QuantizedModel
-from .rounding import Quantization, quantization
+from .request import BuildRequest, check_request, check_sources
 from .verification import answer_all, assess_all, certificate, check_can_run, compare_all, observe_all
-
-
-@dataclass(frozen=True)
-class BuildRequest:
-    """What to build.
-
-    Attributes:
-        model: a Hub id or a folder.
-        prefixes: a trained checkpoint for each task.
-        output: the bundle's folder, which must not exist yet.
-        max_length: positions that prefix and text may take together; None takes the model's context.
-        mode: "feed", or "bake": the graph holds the prefixes, and its tasks cannot change.
-        target: what the graph is made for, of `targets.TARGETS`; None takes "cpu", or "portable" for "bake".
-        opset: of ONNX' own operators; None takes the target's.
-        graph: of the model, a decoder-with-past in float32 that was exported before, to be used as it is.
-        adapters: "onnx" writes an adapter file of onnxruntime's for each task, and a graph that takes them.
-        precision: of the weights: "fp32", "fp16", "bf16", "int8" or "int4"; None takes the target's first.
-        block_size: weights that share a scale; None takes `rounding.DEFAULT_BLOCK_SIZE`, for the target tensorrt all
-            of an output.
-        quantizer: how weights are rounded: "rtn" or "hqq".
-        cache: what keys and values are kept in: "fp32", "fp16", "bf16" or "int8"; None takes the target's.
-        held_out: text files, a text a line, on which float32 and what is rounded are compared, by task; the one under
-            None is for tasks without one of their own and for the bare model. Where there is none, the demo's.
-        verify: compare the graph with the source framework before the bundle is moved into place.
-    """
-
-    model: str
-    prefixes: Mapping[str, Path]
-    output: Path
-    max_length: int | None = None
-    mode: str = "feed"
-    target: str | None = None
-    opset: int | None = None
-    graph: Path | None = None
-    adapters: str | None = None
-    precision: str | None = None
-    block_size: int | None = None
-    quantizer: str = "rtn"
-    cache: str | None = None
-    held_out: Mapping[str | None, Path] = field(default_factory=dict)
-    verify: bool = True
 
 
 @dataclass(frozen=True)
@@ -112,12 +72,12 @@ def build(
         OSError: the disk is full or not writable; nothing is left behind.
     """
     started = time.perf_counter()
-    check_output(request.output)
-    plan = _plan(request)
-    request = replace(request, precision=plan.precision, cache=plan.cache)
-    by_output = plan.target.has_output_scales
-    settings = quantization(plan.precision, request.block_size, request.quantizer, by_output=by_output)
-    _check_held_out(request)
+    checked = check_request(request)
+    request, plan, settings = checked.request, checked.plan, checked.quantization
+    if load is None:
+        check_sources(request)
+    if request.verify:
+        check_can_run(plan.precision)
     on_step(f"loading {request.model}")
     base = (load or load_base_model)(request.model)
     if plan.target.flavour == "fast":
@@ -171,27 +131,6 @@ def _save_for_clients(
         write_json(folder / GENAI_CONFIG_NAME, genai_config(base, plan.graph, room))
 
 
-def _plan(request: BuildRequest) -> targets.Plan:
-    """What is to be made.
-
-    Raises:
-        PrefixExportError, PrefixRuntimeError: the request contradicts itself, or asks for what cannot be done here.
-    """
-    _check_names(request.prefixes)
-    target = "portable" if request.graph is not None and request.target is None else request.target
-    plan = targets.plan(
-        target, request.mode, request.precision, request.cache, request.opset, adapters=request.adapters
-    )
-    if plan.mode == "bake" and not request.prefixes:
-        raise ExportError("mode bake: expected at least one prefix to put into the graph, found none")
-    if plan.has_adapters and not request.prefixes:
-        raise ExportError("adapters: expected at least one prefix to write as an adapter file, found none")
-    _check_graph(request, plan)
-    if request.verify:
-        check_can_run(plan.precision)
-    return plan
-
-
 @dataclass(frozen=True)
 class _Sourced:
     """The prefix of each task as the bundle keeps it, what it was folded from, and what the user should know."""
@@ -240,37 +179,9 @@ def _check_one_base(prefixes: Mapping[str, Prefix]) -> None:
         )
 
 
-def _check_graph(request: BuildRequest, plan: targets.Plan) -> None:
-    """Refuse what would have to change a graph that is to be used as it is."""
-    if request.graph is None:
-        return
-    if not request.graph.is_file():
-        what = "a folder" if request.graph.is_dir() else "none"
-        raise ExportError(f"graph {request.graph}: expected an ONNX file, found {what}")
-    expected = ("portable", "feed", "fp32", False)
-    if (plan.name, plan.mode, plan.precision, plan.has_adapters) != expected or request.opset is not None:
-        raise ExportError(
-            f"graph {request.graph}: expected target portable, mode feed and precision fp32, no opset and no adapters, "
-            "as for a graph that is used as it is"
-        )
-
-
 def _conditions(mode: str, tasks: Iterable[str]) -> tuple[str | None, ...]:
     """What a graph answers under: each task, and where it holds none the bare model."""
     return tuple(tasks) if mode == "bake" else (None, *tasks)
-
-
-def _check_held_out(request: BuildRequest) -> None:
-    if request.held_out and _is_exact(request):
-        raise ExportError("held-out text: expected weights or a cache to round and compare with float32, found none")
-    if request.held_out and not (request.verify or request.cache == "int8"):
-        raise ExportError("held-out text: expected a comparison with float32 to use it for, found --no-verify")
-    for task, path in request.held_out.items():
-        # A checkpoint of several prefixes makes tasks of more names than are known here.
-        if task is not None and not any(task == name or task.startswith(f"{name}-") for name in request.prefixes):
-            raise ExportError(f"held-out text {path}: expected one of the tasks that are built, found {task!r}")
-        if not path.is_file():
-            raise ExportError(f"held-out text {path}: expected a text file, found none")
 
 
 def _check_held_out_tasks(request: BuildRequest, prefixes: Mapping[str, Prefix]) -> None:
@@ -283,17 +194,13 @@ def _held_out(
     request: BuildRequest, base: BaseModel, prefixes: Mapping[str, Prefix], max_length: int
 ) -> dict[str | None, HeldOut]:
     """The texts of each task and of the bare model, where something is about to be rounded."""
-    if _is_exact(request) or not (request.verify or request.cache == "int8"):
+    if not request.needs_text:
         return {}
     conditions = _conditions(request.mode, prefixes)
     files = {task: request.held_out.get(task, request.held_out.get(None)) for task in conditions}
     return {
         task: read_held_out(path, base, prefixes[task] if task else None, max_length) for task, path in files.items()
     }
-
-
-def _is_exact(request: BuildRequest) -> bool:
-    return request.precision == "fp32" and request.cache == "fp32"
 
 
 def _split(
@@ -366,13 +273,6 @@ def verify_against(
     sources = dict.fromkeys(prefixes)
     expected = observe_all(base, prefixes, sources, conditions, max_length=manifest.max_length, on_step=on_step)
     return compare_all(bundle.root, expected, on_step)
-
-
-def _check_names(prefixes: Mapping[str, Path]) -> None:
-    taken: list[str] = []
-    for name in prefixes:
-        check_new_task_name(name, taken)
-        taken.append(name)
 
 
 def _max_length(request: BuildRequest, base: BaseModel) -> int:

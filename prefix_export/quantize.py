@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import ExportError
-from .rounding import PackedWeight, Quantization, pack, unpacked
+from .quantization import Quantization
+from .rounding import PackedWeight, pack, unpacked
 from .targets import Target
 
 # Activations are rounded to 8 bits, block by block, which is what the fast kernels multiply.

@@ -22,8 +22,8 @@ from .models import BaseModel
 from .parity import Expectation, PrefixSource, TaskParity, compare, observe, reference
 from .progress import StepListener, shown_task
 from .quality import Answers, HeldOut, TaskQuality, answers, assess
+from .quantization import BITS
 from .quantize import as_exact
-from .rounding import BITS
 
 Sources = Mapping[str, PrefixSource | None]
 """The checkpoint that each task's prefix was folded from, where it is at hand."""

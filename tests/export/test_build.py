@@ -19,7 +19,7 @@ import prefix_export
 from prefix_export import build as build_module
 from prefix_export import export, verification
 from prefix_export.build import BuildRequest, build, verify_against
-from prefix_export.errors import ExportError, ModelError, ParityError, UnsupportedArchitectureError
+from prefix_export.errors import CheckpointError, ExportError, ModelError, ParityError, UnsupportedArchitectureError
 from prefix_export.models import load_base_model
 from prefix_export.parity import TaskParity
 from prefix_export.verification import certificate
@@ -219,6 +219,26 @@ def test_a_prefix_for_another_base_model_is_refused_by_fingerprint(model, built,
     assert not list(place.iterdir())
 
 
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/model", "a/b/c", "my model", "modèle", "x" * 5000 + "/y/z"])
+def test_a_model_that_can_only_be_a_path_is_refused_before_any_work(place, name):
+    with pytest.raises(ModelError, match=r"expected a Hub id or a folder with a config.json, found no such folder$"):
+        build(BuildRequest(name, {}, place / "out"))
+
+
+@pytest.mark.usefixtures("no_work")
+def test_an_adapter_given_as_the_model_is_named(adapter, place):
+    with pytest.raises(ModelError, match=r"found a folder without; it holds an adapter: name it with --prefix"):
+        build(BuildRequest(str(adapter), {}, place / "out"))
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("name", ["nowhere", "/nowhere", "a/b/c", "x" * 5000])
+def test_a_checkpoint_that_can_only_be_a_path_is_refused_before_any_work(place, name):
+    with pytest.raises(CheckpointError, match=r"expected a trained prefix, a file or a folder, found nothing there$"):
+        build(BuildRequest("gpt2", {"task": Path(name)}, place / "out"))
+
+
 @pytest.fixture
 def no_work(monkeypatch):
     monkeypatch.setattr(build_module, "load_base_model", lambda _: pytest.fail("the model was loaded first"))
@@ -267,10 +287,16 @@ def test_names_that_differ_in_case_alone_are_refused_before_any_work(place):
         build(BuildRequest("gpt2", {"E2E": place, "e2e": place}, place / "out"))
 
 
-@pytest.mark.parametrize("max_length", [-1, 0, 1, 321])
-def test_a_max_length_that_is_out_of_range_is_refused(model, place, max_length):
-    with pytest.raises(ModelError, match=rf"max_length: expected 2 to the context .*, 320, found {max_length}$"):
-        build(BuildRequest(str(model), {}, place / "out", max_length=max_length))
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("max_length", [-1, 0, 1])
+def test_a_max_length_without_room_for_text_is_refused_before_any_work(place, max_length):
+    with pytest.raises(ModelError, match=rf"max_length: expected 2 or more, found {max_length}$"):
+        build(BuildRequest("gpt2", {}, place / "out", max_length=max_length))
+
+
+def test_a_max_length_beyond_the_context_is_refused(model, place):
+    with pytest.raises(ModelError, match=r"max_length: expected 2 to the context .*, 320, found 321$"):
+        build(BuildRequest(str(model), {}, place / "out", max_length=321))
     assert not list(place.iterdir())
 
 
