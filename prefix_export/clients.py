@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from prefix_runtime import Prefix
 from prefix_runtime.bundle import adapter_path
+from prefix_runtime.os_errors import os_error_behind
 from prefix_runtime.session import save_adapter
 
 from .errors import ExportError
@@ -103,7 +105,9 @@ def save_configs(base: BaseModel, folder: Path) -> None:
     if base.tokenizer is not None:
         try:
             base.tokenizer.save_pretrained(folder)
-        except Exception as error:  # tokenizers raises Exception itself
+        except Exception as error:  # tokenizers raises Exception itself, and leaves the number of OSError in its text
+            if (cause := os_error_behind(error)) is not None:
+                raise OSError(cause, os.strerror(cause), str(folder)) from error
             raise ExportError(f"{folder}: the tokenizer cannot be written: {error}") from error
         _name_tokenizer_for_all(folder / "tokenizer_config.json")
 

@@ -119,4 +119,5 @@ def test_a_build_result_has_these_fields():
         "quality",
         "seconds",
         "warnings",
+        "phase_seconds",
     ]
