@@ -55,11 +55,12 @@ class _Bar:
         self._unit = ""
 
     def phase(self, name: str, total: int | None = None, *, detail: str = "", unit: str = "") -> None:
+        self._bars.refresh()  # the last phase with all of its steps
         self._total, self._done, self._unit = total, 0.0, unit
         shown = f"{name}: {detail}" if detail else name
-        # rich keeps the old total if the new one is None: such a phase pulses.
-        self._bars.reset(self._task, total=total, description=_literal(shown), steps=self._steps())
-        self._bars.tasks[0].total = total
+        self._bars.reset(self._task, description=_literal(shown), steps=self._steps())
+        self._bars.tasks[0].total = total  # rich's own methods keep the old total if the new one is None
+        self._bars.refresh()
 
     def advance(self, steps: float = 1) -> None:
         self._done += steps

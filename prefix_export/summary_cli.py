@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from prefix_runtime.base_cli import terminal_width
+from prefix_runtime.base_cli import line_width, table_width
 from prefix_runtime.text_table import as_table, folded
 
 if TYPE_CHECKING:
@@ -26,13 +26,13 @@ _SHOWN_SECONDS = 2.0
 
 def print_summary(result: BuildResult) -> None:
     """Print what was built, how it compares with the source framework, and where the time went."""
-    width = terminal_width()
-    click.echo(folded(_headline(result), width))
-    if line := phase_line(result.phase_seconds):
-        click.echo(folded(line, width))
-    click.echo(f"\n{_task_table(result, min(width or _WIDTH, _WIDTH))}")
+    for line in (_headline(result), phase_line(result.phase_seconds)):
+        if line:
+            click.echo(folded(line, line_width()))
+    width = min(table_width() or _WIDTH, _WIDTH)
+    click.echo(f"\n{_task_table(result, width)}")
     if result.quality:
-        click.echo(f"\n{_quality_table(result, min(width or _WIDTH, _WIDTH))}")
+        click.echo(f"\n{_quality_table(result, width)}")
 
 
 def print_parity(bundle: Bundle, parity: Mapping[str | None, TaskParity]) -> None:
@@ -42,7 +42,7 @@ def print_parity(bundle: Bundle, parity: Mapping[str | None, TaskParity]) -> Non
     manifest = bundle.manifest
     for task, result in parity.items():
         said = agreement(asdict(result), quality_of(manifest, task), is_quantized=manifest.quantizer is not None)
-        click.echo(folded(f"{'the bare model' if task is None else task}: {said}", terminal_width()))
+        click.echo(folded(f"{'the bare model' if task is None else task}: {said}", line_width()))
 
 
 def phase_line(seconds: Mapping[str, float]) -> str:

@@ -95,11 +95,15 @@ def is_dumb_terminal() -> bool:
     return os.environ.get("TERM", "").lower() in ("dumb", "unknown")
 
 
-def terminal_width() -> int | None:
-    """Characters that a line may take: a terminal's, or COLUMNS; None in a pipe, where nothing is folded."""
-    if not (sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()):
-        return None
-    return shutil.get_terminal_size().columns
+def line_width() -> int | None:
+    """Characters that a line of text may take before it is folded: the terminal's; None in a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def table_width() -> int | None:
+    """Characters that a table may take: the terminal's, or COLUMNS in a pipe too; None if neither is known."""
+    is_known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    return shutil.get_terminal_size().columns if is_known else None
 
 
 def write_output(path: Path, content: bytes) -> None:
@@ -123,7 +127,7 @@ def print_fields(fields: dict[str, str], as_json: bool) -> None:
         return
     column = max(map(len, fields))
     for name, value in fields.items():
-        click.echo(folded(f"{name:<{column}}  {value}", terminal_width(), indent=column + 2))
+        click.echo(folded(f"{name:<{column}}  {value}", line_width(), indent=column + 2))
 
 
 def _print_anything() -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from .base_cli import PATH, STANDARD_OUTPUT, is_dumb_terminal, terminal_width, write_output
+from .base_cli import PATH, STANDARD_OUTPUT, is_dumb_terminal, line_width, table_width, write_output
 from .errors import BenchError
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def run(bundle: Path, flags: dict[str, Any], on_step: StepListener) -> None:
     on_step(0, 0, "")
     if STANDARD_OUTPUT not in (flags[name] for name in _OUTPUTS):
         # Before the files, so that it is not lost if one of them cannot be written.
-        click.echo(as_text(report, comparison, terminal_width()), nl=False)
+        click.echo(as_text(report, comparison, line_width=line_width(), table_width=table_width()), nl=False)
     for name in _OUTPUTS:
         if flags[name]:
             write_output(flags[name], _content(name, report, comparison))

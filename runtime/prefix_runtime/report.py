@@ -26,18 +26,25 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def as_text(report: BenchReport, comparison: Comparison | None = None, width: int | None = None) -> str:
+def as_text(
+    report: BenchReport,
+    comparison: Comparison | None = None,
+    *,
+    line_width: int | None = None,
+    table_width: int | None = None,
+) -> str:
     """A report for a terminal, and what it is compared with.
 
     Args:
         report: what was measured.
         comparison: with another report.
-        width: of the terminal, in characters; None folds no lines and takes `WIDTH` for tables.
+        line_width: characters after which lines of text are folded; None folds none.
+        table_width: characters that a table may take; at most, and by default, `WIDTH`.
     """
-    blocks = ["\n".join(folded(line, width) for line in headline(report))]
+    blocks = ["\n".join(folded(line, line_width) for line in headline(report))]
     found = [*tables(report), *(comparison_tables(comparison) if comparison else ())]
-    blocks += [_render(table, WIDTH if width is None else min(width, WIDTH)) for table in found]
-    blocks.append("\n".join(folded(line, width) for line in notes(report, comparison)))
+    blocks += [_render(table, min(table_width or WIDTH, WIDTH)) for table in found]
+    blocks.append("\n".join(folded(line, line_width) for line in notes(report, comparison)))
     return "\n\n".join(blocks) + "\n"
 
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import ExitStack
 
 import pytest
 
@@ -30,9 +29,15 @@ def _handlers():
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_ends_a_program_with_its_exit_code_after_clean_up(number, capsys):
     cleaned = []
-    with pytest.raises(SystemExit) as caught, ending_when_stopped(), ExitStack() as stack:
-        stack.callback(cleaned.append, number)
-        signal.raise_signal(number)
+
+    def work():
+        try:
+            signal.raise_signal(number)
+        finally:
+            cleaned.append(number)
+
+    with pytest.raises(SystemExit) as caught, ending_when_stopped():
+        work()
     assert (caught.value.code, cleaned) == (128 + number, [number])
     assert capsys.readouterr() == ("", "Aborted!\n")
 
