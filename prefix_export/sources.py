@@ -8,8 +8,8 @@ from pathlib import Path
 
 from .errors import CheckpointError, ModelError
 
-_HUB_MODEL = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*(?:@\S+)?", re.ASCII)
-_HUB_CHECKPOINT = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?:@\S+)?", re.ASCII)
+_HUB_MODEL = re.compile(r"(?=[^@]{1,96}(?:@|$))(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*(?:@\S+)?", re.ASCII)
+_HUB_CHECKPOINT = re.compile(r"(?=[^@]{1,96}(?:@|$))[A-Za-z0-9][\w.-]*/[\w.-]+(?:@\S+)?", re.ASCII)
 
 
 def check_model(name: str) -> None:

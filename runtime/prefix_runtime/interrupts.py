@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
@@ -13,6 +14,9 @@ from types import FrameType
 _POLITE = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 _FIRST_SIGNAL_STATUS = 128
 """A shell adds it to the number of the signal that ended a program: Ctrl-C is 130, SIGTERM 143, SIGHUP 129."""
+
+_LATER = 0.01
+"""Seconds until the callback in which a signal came is over."""
 
 
 def exit_at_once() -> None:
@@ -28,8 +32,9 @@ def exit_at_once() -> None:
 def ending_when_stopped() -> Iterator[None]:
     """End the program with "Aborted!" and the exit code of the signal, after everything half-written was removed.
 
-    A signal raises KeyboardInterrupt in the main thread, so that context managers clean up on the way out. Libraries
-    may turn that into an error of their own, so any error that follows a signal ends the program in the same way.
+    A signal raises SystemExit in the main thread, so that context managers clean up on the way out. Libraries may turn
+    that into an error of their own, so any error that follows a signal ends the program in the same way. It is no
+    KeyboardInterrupt, because Python ends with that, not with an exit code, if it passed through `exec` (3.11).
 
     Raises:
         SystemExit: the exit code is 128 plus the signal's number.
@@ -38,11 +43,12 @@ def ending_when_stopped() -> Iterator[None]:
 
     def stop(number: int, _frame: FrameType | None) -> None:
         received.append(number)
-        raise KeyboardInterrupt
+        raise SystemExit(_FIRST_SIGNAL_STATUS + number)
 
     before = {number: signal.signal(number, stop) for number in _heeded()}
     try:
-        yield
+        with _signals_not_lost(received):
+            yield
     except BaseException:
         if not received:
             raise
@@ -51,6 +57,27 @@ def ending_when_stopped() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _signals_not_lost(received: list[int]) -> Iterator[None]:
+    """Send a signal again if it came while Python ran a callback that can raise nothing, as there are many in imports.
+
+    Python would print what the handler raised, and go on.
+    """
+    before = sys.unraisablehook
+
+    def again(unraisable: sys.UnraisableHookArgs) -> None:
+        if received and unraisable.exc_type is SystemExit:
+            threading.Timer(_LATER, _thread.interrupt_main, [received[0]]).start()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _heeded() -> list[signal.Signals]:

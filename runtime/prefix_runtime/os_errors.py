@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from .storage import free_bytes, shown_size, without_partial_names
+from .storage import free_bytes, no_space, without_partial_names
 
 _FOUND = {
     errno.EDQUOT: "the disk quota is used up; remove files, or write elsewhere",
@@ -28,7 +28,6 @@ _FOUND = {
 _RUSTS_NUMBER = re.compile(r"\(os error (\d+)\)")
 _NUMPYS_PART = re.compile(r"\d+ requested and \d+ written")
 _NEARLY_FULL = 1 << 20
-_PLENTY = 1 << 30
 
 
 def described(error: OSError) -> str:
@@ -39,7 +38,7 @@ def described(error: OSError) -> str:
     if error.strerror and error.strerror != os.strerror(error.errno):
         return f"{where}{without_partial_names(error.strerror)}"
     if error.errno == errno.ENOSPC:
-        return f"{where}{_no_space(error)}"
+        return f"{where}{no_space(Path(os.fsdecode(error.filename)) if where else None)}"
     return f"{where}{_FOUND.get(error.errno, str(error.strerror).lower())}"
 
 
@@ -50,9 +49,9 @@ def write_error(path: Path, error: BaseException) -> OSError:
     """
     number = os_error_behind(error)
     if number is not None:
-        return OSError(number, os.strerror(number), str(path))
+        return OSError(number, no_space(path) if number == errno.ENOSPC else os.strerror(number), str(path))
     if _NUMPYS_PART.search(str(error)) or free_bytes(path) < _NEARLY_FULL:
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return OSError(errno.ENOSPC, no_space(path), str(path))
     return OSError(errno.EIO, f"cannot be written: {' '.join(str(error).split())}", str(path))
 
 
@@ -69,13 +68,3 @@ def _shown_path(error: OSError) -> str:
     if not isinstance(named, str | bytes):  # a descriptor's number says nothing
         return ""
     return without_partial_names(os.fsdecode(named))
-
-
-def _no_space(error: OSError) -> str:
-    named = error.filename
-    if not isinstance(named, str | bytes):
-        return "disk full; make room, or write elsewhere"
-    free = free_bytes(Path(os.fsdecode(named)))
-    if free > _PLENTY:
-        return f"the disk takes no more, although {shown_size(free)} are free; look at its number of files (df -i)"
-    return f"disk full: {shown_size(free)} free; make room, or write elsewhere"

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _HASHED_AT_ONCE = 4 << 20
+_PLENTY = 1 << 30
 
 
 def sha256_of_file(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> str:
@@ -50,7 +51,14 @@ def blaming(path: Path, partial: Path) -> Iterator[None]:
         if error.errno is None or (named is not None and not _is_within(named, partial)):
             raise
         inside = Path(os.fsdecode(named)).relative_to(partial) if named is not None else Path()
-        raise OSError(error.errno, error.strerror, str(path / inside)) from error
+        # The room is measured before what is half-written is removed.
+        text = no_space(path) if error.errno == errno.ENOSPC and _is_plain(error) else error.strerror
+        raise OSError(error.errno, text, str(path / inside)) from error
+
+
+def _is_plain(error: OSError) -> bool:
+    """Whether an error has the operating system's own text, not a better one."""
+    return error.errno is not None and error.strerror == os.strerror(error.errno)
 
 
 def _is_within(named: object, folder: Path) -> bool:
@@ -67,6 +75,16 @@ def check_room(path: Path, needed: int) -> None:
     if free < needed:
         text = f"disk full: needs {shown_size(needed)}, {shown_size(free)} free; make room, or write elsewhere"
         raise OSError(errno.ENOSPC, text, str(path))
+
+
+def no_space(path: Path | None) -> str:
+    """What a full disk means for whoever wrote to a path on it; None if the path is not known."""
+    if path is None:
+        return "disk full; make room, or write elsewhere"
+    free = free_bytes(path)
+    if free > _PLENTY:
+        return f"the disk takes no more, although {shown_size(free)} are free; look at its number of files (df -i)"
+    return f"disk full: {shown_size(free)} free; make room, or write elsewhere"
 
 
 def shown_size(size: float) -> str:

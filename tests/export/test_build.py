@@ -231,7 +231,9 @@ def test_a_prefix_for_another_base_model_is_refused_by_fingerprint(model, built,
 
 
 @pytest.mark.usefixtures("no_work")
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/model", "a/b/c", "my model", "modèle", "x" * 5000 + "/y/z"])
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "/nowhere/model", "a/b/c", "my model", "modèle", "x" * 97, "x" * 5000 + "/y/z"]
+)
 def test_a_model_that_can_only_be_a_path_is_refused_before_any_work(place, name):
     with pytest.raises(ModelError, match=r"expected a Hub id or a folder with a config.json, found no such folder$"):
         build(BuildRequest(name, {}, place / "out"))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -46,7 +47,7 @@ def test_a_library_that_makes_an_error_of_a_signal_does_not_change_what_ended_th
     def trace():
         try:
             signal.raise_signal(signal.SIGTERM)
-        except KeyboardInterrupt as error:
+        except SystemExit as error:
             raise ValueError("cannot trace") from error
 
     with pytest.raises(SystemExit) as caught, ending_when_stopped():
@@ -72,6 +73,21 @@ def test_who_ignores_the_end_of_a_terminal_goes_on():
         assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_during_a_callback_that_can_raise_nothing_is_not_lost(capsys):
+    class Watched:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def work():
+        watched = Watched()
+        del watched
+        time.sleep(60)
+
+    with pytest.raises(SystemExit) as caught, ending_when_stopped():
+        work()
+    assert (caught.value.code, capsys.readouterr().err) == (130, "Aborted!\n")
 
 
 def test_an_error_without_a_signal_stays_what_it_is():
