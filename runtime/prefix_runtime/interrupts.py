@@ -69,7 +69,7 @@ def _signals_not_lost(received: list[int]) -> Iterator[None]:
 
     def again(unraisable: sys.UnraisableHookArgs) -> None:
         if received and unraisable.exc_type is SystemExit:
-            threading.Timer(_LATER, _thread.interrupt_main, [received[0]]).start()
+            threading.Timer(_LATER, _send, [received[0]]).start()
         else:
             before(unraisable)
 
@@ -78,6 +78,14 @@ def _signals_not_lost(received: list[int]) -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+
+
+def _send(number: int) -> None:
+    """Send a signal to the main thread, so that it wakes where it waits; Windows can only mark the signal as come."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:
+        _thread.interrupt_main(signal.Signals(number))
 
 
 def _heeded() -> list[signal.Signals]:
