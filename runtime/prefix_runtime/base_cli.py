@@ -42,6 +42,10 @@ class ErrorReportingGroup(click.Group):
 
     expected_errors: tuple[type[Exception], ...] = (PrefixRuntimeError, OSError, MemoryError)
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.context_settings.setdefault("help_option_names", ["-h", "--help"])  # and of all commands below
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, its expected errors turned into click's."""
         ctx.color = wants_color()

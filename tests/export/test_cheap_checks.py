@@ -207,9 +207,9 @@ def every_command(group, path=()):
 @pytest.mark.parametrize("package", ["prefix_export", "prefix_runtime"])
 def test_the_help_of_every_command_and_the_version_import_nothing_heavy(package, places):
     main = __import__(f"{package}.cli", fromlist=["main"]).main
-    commands = [[*path, "--help"] for path in every_command(main)]
+    commands = [[*path, flag] for path in every_command(main) for flag in ("--help", "-h")]
     for (status, output, error, loaded), arguments in zip(
         answers(package, [*commands, ["--version"]], places), [*commands, ["--version"]], strict=True
     ):
         assert (status, error, [name for name in loaded if name != "numpy"]) == (0, "", []), arguments
-        assert output.startswith("Usage: " if arguments[-1] == "--help" else "program, version "), arguments
+        assert output.startswith("program, version " if arguments == ["--version"] else "Usage: "), arguments

@@ -63,6 +63,35 @@ def test_every_output_is_of_the_same_report(cli, shared_bundle, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in files.values())
 
 
+@pytest.mark.parametrize("kind", ["json", "csv", "html", "png"])
+def test_an_output_to_standard_output_has_nothing_else_there(cli, shared_bundle, tmp_path, kind):
+    files = [flag for other in OUTPUTS if other != kind for flag in (f"--{other}", tmp_path / f"r.{other}")]
+    result = cli(shared_bundle, *SMALL, "--prefix-length", "0", f"--{kind}", "-", *files)
+    assert (result.exit_code, result.stderr) == (0, "")
+    match kind:
+        case "json":
+            assert [cell.label for cell in from_json(result.stdout, "-").cells] == ["0", "p20", "p3"]
+        case "csv":
+            assert [row["prefix_length"] for row in csv.DictReader(io.StringIO(result.stdout))] == ["0", "20", "3"]
+        case "html":
+            assert result.stdout.startswith("<!DOCTYPE html>")
+            assert result.stdout.rstrip().endswith("</html>")
+        case _:
+            assert result.stdout_bytes[:4] == b"\x89PNG"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        f"r.{other}" for other in OUTPUTS if other != kind
+    )
+
+
+def test_a_narrow_terminal_gets_blocks_without_a_broken_number(cli, shared_bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    result = cli(shared_bundle, *SMALL, "--prefix-length", "0", "--json", tmp_path / "r.json")
+    tables = result.stdout.partition("latency\n")[2].partition("floor: the time")[0]
+    assert "prefix 0\n  ms to first token: " in tables
+    assert max(map(len, tables.splitlines())) <= 80  # titles are not folded in a pipe
+    assert all(len(line) <= 40 for line in tables.splitlines() if line.startswith(" "))
+
+
 def test_the_report_has_the_command_without_folders(cli, shared_bundle, tmp_path):
     result = cli(shared_bundle, *SMALL, "--prefix-length", 0, "--json", tmp_path / "r.json", "--prefix-length", "5,6")
     assert result.exit_code == 0
@@ -174,9 +203,14 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize(("stream", "shown"), [(Terminal(), True), (io.StringIO(), False)], ids=["terminal", "pipe"])
-def test_progress_is_shown_on_a_terminal_and_not_in_a_pipe(monkeypatch, stream, shown):
+@pytest.mark.parametrize(
+    ("stream", "term", "shown"),
+    [(Terminal(), "xterm", True), (io.StringIO(), "xterm", False), (Terminal(), "dumb", False)],
+    ids=["terminal", "pipe", "dumb terminal"],
+)
+def test_progress_is_shown_on_a_terminal_that_can_write_over_a_line(monkeypatch, stream, term, shown):
     monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", term)
     with bench_cli.progress() as on_step:
         on_step(0, 0, "exporting")
         on_step(0, 20, "opening")

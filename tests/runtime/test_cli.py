@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -404,3 +405,63 @@ class TestProcess:
             told = process.stderr.read()
         assert told == b""
         assert process.returncode == 1
+
+
+class TestTerminal:
+    """What the environment asks of text; `no-color.org` and `bixense.com/clicolors`."""
+
+    @pytest.fixture
+    def headed(self, shared_bundle):
+        """The output of a command that prints a bold heading."""
+
+        def run(color, **environment):
+            arguments = ["generate", shared_bundle, PROMPT, "--max-new-tokens", 1, "--task", "p3", "--task", "p20"]
+            clean = dict.fromkeys(("NO_COLOR", "CLICOLOR", "FORCE_COLOR", "TERM"))
+            result = CliRunner().invoke(main, [*map(str, arguments)], color=color, env={**clean, **environment})
+            assert result.exit_code == 0
+            return result.stdout
+
+        return run
+
+    def test_a_terminal_has_styles_and_a_pipe_has_none(self, headed):
+        assert "\x1b[1m── p3" in headed(True)
+        assert "\x1b" not in headed(False)
+
+    @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"CLICOLOR": "0"}, {"TERM": "dumb"}], ids=str)
+    def test_who_wants_none_gets_none(self, headed, environment):
+        assert "\x1b" not in headed(True, **environment)
+
+    def test_an_empty_no_color_counts_for_nothing(self, headed):
+        assert "\x1b[1m" in headed(True, NO_COLOR="")
+
+    def test_styles_may_be_forced_into_a_pipe(self, headed):
+        assert "\x1b[1m" in headed(False, FORCE_COLOR="1")
+        assert "\x1b" not in headed(False, FORCE_COLOR="1", NO_COLOR="1")
+
+    @pytest.mark.parametrize(
+        ("encoding", "heading", "path"),
+        [
+            ("latin-1", b"-- p3\n", r"größe\u2192.safetensors".encode("latin-1")),
+            # click takes such a stream for one that is set up wrongly, and writes UTF-8.
+            ("ascii", "── p3\n".encode(), "größe→.safetensors".encode()),
+        ],
+    )
+    def test_a_stream_that_lacks_characters_gets_plain_ones(
+        self, shell, shared_bundle, tmp_path, encoding, heading, path
+    ):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C.UTF-8"}
+        ran = shell(
+            "generate", shared_bundle, PROMPT, "--max-new-tokens", 1, "--task", "p3", "--task", "p20", env=environment
+        )
+        assert (ran.returncode, ran.stderr) == (0, b"")
+        assert ran.stdout.startswith(heading)
+        odd = shell("inspect", tmp_path / "größe→.safetensors", env=environment)
+        assert odd.returncode == 1
+        assert path + b": expected a bundle" in odd.stderr
+
+    def test_a_home_folder_is_found_where_no_shell_expands_it(self, shell, shared_bundle, tmp_path):
+        (tmp_path / "b").symlink_to(shared_bundle)
+        environment = {**os.environ, "HOME": str(tmp_path)}
+        assert shell("tasks", "list", "~/b", env=environment).returncode == 0
+        ran = shell("tasks", "add", "~/b", "new=~/nothing", env=environment)
+        assert f"{tmp_path}/nothing: expected a whole safetensors file".encode() in ran.stderr
