@@ -13,7 +13,7 @@ from .progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
-    from rich.progress import ProgressColumn
+    from rich.progress import ProgressColumn, Task
 
 _LEAST_WIDTH_OF_A_BAR = 70
 
@@ -33,15 +33,20 @@ def showing_progress() -> Iterator[Progress]:
 
 
 def _columns(width: int) -> list[ProgressColumn]:
-    """What the line shows: the name gives way first, then the bar, so that the line never wraps."""
-    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    """What the line shows: where it is narrow the bar is left out and the name is cut, so that it never wraps."""
+    from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.table import Column
+    from rich.text import Text
 
-    name = Column(no_wrap=True, overflow="ellipsis", ratio=1)
-    columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}", table_column=name)]
+    class Name(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(task.description, no_wrap=True, overflow="ellipsis")
+
+    columns: list[ProgressColumn] = [SpinnerColumn(), Name(Column(ratio=1))]
     if width >= _LEAST_WIDTH_OF_A_BAR:
         columns.append(BarColumn(bar_width=20))
-    return [*columns, TextColumn("{task.fields[steps]}", table_column=Column(no_wrap=True)), TimeElapsedColumn()]
+    steps = TextColumn("{task.fields[steps]}", table_column=Column(no_wrap=True))
+    return [*columns, steps, TimeElapsedColumn(Column(no_wrap=True))]
 
 
 class _Bar:
@@ -58,7 +63,7 @@ class _Bar:
         self._bars.refresh()  # the last phase with all of its steps
         self._total, self._done, self._unit = total, 0.0, unit
         shown = f"{name}: {detail}" if detail else name
-        self._bars.reset(self._task, description=_literal(shown), steps=self._steps())
+        self._bars.reset(self._task, description=shown, steps=self._steps())
         self._bars.tasks[0].total = total  # rich's own methods keep the old total if the new one is None
         self._bars.refresh()
 
@@ -70,13 +75,6 @@ class _Bar:
 
     def _steps(self) -> str:
         return "" if self._total is None else f"{self._done:.0f}/{self._total} {self._unit}".rstrip()
-
-
-def _literal(text: str) -> str:
-    """A text in which rich finds no markup."""
-    from rich.markup import escape
-
-    return escape(text)
 
 
 @contextmanager

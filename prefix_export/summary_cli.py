@@ -46,9 +46,9 @@ def print_parity(bundle: Bundle, parity: Mapping[str | None, TaskParity]) -> Non
 
 
 def phase_line(seconds: Mapping[str, float]) -> str:
-    """The phases that took long, as "export 12 s, compare 9 s"; empty if none did."""
+    """The phases that took long, as "time: export 12 s, compare 9 s"; empty if none did."""
     shown = [f"{name} {taken:.0f} s" for name, taken in seconds.items() if taken >= _SHOWN_SECONDS]
-    return ", ".join(shown)
+    return f"time: {', '.join(shown)}" if shown else ""
 
 
 def _headline(result: BuildResult) -> str:
