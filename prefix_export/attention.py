@@ -27,6 +27,7 @@ AttentionFunction = Callable[..., torch.Tensor]
 _NAME = "prefix_export"
 _KEY_SCALE = 12  # its place among the operator's inputs; the value's follows
 _active: ContextVar[AttentionFunction] = ContextVar("attention function")
+_layer_listener: ContextVar[Callable[[], None]] = ContextVar("layer listener")
 
 # What models hand to an attention function and what changes nothing here: positions are in the keys already, the
 # operator is causal by definition, and nothing is trained.
@@ -64,7 +65,10 @@ def _dispatch(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     # No mask function is registered under this name, so transformers makes no mask.
-    return _active.get()(module, query, key, value, **kwargs), None
+    output = _active.get()(module, query, key, value, **kwargs)
+    if (listener := _layer_listener.get(None)) is not None:
+        listener()
+    return output, None
 
 
 AttentionInterface.register(_NAME, _dispatch)
@@ -88,6 +92,16 @@ def attention(model: PreTrainedModel, function: AttentionFunction) -> Iterator[N
     finally:
         _active.reset(token)
         model.set_attn_implementation(before)
+
+
+@contextmanager
+def counting_layers(listener: Callable[[], None]) -> Iterator[None]:
+    """Call a listener after each attention layer that is run or traced for a while: a trace shows its progress so."""
+    token = _layer_listener.set(listener)
+    try:
+        yield
+    finally:
+        _layer_listener.reset(token)
 
 
 def probe(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:

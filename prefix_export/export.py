@@ -16,6 +16,7 @@ from .device import DeviceDecoder
 from .graph import export_graph
 from .models import BaseModel, cast_weights
 from .models.experts import traceable_experts
+from .progress import SILENT, Progress
 from .quantize import QuantizedModel
 from .targets import Plan
 
@@ -30,6 +31,7 @@ def export_plan(
     *,
     quantized: QuantizedModel | None,
     scales: tuple[LayerPrefix, ...] | None,
+    progress: Progress = SILENT,
 ) -> int:
     """Write a graph into a bundle's folder; the model's weights are cast to what it computes in.
 
@@ -40,6 +42,7 @@ def export_plan(
         folder: the bundle's.
         quantized: the model's weights in 8 or 4 bits, where the plan asks for them.
         scales: of keys and values, where the plan keeps them in int8.
+        progress: told of the layers that are traced, and of what follows.
 
     Returns:
         The bytes of weights that a decode step reads.
@@ -65,4 +68,5 @@ def export_plan(
             path,
             opset=plan.opset,
             has_weights_apart=plan.target.has_weights_apart,
+            progress=progress,
         )

@@ -119,7 +119,8 @@ def fold_for_bundle(path: Path, bundle: Bundle) -> tuple[Prefix, tuple[str, ...]
         CheckpointError: it holds several, or a soft prompt, which only the model itself can fold; else as `fold`.
     """
     model = bundle.manifest.model.name
-    shape = Shape.of_config(model, load_config(str(bundle.root)), bundle.manifest.geometry.layers)
+    config = load_config(str(bundle.root))
+    shape = Shape.of_config(model, config, bundle.manifest.geometry.layers)
 
     def refuse() -> BaseModel:
         raise CheckpointError(

@@ -37,12 +37,17 @@ import onnx_ir as ir
 import torch
 import torch.fx.experimental._config
 
+from prefix_runtime.os_errors import write_error
+from prefix_runtime.storage import check_room
+
+from .attention import counting_layers
 from .cleaning import clean
 from .decoder import Decoder, PortableDecoder
 from .device import DeviceDecoder
 from .errors import ExportError
 from .fuse import fuse
 from .lowering import lowered
+from .progress import SILENT, Progress
 from .simplify import join_rounded, simplify
 
 _MOST_IN_ONE_FILE = 2_000_000_000
@@ -57,7 +62,15 @@ _LOOKUPS = {
 }
 
 
-def export_graph(decoder: Decoder, positions: int, path: Path, *, opset: int, has_weights_apart: bool = True) -> int:
+def export_graph(
+    decoder: Decoder,
+    positions: int,
+    path: Path,
+    *,
+    opset: int,
+    has_weights_apart: bool = True,
+    progress: Progress = SILENT,
+) -> int:
     """Write a graph and its weights, each stored once.
 
     Args:
@@ -66,6 +79,7 @@ def export_graph(decoder: Decoder, positions: int, path: Path, *, opset: int, ha
         path: of the graph, in a folder that exists.
         opset: of ONNX' own operators.
         has_weights_apart: whether the weights go into a file beside the graph, `NAME.data`.
+        progress: told of the layers that are traced, and of what follows.
 
     Returns:
         The bytes of weights that a decode step reads: all but prefixes and what of tables it does not look up.
@@ -74,8 +88,10 @@ def export_graph(decoder: Decoder, positions: int, path: Path, *, opset: int, ha
         ExportError: torch cannot trace the model, or the trace breaks the contract.
         OSError: the disk is full or not writable.
     """
-    with decoder.stand_ins():
+    progress.phase("export", len(decoder.layers), unit="layers")
+    with decoder.stand_ins(), counting_layers(progress.advance):
         graph = _trace(decoder.eval(), opset)
+    progress.phase("simplify the graph")
     _name_axes(graph)
     with _quiet():
         clean(graph)
@@ -105,10 +121,13 @@ def export_graph(decoder: Decoder, positions: int, path: Path, *, opset: int, ha
             f"graph: expected at most {_MOST_IN_ONE_FILE / 1e9:.1f} GB of weights and prefixes for one file, "
             f"found {stored / 1e9:.1f}; take a lower precision or fewer prefixes"
         )
+    progress.phase("save the graph")
+    check_room(path, stored)
     try:
         ir.save(graph, path, external_data=f"{path.name}.data" if has_weights_apart else None)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise write_error(path, error) from error
+    progress.phase("check the graph")
     try:
         onnx.checker.check_model(path, full_check=True)
     except onnx.checker.ValidationError as error:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
-
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from prefix_runtime import LayerGeometry, Prefix, PrefixMismatchError
 from prefix_runtime.geometry import check_layers
 
 from .errors import ModelError
 from .hub import shown_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 DECODER, ENCODER, BOTH = "decoder-only model", "encoder", "encoder-decoder"
 
@@ -142,6 +143,8 @@ def _sites(config: PreTrainedConfig, text: Any) -> tuple[str, dict[str, tuple[La
             "cross": _decoder_layers(config),
             "encoder": _encoder_layers(config),
         }
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING  # takes seconds; readers of checkpoints import this module
+
     layers = (_layer(text),) * int(text.num_hidden_layers)
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         return ENCODER, {"encoder": layers}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from prefix_runtime.os_errors import os_error_behind
 from prefix_runtime.text import TOKENIZER_CONFIG_NAME, TOKENIZER_NAME, TextCodec
 from prefix_runtime.tokenizer_file import is_panic, open_tokenizer, read_settings
 
@@ -95,7 +97,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     except OSError:
         raise
-    except Exception as error:  # tokenizers raises Exception itself
+    except Exception as error:  # tokenizers raises Exception itself, and leaves the number of OSError in its text
+        if (cause := os_error_behind(error)) is not None:
+            raise OSError(cause, os.strerror(cause), str(folder)) from error
         raise ExportError(f"{folder}: the tokenizer cannot be written: {_line(error)}") from error
     path = folder / TOKENIZER_CONFIG_NAME
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -52,7 +52,17 @@ _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 FORMATS = tuple(reader.NAME for reader in READERS)
 
-__all__ = ["FORMATS", "READERS", "SoftPrompt", "Trained", "describe", "find_reader", "read"]
+__all__ = ["FORMATS", "READERS", "SoftPrompt", "Trained", "check_format", "describe", "find_reader", "read"]
+
+
+def check_format(wanted: str | None) -> None:
+    """Refuse the name of a format that there is none of; None stands for any.
+
+    Raises:
+        CheckpointError
+    """
+    if wanted is not None and wanted not in FORMATS:
+        raise CheckpointError(f"format: expected one of {', '.join(FORMATS)}, found {wanted!r}")
 
 
 def find_reader(path: Path, wanted: str | None = None) -> tuple[ModuleType, Checkpoint]:
@@ -66,8 +76,7 @@ def find_reader(path: Path, wanted: str | None = None) -> tuple[ModuleType, Chec
         CheckpointError: nothing is there, or nothing that a reader knows.
         PrefixError: a safetensors file that is damaged.
     """
-    if wanted is not None and wanted not in FORMATS:
-        raise CheckpointError(f"format: expected one of {', '.join(FORMATS)}, found {wanted!r}")
+    check_format(wanted)
     checkpoint = open_checkpoint(path)
     for reader in READERS:
         if wanted == reader.NAME or (wanted is None and reader.matches(checkpoint)):

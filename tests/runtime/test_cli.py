@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import signal
+import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 import prefix_runtime
 from prefix_runtime import Bundle, Prefix, Sampling
-from prefix_runtime.cli import cleaning_up_when_terminated, main, split_task
+from prefix_runtime.cli import main, split_task
 
 PROMPT = "the lazy dog"
 COMMANDS = [[], ["inspect"], ["verify"], ["tasks"], ["tasks", "list"], ["tasks", "add"], ["tasks", "remove"]]
@@ -196,7 +196,9 @@ class TestTasks:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("os.fsync", full)
-        assert "No space left on device" in refused("tasks", "add", bundle, prefix_file)
+        line = refused("tasks", "add", bundle, prefix_file)
+        assert line.startswith(f"Error: {bundle}/prefixes/new.safetensors: ")
+        assert ".partial" not in line
         assert Bundle.open(bundle).tasks == ("p20", "p3")
 
     @pytest.mark.parametrize(
@@ -475,30 +477,61 @@ class TestProcess:
         assert process.returncode == 1
 
 
-def test_a_library_that_makes_an_error_of_an_exit_does_not_change_what_ended_the_process():
-    def trace():
-        try:
-            signal.raise_signal(signal.SIGTERM)
-        except SystemExit as error:
-            raise ValueError("cannot trace") from error
+class TestTerminal:
+    """What the environment asks of text; `no-color.org` and `bixense.com/clicolors`."""
 
-    with pytest.raises(SystemExit) as caught, cleaning_up_when_terminated():
-        trace()
-    assert caught.value.code == 128 + signal.SIGTERM
+    @pytest.fixture
+    def headed(self, shared_bundle):
+        """The output of a command that prints a bold heading."""
 
+        def run(color, **environment):
+            arguments = ["generate", shared_bundle, PROMPT, "--max-new-tokens", 1, "--task", "p3", "--task", "p20"]
+            clean = dict.fromkeys(("NO_COLOR", "CLICOLOR", "FORCE_COLOR", "TERM"))
+            result = CliRunner().invoke(main, [*map(str, arguments)], color=color, env={**clean, **environment})
+            assert result.exit_code == 0
+            return result.stdout
 
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
-def test_who_ignores_the_end_of_a_terminal_goes_on():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    try:
-        with cleaning_up_when_terminated():
-            signal.raise_signal(signal.SIGHUP)
-            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+        return run
 
+    def test_a_terminal_has_styles_and_a_pipe_has_none(self, headed):
+        assert "\x1b[1m── p3" in headed(True)
+        assert "\x1b" not in headed(False)
 
-def test_an_error_without_a_signal_stays_what_it_is():
-    with pytest.raises(ValueError, match="cannot trace"), cleaning_up_when_terminated():
-        raise ValueError("cannot trace")
+    @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"CLICOLOR": "0"}, {"TERM": "dumb"}], ids=str)
+    def test_who_wants_none_gets_none(self, headed, environment):
+        assert "\x1b" not in headed(True, **environment)
+
+    def test_an_empty_no_color_counts_for_nothing(self, headed):
+        assert "\x1b[1m" in headed(True, NO_COLOR="")
+
+    def test_styles_may_be_forced_into_a_pipe(self, headed):
+        assert "\x1b[1m" in headed(False, FORCE_COLOR="1")
+        assert "\x1b" not in headed(False, FORCE_COLOR="1", NO_COLOR="1")
+
+    @pytest.mark.parametrize(
+        ("encoding", "heading", "path"),
+        [
+            ("latin-1", b"-- p3\n", r"größe\u2192.safetensors".encode("latin-1")),
+            # click takes such a stream for one that is set up wrongly, and writes UTF-8.
+            ("ascii", "── p3\n".encode(), "größe→.safetensors".encode()),
+        ],
+    )
+    def test_a_stream_that_lacks_characters_gets_plain_ones(
+        self, shell, shared_bundle, tmp_path, encoding, heading, path
+    ):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C.UTF-8"}
+        ran = shell(
+            "generate", shared_bundle, PROMPT, "--max-new-tokens", 1, "--task", "p3", "--task", "p20", env=environment
+        )
+        assert (ran.returncode, ran.stderr) == (0, b"")
+        assert ran.stdout.startswith(heading)
+        odd = shell("inspect", tmp_path / "größe→.safetensors", env=environment)
+        assert odd.returncode == 1
+        assert path + b": expected a bundle" in odd.stderr
+
+    def test_a_home_folder_is_found_where_no_shell_expands_it(self, shell, shared_bundle, tmp_path):
+        (tmp_path / "b").symlink_to(shared_bundle)
+        environment = {**os.environ, "HOME": str(tmp_path)}
+        assert shell("tasks", "list", "~/b", env=environment).returncode == 0
+        ran = shell("tasks", "add", "~/b", "new=~/nothing", env=environment)
+        assert f"{tmp_path}/nothing: expected a whole safetensors file".encode() in ran.stderr
