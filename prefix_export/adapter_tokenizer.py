@@ -17,13 +17,15 @@ from .tokenizer import TOKENIZER_FILES, load_tokenizer, odd_texts
 
 if TYPE_CHECKING:
     from .models import BaseModel
-    from .parity import PrefixSource
+    from .reference import PrefixSource
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token", "mask_token")
 """Special tokens that must agree; padding is left out, because many set it for training alone."""
 
 
-def with_adapters_tokenizer(base: BaseModel, sources: Mapping[str, PrefixSource]) -> tuple[BaseModel, tuple[str, ...]]:
+def with_adapters_tokenizer(
+    base: BaseModel, sources: Mapping[str, PrefixSource | None]
+) -> tuple[BaseModel, tuple[str, ...]]:
     """The base model with the tokenizer that its adapters were trained with, and what a user should know, a line each.
 
     It is the adapters' if all that have one agree on it, it differs from the base's, and each of its tokens has a row
@@ -71,13 +73,15 @@ def tokenizer_warnings_for_bundle(path: Path, bundle: Bundle, config: PreTrained
 
 
 def _tokenizers(
-    sources: Mapping[str, PrefixSource], config: PreTrainedConfig
+    sources: Mapping[str, PrefixSource | None], config: PreTrainedConfig
 ) -> tuple[dict[str, PreTrainedTokenizerBase], list[str]]:
     """The tokenizers beside adapters, one for each folder under its first task, and those that cannot be read."""
     found: dict[str, PreTrainedTokenizerBase] = {}
     warnings: list[str] = []
     folders: dict[Path, str] = {}
     for task, source in sources.items():
+        if source is None:
+            continue
         folders.setdefault(_folder(source.path), task)
     for folder, task in folders.items():
         try:

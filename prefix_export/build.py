@@ -12,7 +12,7 @@ import numpy as np
 
 from prefix_runtime import Bundle, LayerPrefix, Manifest, Prefix
 from prefix_runtime.bundle import MANIFEST_NAME, describe_file, staged, write_prefix
-from prefix_runtime.cache_format import CACHE_TYPES
+from prefix_runtime.cache_format import CACHE_TYPES, CacheFormat
 from prefix_runtime.geometry import LEAST_TEXT
 from prefix_runtime.manifest import FileEntry, ModelEntry, check_new_task_name
 from prefix_runtime.storage import check_room, write_file_atomically
@@ -24,20 +24,21 @@ from .attention import check_fast_flavour
 from .calibrate import cache_scales, save_scales
 from .clients import GENAI_CONFIG_NAME, genai_config, save_adapters, save_configs, write_json
 from .errors import ExportError, ModelError
-from .export import export_plan
+from .export import arithmetic, export_plan
 from .fold import fold, located
 from .generation_defaults import generation_report
 from .lint import lint
 from .models import BaseModel, load_base_model
 from .models.experts import notes as expert_notes
-from .parity import PrefixSource, TaskParity
+from .parity import Expectation, TaskParity
 from .progress import SILENT, PhaseTimes, Progress
 from .quality import HeldOut, TaskQuality, read_held_out
 from .quantization import BITS, Quantization, quantization
 from .quantize import QuantizedModel
+from .reference import PrefixSource, SourcedPrefixes
 from .request import BuildRequest, check_request, check_sources
 from .tokenizer import tokenizer_warnings
-from .verification import answer_all, assess_all, certificate, check_can_run, compare_all, observe_all
+from .verification import FloatAnswers, answer_all, assess_all, certificate, check_can_run, compare_all, observe_all
 
 _MEGABYTE = 1e6
 _BITS = {"fp32": 32, "fp16": 16, "bf16": 16, **BITS}
@@ -96,25 +97,27 @@ def build(
         check_room(request.output, _least_weight_bytes(base, plan.precision))
     max_length = _max_length(request, base)
     times.phase("fold", len(request.prefixes))
-    sourced = _fold_all(request, plan, base, max_length, times)
-    prefixes, sources = sourced.prefixes, sourced.sources
-    base, notes = with_adapters_tokenizer(base, sources)
-    warnings = (*sourced.warnings, *notes, *_warnings(request, plan.target, base, prefixes, max_length))
+    sourced, folding = _fold_all(request, plan, base, max_length, times)
+    prefixes = sourced.prefixes
+    base, notes = with_adapters_tokenizer(base, sourced.sources)
+    warnings = (*folding, *notes, *_warnings(request, plan.target, base, prefixes, max_length))
     _check_held_out_tasks(request, prefixes)
-    measured, compared = _split(request, _held_out(request, base, prefixes, max_length))
-    in_float = answer_all(base, prefixes, sources, compared, times) if request.verify else {}
+    texts = _held_out(request, base, prefixes, max_length)
+    measured, compared = _split(request, texts)
+    in_float = answer_all(base, sourced, compared, times) if request.verify and request.needs_text else {}
     quantized = QuantizedModel(base.model, settings, times) if settings else None
     scales = cache_scales(base, prefixes, measured, times) if request.cache == "int8" else None
-    conditions = _conditions(plan.mode, prefixes) if request.verify else ()
-    expected = observe_all(base, prefixes, sources, conditions, max_length=max_length, progress=times)
+    expected = {}
+    if request.verify:
+        exact = arithmetic(plan, scales)
+        expected = observe_all(base, sourced, texts, exact, max_length=max_length, progress=times)
     with staged(request.output) as folder:
         if request.graph is not None:
             times.phase("adopt the graph")
             weight_bytes = adopt_graph(request.graph, base.layers, base.geometry.vocab_size, folder / plan.graph)
         else:
             weight_bytes = export_plan(base, plan, prefixes, folder, quantized=quantized, scales=scales, progress=times)
-        if scales is not None:
-            save_scales(scales, folder)
+        save_scales(scales, folder)
         save_configs(base, folder)
         warnings += tokenizer_warnings(folder, base.tokenizer)
         _save_for_clients(plan, base, prefixes, max_length, folder)
@@ -126,15 +129,28 @@ def build(
         # The engine needs the room that the model takes, which torch's export keeps alive by cycles.
         del base, quantized
         gc.collect()
-        parity = compare_all(folder, expected, times) if request.verify else {}
-        quality = assess_all(folder, in_float, times) if in_float else {}
-        if parity:
-            graph_bytes = sum(entry.size for name, entry in manifest.files.items() if name.startswith(plan.graph))
-            _write_manifest(folder, replace(manifest, parity=certificate(parity, quality, graph_bytes)))
+        parity, quality = _certified(folder, manifest, expected, in_float, times)
         times.phase("write to the disk")
     times.end()
     seconds = time.perf_counter() - started
     return BuildResult(Bundle.open(request.output), parity, quality, seconds, warnings, times.seconds)
+
+
+def _certified(
+    folder: Path,
+    manifest: Manifest,
+    expected: Mapping[str | None, Expectation],
+    in_float: Mapping[str | None, FloatAnswers],
+    progress: Progress,
+) -> tuple[Mapping[str | None, TaskParity], Mapping[str | None, TaskQuality]]:
+    """Compare a bundle's graph, where something is expected of it, and write the certificate into its manifest."""
+    if not expected:
+        return {}, {}
+    parity = compare_all(folder, expected, progress)
+    quality = assess_all(folder, in_float, progress) if in_float else {}
+    graph_bytes = sum(entry.size for name, entry in manifest.files.items() if name.startswith(manifest.graph))
+    _write_manifest(folder, replace(manifest, parity=certificate(parity, quality, graph_bytes)))
+    return parity, quality
 
 
 def _save_for_clients(
@@ -149,21 +165,12 @@ def _save_for_clients(
         write_json(folder / GENAI_CONFIG_NAME, genai_config(base, plan.graph, room))
 
 
-@dataclass(frozen=True)
-class _Sourced:
-    """The prefix of each task as the bundle keeps it, what it was folded from, and what the user should know."""
-
-    prefixes: dict[str, Prefix]
-    sources: dict[str, PrefixSource]
-    warnings: tuple[str, ...]
-
-
 def _fold_all(
     request: BuildRequest, plan: targets.Plan, base: BaseModel, max_length: int, progress: Progress
-) -> _Sourced:
-    """Every prefix of every source, checked against the model and marked as made for it."""
+) -> tuple[SourcedPrefixes, tuple[str, ...]]:
+    """Every prefix of every source, checked against the model and marked as made for it, and what to warn of."""
     prefixes: dict[str, Prefix] = {}
-    sources: dict[str, PrefixSource] = {}
+    sources: dict[str, PrefixSource | None] = {}
     warnings: list[str] = []
     for task, named in request.prefixes.items():
         path = located(named)  # once: what is on the Hub is asked for over the network
@@ -181,7 +188,7 @@ def _fold_all(
         progress.advance()
     if plan.mode == "bake":
         _check_one_base(prefixes)
-    return _Sourced(prefixes, sources, tuple(warnings))
+    return SourcedPrefixes(prefixes, sources), tuple(warnings)
 
 
 def _check_one_base(prefixes: Mapping[str, Prefix]) -> None:
@@ -214,8 +221,8 @@ def _check_held_out_tasks(request: BuildRequest, prefixes: Mapping[str, Prefix])
 def _held_out(
     request: BuildRequest, base: BaseModel, prefixes: Mapping[str, Prefix], max_length: int
 ) -> dict[str | None, HeldOut]:
-    """The texts of each task and of the bare model, where something is about to be rounded."""
-    if not request.needs_text:
+    """The texts of each task and of the bare model: prompts of the comparison, and what rounding is measured on."""
+    if not (request.verify or request.needs_text):
         return {}
     conditions = _conditions(request.mode, prefixes)
     files = {task: request.held_out.get(task, request.held_out.get(None)) for task in conditions}
@@ -267,9 +274,16 @@ def verify_against(bundle: Bundle, model: str, progress: Progress = SILENT) -> d
     ):
         QuantizedModel(base.model, settings, progress)
     prefixes = {task: bundle.prefix(task) for task in bundle.tasks}
-    conditions = _conditions(manifest.mode, prefixes)
-    sources = dict.fromkeys(prefixes)
-    expected = observe_all(base, prefixes, sources, conditions, max_length=manifest.max_length, progress=progress)
+    plan = targets.plan(manifest.target, manifest.mode, manifest.precision, manifest.cache, None, adapters=None)
+    texts = {
+        task: read_held_out(None, base, prefixes[task] if task else None, manifest.max_length)
+        for task in _conditions(manifest.mode, prefixes)
+    }
+    scales = CacheFormat.of_bundle(bundle.root, manifest.cache, manifest.geometry).scales
+    folded = SourcedPrefixes(prefixes, dict.fromkeys(prefixes))
+    expected = observe_all(
+        base, folded, texts, arithmetic(plan, scales), max_length=manifest.max_length, progress=progress
+    )
     return compare_all(bundle.root, expected, progress)
 
 

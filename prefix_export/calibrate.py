@@ -12,9 +12,9 @@ from prefix_runtime import LayerPrefix, Prefix
 from prefix_runtime.cache_format import LARGEST, SCALES_NAME
 
 from .models import BaseModel
-from .parity import CacheReference
 from .progress import SILENT, Progress
 from .quality import HeldOut
+from .reference import CacheReference
 
 # Other text reaches a little further than the text that was measured.
 _MARGIN = 1.2
@@ -50,8 +50,10 @@ def cache_scales(
     return tuple(LayerPrefix(*(np.maximum(part / LARGEST, _LEAST) for part in layer)) for layer in largest)
 
 
-def save_scales(scales: Iterable[LayerPrefix], folder: Path) -> None:
-    """Write the bundle's file of scales."""
+def save_scales(scales: Iterable[LayerPrefix] | None, folder: Path) -> None:
+    """Write the bundle's file of scales; none where keys and values keep their type."""
+    if scales is None:
+        return
     tensors: dict[str, np.ndarray] = {}
     for index, layer in enumerate(scales):
         tensors |= {f"{index}.key": layer.key, f"{index}.value": layer.value}

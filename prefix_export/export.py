@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,8 +19,15 @@ from .models.experts import traceable_experts
 from .progress import SILENT, Progress
 from .quantize import QuantizedModel
 from .targets import Plan
+from .yardstick import Arithmetic
 
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+
+
+def arithmetic(plan: Plan, scales: Sequence[LayerPrefix] | None) -> Arithmetic:
+    """What the graph of a plan computes with; `scales` as of `export_plan`."""
+    activations, cache = _TYPES[plan.activations], _TYPES[plan.cache]
+    return Arithmetic(activations, None if cache == activations else cache, scales)
 
 
 def export_plan(

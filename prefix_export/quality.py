@@ -20,8 +20,8 @@ from prefix_runtime import Engine, Prefix
 
 from .errors import PrefixExportError
 from .models import BaseModel
-from .parity import Reference
 from .progress import SILENT, Progress
+from .reference import Reference
 
 _MOST_TOKENS = 2048  # of all texts together, for each task: what a processor reads in seconds
 _LONGEST = 256

@@ -74,12 +74,12 @@ def _task_table(result: BuildResult, width: int) -> str:
                 str(entry.prefix_length) if entry else "0",
                 _shown_size(entry.file.size) if entry else "",
                 parity.reference if parity else "not compared",
-                f"{parity.largest_logit_difference:.1e}" if parity else "",
+                f"{parity.error:.1e} of {parity.limit:.1e}" if parity else "",
                 _shown_tokens(parity) if parity else "",
             )
         )
     on = "agrees, on quantized weights, with" if manifest.quantizer else "agrees with"
-    return as_table(("task", "length", "size", on, "logits within", "tokens"), rows, width)
+    return as_table(("task", "length", "size", on, "logit error, limit", "tokens"), rows, width)
 
 
 def _quality_table(result: BuildResult, width: int) -> str:

@@ -36,11 +36,20 @@ def agreement(parity: object, quality: object, *, is_quantized: bool) -> str:
     if not isinstance(parity, Mapping):
         return "not compared"
     where = " run on the quantized weights" if is_quantized else ""
-    agreed = f"agrees with {parity.get('reference')}{where} within {_number(parity, 'largest_logit_difference'):.1e}"
+    agreed = f"agrees with {parity.get('reference')}{where} within {_exactness(parity)}"
     cost = cost_of_rounding(quality)
     if cost:
         return f"{agreed}; against float32: {cost}"
     return f"{agreed}; what quantizing costs was not measured" if is_quantized else agreed
+
+
+def _exactness(parity: Mapping[Any, Any]) -> str:
+    """The largest error of a logit; against double precision with the limit and the reference's own error."""
+    error = _number(parity, "error")
+    if math.isnan(error):  # a certificate of an earlier version, which compared with the reference itself
+        return f"{_number(parity, 'largest_logit_difference'):.1e}"
+    limit, yardstick = _number(parity, "limit"), _number(parity, "yardstick")
+    return f"{error:.1e} of double precision (limit {limit:.1e}, its own error {yardstick:.1e})"
 
 
 def cost_of_rounding(quality: object) -> str:

@@ -16,7 +16,7 @@ from prefix_export.adapter_tokenizer import with_adapters_tokenizer
 from prefix_export.build import BuildRequest, build
 from prefix_export.fold import fold_for_bundle
 from prefix_export.models import load_base_model
-from prefix_export.parity import PrefixSource
+from prefix_export.reference import PrefixSource
 from prefix_runtime import Bundle
 from tests.conftest import VOCAB_SIZE
 

@@ -33,7 +33,7 @@ from prefix_export.errors import CheckpointError, PrefixExportError
 from prefix_export.fold import fold, fold_for_bundle, fold_soft_prompt, fold_text, located
 from prefix_export.hub import split_revision
 from prefix_export.models import load_base_model
-from prefix_export.parity import CacheReference, PrefixSource, reference
+from prefix_export.reference import CacheReference, PrefixSource, reference
 from prefix_export.shape import Shape
 from prefix_runtime import Bundle, Prefix, PrefixMismatchError
 

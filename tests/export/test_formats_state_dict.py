@@ -19,7 +19,7 @@ from prefix_export.errors import CheckpointError
 from prefix_export.fold import fold
 from prefix_export.formats import SoftPrompt
 from prefix_export.models import load_base_model
-from prefix_export.parity import CacheReference, PrefixSource, reference
+from prefix_export.reference import CacheReference, PrefixSource, reference
 from prefix_export.shape import DECODER, Shape
 from prefix_runtime import LayerGeometry, PrefixMismatchError
 

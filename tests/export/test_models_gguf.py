@@ -175,7 +175,7 @@ def test_a_bundle_of_it_agrees_with_peft(workshop, file, source, tmp_path):
     result = build(BuildRequest(str(file), {"p": adapter}, tmp_path / "bundle"))
     assert result.bundle.manifest.model.name == "tiny.Q8_0"
     assert result.parity["p"].reference.startswith("peft")
-    assert {parity.largest_logit_difference < 1e-4 for parity in result.parity.values()} == {True}
+    assert {parity.error < 1e-4 for parity in result.parity.values()} == {True}
     verify_against(Bundle.open(tmp_path / "bundle"), str(file))
 
 
