@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prefix_runtime.base_cli import PATH
+from prefix_runtime.base_cli import HUB_ID_OR_PATH, PATH
 from prefix_runtime.bench_cli import bench_options, check_bundle, check_flags, progress, run
 
 from .console_cli import libraries_quiet
@@ -23,7 +23,9 @@ _BUILD_OPTIONS = ("target", "precision", "block_size", "cache")
 
 @click.command()
 @click.argument("bundle", type=PATH, required=False)
-@click.option("--model", help="In place of BUNDLE: a known model, a folder with a config.json, or a Hub id.")
+@click.option(
+    "--model", type=HUB_ID_OR_PATH, help="In place of BUNDLE: a known model, a folder with a config.json, or a Hub id."
+)
 @click.option("--random", is_flag=True, help="With --model: random weights, so that none are needed.")
 @click.option("--target", help="With --model: what the graph is made for, as of build. Default: cpu.")
 @click.option("--precision", help="With --model: of the weights. Default: fp32; for cuda fp16.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prefix_runtime import cli as runtime
-from prefix_runtime.base_cli import PATH, ErrorReportingGroup
+from prefix_runtime.base_cli import HUB_ID_OR_PATH, PATH, ErrorReportingGroup
 
 from . import __version__
 from .bench_cli import bench
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--model", required=True, help="Hub id or folder of the frozen base model.")
+@click.option("--model", type=HUB_ID_OR_PATH, required=True, help="Hub id or folder of the frozen base model.")
 @click.option(
     "--prefix",
     "prefixes",
@@ -97,7 +97,9 @@ def build(model: str, prefixes: tuple[str, ...], held_out: tuple[str, ...], **op
 
 @main.command()
 @click.argument("bundle", type=PATH)
-@click.option("--model", help="Also compare the graph with this Hub id or folder, under every task.")
+@click.option(
+    "--model", type=HUB_ID_OR_PATH, help="Also compare the graph with this Hub id or folder, under every task."
+)
 def verify(bundle: Path, model: str | None) -> None:
     """Compare every file of BUNDLE with its SHA-256, and the graph with the model if it is given."""
     from prefix_runtime import Bundle

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prefix_runtime import cli as runtime
-from prefix_runtime.base_cli import PATH, UserPath, print_fields
+from prefix_runtime.base_cli import HUB_ID_OR_PATH, PATH, UserPath, print_fields
 
 from .console_cli import libraries_quiet
 
@@ -24,7 +24,9 @@ _FORMAT = click.option("--format", "wanted", help="What SOURCE is, whatever its 
 
 @click.command()
 @click.argument("path", type=PATH)
-@click.option("--model", help="Hub id or folder of the base model: also say how the prefix would fold.")
+@click.option(
+    "--model", type=HUB_ID_OR_PATH, help="Hub id or folder of the base model: also say how the prefix would fold."
+)
 @_FORMAT
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(path: Path, model: str | None, wanted: str | None, as_json: bool) -> None:
@@ -56,7 +58,7 @@ def inspect(path: Path, model: str | None, wanted: str | None, as_json: bool) ->
 @click.argument("source", type=PATH, required=False)
 @click.option("--text", help="In place of SOURCE: keys and values of this text.")
 @click.option("--text-file", type=_TEXT_FILE, help="The same, from a file.")
-@click.option("--model", required=True, help="Hub id or folder of the base model.")
+@click.option("--model", type=HUB_ID_OR_PATH, required=True, help="Hub id or folder of the base model.")
 @click.option(
     "--output",
     type=PATH,
