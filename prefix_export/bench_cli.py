@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prefix_runtime.base_cli import PATH
+from prefix_runtime.base_cli import HUB_ID_OR_PATH, PATH
 from prefix_runtime.bench_cli import bench_options, check_bundle, check_flags, progress, run
 
 from .console_cli import libraries_quiet
@@ -24,7 +24,9 @@ _BUILD_OPTIONS = ("target", "precision", "block_size", "cache")
 @click.command()
 @click.argument("bundle", type=PATH, required=False)
 @click.option(
-    "--model", help="In place of BUNDLE: a known model, a folder with a config.json, a GGUF file, or a Hub id."
+    "--model",
+    type=HUB_ID_OR_PATH,
+    help="In place of BUNDLE: a known model, a folder with a config.json, a GGUF file, or a Hub id.",
 )
 @click.option("--revision", help="Of a Hub id given as --model.")
 @click.option("--random", is_flag=True, help="With --model: random weights, so that none are needed.")

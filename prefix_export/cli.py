@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prefix_runtime import cli as runtime
-from prefix_runtime.base_cli import PATH, ErrorReportingGroup
+from prefix_runtime.base_cli import HUB_ID_OR_PATH, PATH, ErrorReportingGroup
 
 from . import __version__
 from .bench_cli import bench
@@ -33,7 +33,12 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--model", required=True, help="The frozen base model: a Hub id, ID@REVISION, a folder or a GGUF file.")
+@click.option(
+    "--model",
+    type=HUB_ID_OR_PATH,
+    required=True,
+    help="The frozen base model: a Hub id, ID@REVISION, a folder or a GGUF file.",
+)
 @click.option("--revision", help="Of a Hub id given as --model: a branch, tag or commit; the same as ID@REVISION.")
 @click.option(
     "--prefix",
@@ -103,7 +108,11 @@ def build(
 
 @main.command()
 @click.argument("bundle", type=PATH)
-@click.option("--model", help="Also compare the graph with this Hub id, folder or GGUF file, under every task.")
+@click.option(
+    "--model",
+    type=HUB_ID_OR_PATH,
+    help="Also compare the graph with this Hub id, folder or GGUF file, under every task.",
+)
 @click.option("--revision", help="Of a Hub id given as --model.")
 def verify(bundle: Path, model: str | None, revision: str | None) -> None:
     """Compare every file of BUNDLE with its SHA-256, and the graph with the model if it is given."""

@@ -121,10 +121,15 @@ def export_graph(
             f"graph: expected at most {_MOST_IN_ONE_FILE / 1e9:.1f} GB of weights and prefixes for one file, "
             f"found {stored / 1e9:.1f}; take a lower precision or fewer prefixes"
         )
-    progress.phase("save the graph")
+    progress.phase("save the graph", round(stored / 1e6), unit="MB")
     check_room(path, stored)
     try:
-        ir.save(graph, path, external_data=f"{path.name}.data" if has_weights_apart else None)
+        ir.save(
+            graph,
+            path,
+            external_data=f"{path.name}.data" if has_weights_apart else None,
+            callback=lambda tensor, _: progress.advance(tensor.nbytes / 1e6),
+        )
     except OSError as error:
         raise write_error(path, error) from error
     progress.phase("check the graph")

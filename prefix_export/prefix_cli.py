@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prefix_runtime import cli as runtime
-from prefix_runtime.base_cli import PATH, UserPath, print_fields
+from prefix_runtime.base_cli import HUB_ID_OR_PATH, PATH, UserPath, print_fields
 
 from .console_cli import libraries_quiet
 
@@ -25,7 +25,7 @@ _FORMAT = click.option("--format", "wanted", help="What SOURCE is, whatever its 
 
 @click.command()
 @click.argument("path", type=PATH)
-@click.option("--model", help="The base model, as of fold: also say how the prefix would fold.")
+@click.option("--model", type=HUB_ID_OR_PATH, help="The base model, as of fold: also say how the prefix would fold.")
 @_REVISION
 @_FORMAT
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -60,7 +60,12 @@ def inspect(path: Path, model: str | None, revision: str | None, wanted: str | N
 @click.argument("source", type=PATH, required=False)
 @click.option("--text", help="In place of SOURCE: keys and values of this text.")
 @click.option("--text-file", type=_TEXT_FILE, help="The same, from a file.")
-@click.option("--model", required=True, help="The base model: a Hub id, ID@REVISION, a folder or a GGUF file.")
+@click.option(
+    "--model",
+    type=HUB_ID_OR_PATH,
+    required=True,
+    help="The base model: a Hub id, ID@REVISION, a folder or a GGUF file.",
+)
 @_REVISION
 @click.option(
     "--output",

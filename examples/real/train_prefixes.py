@@ -36,11 +36,11 @@ SEED = 300
 """The first task's seed; each next task's is one more."""
 SETTINGS = PrefixSettings(
     prefix_length=20,
-    learning_rate=2e-3,
+    learning_rate=1e-3,
     projection=True,
     documents=32_000,
     batch_size=32,
-    steps=2_000,
+    steps=1_200,
     gradient_norm=1.0,
 )
 WARMUP_SHARE = 0.05

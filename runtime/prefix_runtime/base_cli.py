@@ -18,6 +18,7 @@ from .interrupts import ending_when_stopped
 from .text_table import folded
 
 _PLAIN = {"─": "-", "→": "->", "…": "...", "\u00d7": "x", "·": ".", "µ": "u", "±": "+-", "€": "EUR"}
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")
 _PLAIN_ERRORS = "prefix_runtime.plain"
 
 
@@ -32,7 +33,13 @@ class UserPath(click.Path):
         return super().convert(expanded(value), param, ctx)
 
 
+class _HubIdOrPath(click.types.StringParamType):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return super().convert(expanded(value), param, ctx)
+
+
 PATH = UserPath()
+HUB_ID_OR_PATH = _HubIdOrPath()
 STANDARD_OUTPUT = Path("-")
 """The path that stands for standard output."""
 
@@ -57,10 +64,10 @@ class ErrorReportingGroup(click.Group):
                 raise  # click ends quietly when the reader of a pipe has gone
             except self.expected_errors as error:
                 raise click.ClickException(as_line(error)) from error
-            except ImportError as error:
-                if error.name != "onnxruntime":
+            except (ImportError, RuntimeError) as error:
+                if not (_is_onnxruntime_missing(error) or _is_out_of_memory(error)):
                     raise
-                raise click.ClickException(str(error)) from error
+                raise click.ClickException(as_line(error)) from error
 
 
 def as_line(error: Exception) -> str:
@@ -70,11 +77,20 @@ def as_line(error: Exception) -> str:
 
     if isinstance(error, OSError):
         text = described(error)
-    elif isinstance(error, MemoryError):
+    elif isinstance(error, MemoryError) or _is_out_of_memory(error):
         text = f"out of memory: {error}" if str(error) else "out of memory"
     else:
         text = without_partial_names(str(error))
     return " ".join(text.split())
+
+
+def _is_onnxruntime_missing(error: Exception) -> bool:
+    return isinstance(error, ImportError) and error.name == "onnxruntime"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether torch could not allocate, which is a RuntimeError there (2.13: on a CPU, and on a GPU a subclass)."""
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _OUT_OF_MEMORY)
 
 
 def expanded(path: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import re
 import secrets
@@ -79,9 +80,9 @@ def check_room(path: Path, needed: int) -> None:
 
 def no_space(path: Path | None) -> str:
     """What a full disk means for whoever wrote to a path on it; None if the path is not known."""
-    if path is None:
+    free = math.inf if path is None else free_bytes(path)
+    if free == math.inf:
         return "disk full; make room, or write elsewhere"
-    free = free_bytes(path)
     if free > _PLENTY:
         return f"the disk takes no more, although {shown_size(free)} are free; look at its number of files (df -i)"
     return f"disk full: {shown_size(free)} free; make room, or write elsewhere"
@@ -104,8 +105,8 @@ def free_bytes(path: Path) -> float:
     try:
         usage = shutil.disk_usage(place)
     except OSError:
-        return float("inf")
-    return usage.free if usage.total else float("inf")
+        return math.inf
+    return usage.free if usage.total else math.inf
 
 
 def write_file_atomically(path: Path, content: bytes) -> None:

@@ -179,6 +179,7 @@ def test_phases_count_their_steps(built):
     assert (told.totals["fold"], told.steps["fold"]) == (3, 3)
     assert (told.totals["export"], told.steps["export"] >= layers) == (layers, True)
     assert (told.totals["compare"], told.steps["compare"]) == (4 * prompts, 4 * prompts)
+    assert told.steps["save the graph"] == pytest.approx((built.root / "model.onnx.data").stat().st_size / 1e6, rel=0.1)
     hashed = [path for path in built.root.rglob("*") if path.is_file() and path.parent.name != "prefixes"]
     megabytes = sum(path.stat().st_size for path in hashed if path.name != "manifest.json") / 1e6
     assert told.steps["hash"] == pytest.approx(megabytes)

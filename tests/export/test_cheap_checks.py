@@ -88,6 +88,10 @@ EXPORTER = [
     ([*BUILD, "--cache", "int8", "--held-out", "no.txt"], "held-out text no.txt: expected a text file, found none"),
     ([*BUILD, "--cache", "int8", "--held-out", "x={tmp}/words.txt"], "expected one of the tasks that are built"),
     ([*BUILD, "--model", "{tmp}/nowhere"], "expected a Hub id or a folder with a config.json, found no such folder"),
+    (
+        [*BUILD, "--model=~/nowhere"],
+        "model '{tmp}/nowhere': expected a Hub id or a folder with a config.json, found",
+    ),
     ([*BUILD, "--model", "{tmp}/adapter"], "found a folder without; it holds an adapter: name it with --prefix"),
     ([*FOLD, "--output", "{tmp}/taken"], "taken: expected nothing there yet"),
     ([*FOLD, "--format", "zip"], "format: expected one of prefix-export, peft, adapterhub, p-tuning-v2,"),

@@ -8,7 +8,8 @@ import pytest
 
 from prefix_runtime.certificate import agreement, agreement_of, cost_of_rounding
 
-PARITY = {"reference": "peft 0.21", "largest_logit_difference": 1.2e-5}
+PARITY = {"reference": "peft 0.21", "error": 1.2e-5, "yardstick": 3e-5, "limit": 1.2e-4}
+EXACTNESS = "1.2e-05 of double precision (limit 1.2e-04, its own error 3.0e-05)"
 QUALITY = {"greedy_agreement": 0.981, "perplexity_change": 0.004}
 
 
@@ -17,12 +18,17 @@ def manifest(parity, quantizer=None):
 
 
 def test_exact_weights_agree_and_that_is_all():
-    assert agreement(PARITY, None, is_quantized=False) == "agrees with peft 0.21 within 1.2e-05"
+    assert agreement(PARITY, None, is_quantized=False) == f"agrees with peft 0.21 within {EXACTNESS}"
+
+
+def test_a_certificate_of_an_earlier_version_tells_the_difference_from_the_reference_itself():
+    old = {"reference": "peft 0.21", "largest_logit_difference": 2e-5, "tolerance": 1e-4}
+    assert agreement(old, None, is_quantized=False) == "agrees with peft 0.21 within 2.0e-05"
 
 
 def test_of_quantized_weights_it_says_what_the_framework_ran_on_and_what_they_cost():
     assert agreement(PARITY, QUALITY, is_quantized=True) == (
-        "agrees with peft 0.21 run on the quantized weights within 1.2e-05; "
+        f"agrees with peft 0.21 run on the quantized weights within {EXACTNESS}; "
         "against float32: 98.1% of tokens equal, perplexity +0.4%"
     )
 
@@ -33,7 +39,7 @@ def test_a_cost_that_was_not_measured_is_told():
 
 def test_a_rounded_cache_has_a_cost_and_the_framework_ran_on_the_weights_as_they_are():
     said = agreement(PARITY, {"greedy_agreement": 1.0, "perplexity_change": None}, is_quantized=False)
-    assert said == "agrees with peft 0.21 within 1.2e-05; against float32: 100.0% of tokens equal"
+    assert said == f"agrees with peft 0.21 within {EXACTNESS}; against float32: 100.0% of tokens equal"
 
 
 def test_a_manifest_is_asked_by_task_or_for_the_bare_model():

@@ -159,6 +159,7 @@ def test_sizes_are_shown_in_units_of_1000(size, shown):
         (OSError(errno.EMFILE, "Too many open files"), "too many open files; raise the limit with: ulimit -n"),
         (MemoryError("Unable to allocate 4 GiB"), "out of memory: Unable to allocate 4 GiB"),
         (MemoryError(), "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory: [enforce fail]"),
     ],
 )
 def test_the_command_line_ends_with_the_sentence(shared_bundle, monkeypatch, error, said):
