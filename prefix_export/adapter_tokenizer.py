@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from prefix_runtime import Bundle, PrefixRuntimeError
-from prefix_runtime.text import TOKENIZER_NAME
+from prefix_runtime.text import TOKENIZER_CONFIG_NAME, TOKENIZER_NAME
+from prefix_runtime.tokenizer_file import is_panic, open_tokenizer, read_settings
 
 from .errors import PrefixExportError
-from .tokenizer import TOKENIZER_FILES, load_tokenizer, odd_texts
+from .models import pretrained
+from .tokenizer import TOKENIZER_FILES, odd_texts
 
 if TYPE_CHECKING:
     from .models import BaseModel
@@ -70,6 +72,33 @@ def tokenizer_warnings_for_bundle(path: Path, bundle: Bundle, config: PreTrained
         return ()
     line = f"the tokenizer beside the adapter differs from the bundle's ({text}); the bundle keeps its own"
     return (f"{line}: build a bundle of this adapter to use the adapter's",)
+
+
+def load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a folder, or None if it has none. No code of the folder is run.
+
+    Args:
+        folder: with a tokenizer's files, and no need of a config.json.
+        config: of the model; some of transformers' classes are chosen by it.
+
+    Raises:
+        PrefixExportError: transformers cannot load it.
+        BundleError: a file is too large, or is no tokenizer.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    if (folder / TOKENIZER_NAME).exists():
+        open_tokenizer(folder / TOKENIZER_NAME)
+    if (folder / TOKENIZER_CONFIG_NAME).exists():
+        read_settings(folder / TOKENIZER_CONFIG_NAME)
+    try:
+        return pretrained.tokenizer_in(folder, config)
+    except BaseException as error:
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
+        raise PrefixExportError(
+            f"{folder}: expected a tokenizer that transformers can load without code of its own, found {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        ) from error
 
 
 def _tokenizers(

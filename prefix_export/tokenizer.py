@@ -9,13 +9,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from prefix_runtime.os_errors import os_error_behind
 from prefix_runtime.text import TOKENIZER_CONFIG_NAME, TOKENIZER_NAME, TextCodec
-from prefix_runtime.tokenizer_file import is_panic, open_tokenizer, read_settings
+from prefix_runtime.tokenizer_file import is_panic
 
-from .errors import ExportError, PrefixExportError
+from .errors import ExportError
 
 TOKENIZER_FILES = (
     TOKENIZER_NAME,
@@ -54,34 +54,6 @@ ODD_TEXTS = (
 _ADVICE = "encode with transformers, give token_ids, and decode the answer's with transformers"
 _MOST_SPECIAL = 32
 """Special tokens that are put into texts."""
-
-
-def load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a folder, or None if it has none. No code of the folder is run.
-
-    Args:
-        folder: with a tokenizer's files, and no need of a config.json.
-        config: of the model; some of transformers' classes are chosen by it.
-
-    Raises:
-        PrefixExportError: transformers cannot load it.
-        BundleError: a file is too large, or is no tokenizer.
-    """
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    if (folder / TOKENIZER_NAME).exists():
-        open_tokenizer(folder / TOKENIZER_NAME)
-    if (folder / TOKENIZER_CONFIG_NAME).exists():
-        read_settings(folder / TOKENIZER_CONFIG_NAME)
-    try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
-    except BaseException as error:
-        if not (isinstance(error, Exception) or is_panic(error)):
-            raise
-        raise PrefixExportError(
-            f"{folder}: expected a tokenizer that transformers can load without code of its own, found {_line(error)}"
-        ) from error
-    return found
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -105,7 +105,7 @@ def test_only_one_module_calls_transformers_loaders_and_trusts_no_code(path):
         assert not [name for name in imported(path) if name.startswith("transformers.Auto")]
         return
     calls = list(loader_calls(path))
-    assert len(calls) == 4
+    assert len(calls) == 5
     for _, call in calls:
         trusted = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "trust_remote_code"]
         assert trusted == ["False"]

@@ -9,6 +9,7 @@ import pickle
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,6 +98,12 @@ def tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """A model's tokenizer."""
     with _folder(source) as (root, arguments):
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(root, trust_remote_code=False, **arguments)
+    return found
+
+
+def tokenizer_in(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder without a model, as a model's configuration chooses its class."""
+    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     return found
 
 
