@@ -96,8 +96,9 @@ def load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenize
     except BaseException as error:
         if not (isinstance(error, Exception) or is_panic(error)):
             raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PrefixExportError(
-            f"{folder}: expected a tokenizer that transformers can load without code of its own, found {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+            f"{folder}: expected a tokenizer that transformers can load without code of its own, found {reason}"
         ) from error
 
 
