@@ -184,7 +184,7 @@ def test_what_goes_wrong_is_said_stops_no_engine_and_is_tried_again_a_day_later(
     assert len(tried) == 1
     assert suffixes(cache) == [".kept"]
     (warning,) = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
-    assert warning.startswith(f"{large.root}: its graph could not be kept, and is packed at every opening: {error}; it")
+    assert warning.startswith(f"{large.root}: its graph could not be kept, and is packed at every opening: {error}")
     later, now = PAUSE + 1, time.time
     monkeypatch.setattr(time, "time", lambda: now() + later)
     load(large)
