@@ -24,7 +24,7 @@ from .models.experts import traceable_experts
 from .progress import SILENT, Progress
 from .quality import HeldOut
 from .reference import PrefixSource, reference
-from .yardstick import Arithmetic, cache_error, own_error
+from .yardstick import Arithmetic, cache_error, largest_difference, own_error
 
 FACTOR = 4
 """An error of the graph may be so many times the yardstick."""
@@ -203,7 +203,7 @@ def compare(expectation: Expectation, engine: Engine, task: str | None) -> TaskP
         ParityError: they do not agree: by how much, and what is accepted.
     """
     prompts = expectation.prompts
-    errors = [float(np.abs(prompt.logits - engine.logits(prompt.token_ids, task)).max()) for prompt in prompts]
+    errors = [largest_difference(engine.logits(prompt.token_ids, task), prompt.logits) for prompt in prompts]
     partings = [_parting(prompt, tokens, engine, task) for prompt, tokens in _answers(prompts, engine, task)]
     tie = 2 * expectation.limit
     result = TaskParity(

@@ -25,7 +25,7 @@ from .quality import Answers, HeldOut, TaskQuality, answers, assess
 from .quantization import BITS
 from .quantize import as_exact
 from .reference import SourcedPrefixes, reference
-from .yardstick import Arithmetic
+from .yardstick import Arithmetic, largest_difference
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _compare_adapters(
         for prompt in expected[task].prompts:
             ids = np.array([prompt.token_ids], np.int64)
             inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.size)[None]}
-            error = float(np.abs(run_with_adapter(session, adapter, inputs)[0] - prompt.logits).max())
+            error = largest_difference(run_with_adapter(session, adapter, inputs)[0], prompt.logits)
             progress.advance()
             if not error <= (limit := expected[task].limit):  # NaN never is
                 raise ParityError(

@@ -19,11 +19,11 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from prefix_runtime import LayerPrefix, Prefix
+from prefix_runtime.cache_format import LARGEST
 
 from .reference import CacheReference, Reference
 
 _NOISY_RUNS = 3
-_LARGEST = 127  # of the whole numbers of an int8 cache
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class Arithmetic:
     scales: Sequence[LayerPrefix] | None = None
 
 
+def largest_difference(left: np.ndarray, right: np.ndarray) -> float:
+    """The largest difference of two arrays of one shape; NaN if a number of either is none."""
+    return float(np.abs(left - right).max())
+
+
 def own_error(
     reference: Reference, model: PreTrainedModel, prompt: Sequence[int], truth: np.ndarray, dtype: torch.dtype
 ) -> float:
@@ -54,10 +59,10 @@ def own_error(
         truth: its logits [sequence, vocab] in double precision.
         dtype: of the activations.
     """
-    errors = [_difference(reference.logits(prompt), truth)]
+    errors = [largest_difference(reference.logits(prompt), truth)]
     for seed in range(_NOISY_RUNS):
         with _noise(model, torch.finfo(dtype).eps / 2, seed):
-            errors.append(_difference(reference.logits(prompt), truth))
+            errors.append(largest_difference(reference.logits(prompt), truth))
     return float(np.max(errors))  # not Python's max, which drops a NaN
 
 
@@ -67,7 +72,7 @@ def cache_error(model: PreTrainedModel, prefix: Prefix | None, prompt: Sequence[
         return 0.0
     plain = CacheReference(model, prefix).logits(prompt)
     rounded = CacheReference(model, prefix, lambda: _RoundedCache(arithmetic)).logits(prompt)
-    return _difference(rounded, plain)
+    return largest_difference(rounded, plain)
 
 
 class _RoundedCache(DynamicCache):
@@ -94,7 +99,7 @@ class _RoundedCache(DynamicCache):
             assert self._arithmetic.cache is not None
             return states.to(self._arithmetic.cache).to(states.dtype)
         step = torch.from_numpy(np.array(scale)).to(states.dtype)
-        return (states / step).round().clamp(-_LARGEST, _LARGEST) * step
+        return (states / step).round().clamp(-LARGEST, LARGEST) * step
 
 
 @contextmanager
@@ -115,7 +120,3 @@ def _noise(model: PreTrainedModel, size: float, seed: int) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _difference(left: np.ndarray, right: np.ndarray) -> float:
-    return float(np.abs(left - right).max())
