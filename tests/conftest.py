@@ -178,6 +178,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
 
 
+@pytest.fixture(autouse=True)
+def no_width(monkeypatch):
+    """Tables are as wide as they are, whatever the width that the tests' own terminal exports."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory) -> Workshop:
     base = tmp_path_factory.getbasetemp()
