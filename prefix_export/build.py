@@ -14,7 +14,7 @@ from prefix_runtime import Bundle, LayerPrefix, Manifest, Prefix
 from prefix_runtime.bundle import MANIFEST_NAME, check_output, describe_file, staged, write_prefix
 from prefix_runtime.cache_format import CACHE_TYPES
 from prefix_runtime.geometry import LEAST_TEXT
-from prefix_runtime.manifest import ModelEntry, check_new_task_name
+from prefix_runtime.manifest import ModelEntry, check_free_task_name, task_key
 from prefix_runtime.storage import write_file_atomically
 
 from . import __version__, targets
@@ -204,6 +204,7 @@ class _Sourced:
 def _fold_all(request: BuildRequest, plan: targets.Plan, base: BaseModel, max_length: int) -> _Sourced:
     """Every prefix of every source, checked against the model and marked as made for it."""
     prefixes: dict[str, Prefix] = {}
+    taken: dict[str, str] = {}
     sources: dict[str, PrefixSource] = {}
     warnings: list[str] = []
     for task, named in request.prefixes.items():
@@ -212,7 +213,8 @@ def _fold_all(request: BuildRequest, plan: targets.Plan, base: BaseModel, max_le
         warnings += [f"task {task!r}: {line}" for line in folded.warnings]
         for part, prefix in folded.prefixes.items():
             name = f"{task}-{part}" if part else task
-            check_new_task_name(name, prefixes)
+            check_free_task_name(name, taken)
+            taken[task_key(name)] = name
             base.geometry.check_prefix(prefix, f"{path}{f', {part}' if part else ''}", base.fingerprint, max_length)
             own = replace(prefix, base_fingerprint=base.fingerprint)
             prefixes[name] = _in_float16(own) if plan.cache == "fp16" else own
@@ -369,10 +371,10 @@ def verify_against(
 
 
 def _check_names(prefixes: Mapping[str, Path]) -> None:
-    taken: list[str] = []
+    taken: dict[str, str] = {}
     for name in prefixes:
-        check_new_task_name(name, taken)
-        taken.append(name)
+        check_free_task_name(name, taken)
+        taken[task_key(name)] = name
 
 
 def _max_length(request: BuildRequest, base: BaseModel) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -139,6 +139,16 @@ class Bundle:
         manifest = self.manifest
         manifest.geometry.check_prefix(prefix, where, manifest.model.fingerprint, manifest.max_length)
         CacheFormat.of_bundle(self.root, manifest.cache, manifest.geometry).check(prefix, where)
+
+    def check_length(self, prefixes: Sequence[Prefix], where: str) -> None:
+        """Refuse prefixes that together leave no room for text; `where` names them in the message.
+
+        Raises:
+            PrefixMismatchError
+        """
+        manifest, length = self.manifest, sum(prefix.prefix_length for prefix in prefixes)
+        position_base = length if prefixes[0].position_base else 0
+        manifest.geometry.check_length(length, position_base, where, manifest.max_length)
 
     def check_tasks_may_change(self) -> None:
         """Refuse to add or remove tasks where the graph holds their prefixes.
