@@ -7,6 +7,7 @@ storages and dictionaries. Sparse tensors, whose indices torch does not check (C
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import pickletools
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prefix_export.errors import CheckpointError
-from prefix_runtime.storage import sha256_of_file
+from prefix_runtime.storage import read_regular, sha256_of_file
 from prefix_runtime.tensor_file import TensorFile
 
 if TYPE_CHECKING:
@@ -189,6 +190,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: expected a trained prefix, a file or a folder, found nothing there")
     if path.is_file():
         return Checkpoint(path, path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: expected a trained prefix, a file or a folder, found a pipe or a device")
     named = [path / name for name in _WEIGHTS_NAMES if (path / name).is_file()]
     others = [each for each in sorted(path.iterdir()) if each.is_file() and _kind(each) is not None]
     # As Hugging Face's libraries do: a pickle beside safetensors is the same once more, for older ones.
@@ -208,10 +211,12 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: it is too large, or no JSON object.
     """
     try:
-        if path.stat().st_size > _MOST_CONFIG_BYTES:
-            raise CheckpointError(f"{path}: expected at most {_MOST_CONFIG_BYTES} bytes of JSON, found a larger file")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path, _MOST_CONFIG_BYTES))
     except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            raise CheckpointError(
+                f"{path}: expected at most {_MOST_CONFIG_BYTES} bytes of JSON, found a larger file"
+            ) from error
         raise CheckpointError(f"{path}: expected JSON, found {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")

@@ -21,7 +21,6 @@ from .arguments import (
     options_of_each,
 )
 from .bundle import Bundle
-from .cache_format import CacheFormat
 from .cache_pool import CAPACITY_STEP, CacheMaker, CachePool
 from .checks import is_whole
 from .decoding import decode
@@ -70,7 +69,7 @@ def load(
         max_length: positions that prefix and text may take together; at most, and by default, the bundle's own.
         cache_bytes: that key/value buffers may take before idle ones are dropped.
         max_batch: prompts of a list that are answered together; more are taken in turns.
-        verify: compare every file's SHA-256 first, and open the bundle's own graph.
+        verify: compare every file's SHA-256 first, each prefix again when it is read, and open the bundle's own graph.
         prepare: keep the graph as onnxruntime packs it, if it was not kept before, and open that: once this takes
             several times as long, and the disk twice the graph's size; see `prefix-runtime prepare`. None does so where
             the bundle is of a gigabyte or more, not of 4 bits, and half of the free disk holds it; False never does,
@@ -101,7 +100,10 @@ def load(
     session = open_session(bundle, provider, threads, max_batch, only_own=verify, prepares=prepare)
     if isinstance(session, EngineSession):
         max_batch = min(max_batch, session.limits.batch)
-    return Engine(bundle, session, max_length or limit, cache_bytes, max_batch)
+    engine = Engine(bundle, session, max_length or limit, cache_bytes, max_batch)
+    if verify:
+        bundle.check_unchanged()
+    return engine
 
 
 class Engine:
@@ -123,7 +125,7 @@ class Engine:
         self._geometry = bundle.manifest.geometry
         self._max_length, self._max_batch = max_length, max_batch
         self._store = TaskStore(bundle)
-        cache_format = CacheFormat.of_bundle(bundle.root, bundle.manifest.cache, self._geometry)
+        cache_format = bundle.cache_format
         task_id = self._store.place if bundle.manifest.mode == "bake" else None
         make: CacheMaker
         step = CAPACITY_STEP
