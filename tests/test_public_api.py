@@ -24,6 +24,7 @@ RUNTIME_ERRORS = [
     "BenchError",
     "BundleError",
     "BundleIntegrityError",
+    "BusyError",
     "CompositionError",
     "ContextOverflowError",
     "DuplicateTaskError",

@@ -300,8 +300,8 @@ def check_sizes(root: Path, entries: Iterable[FileEntry]) -> None:
             status = os.lstat(path)
             is_link = stat.S_ISLNK(status.st_mode)
             if not inside[folder] or (is_link and not _is_inside(root, Path(path))):
-                raise BundleError(f"{path}: expected a file inside the bundle, found a link to {os.path.realpath(path)}")
-            status = os.stat(path) if is_link else status
+                raise BundleError(f"{path}: expected a file inside the bundle, found a link to {Path(path).resolve()}")
+            status = Path(path).stat() if is_link else status
         except FileNotFoundError:
             status = None
         except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, no name at all

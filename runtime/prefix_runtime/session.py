@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -208,18 +209,20 @@ class _RunningThread:
 
     def __init__(self, device: Device) -> None:
         self._device, self._pool = device, ThreadPoolExecutor(1, "prefix-runtime-cuda")
+        self._for_later: deque[Callable[[], object]] = deque()
 
     def ask(self, work: Callable[[], _Result]) -> _Result:
         """Have something done, and wait for it; without a turn at the GPU, which this thread needs."""
         return self._pool.submit(self._do, work).result()
 
     def ask_for_later(self, work: Callable[[], object]) -> None:
-        """Have something done when there is time; not at all when the process ends."""
-        with suppress(RuntimeError):
-            self._pool.submit(self._do, work)
+        """Have something done before what is asked next. Takes no lock, as finalisers call it: it queues."""
+        self._for_later.append(work)
 
     def _do(self, work: Callable[[], _Result]) -> _Result:
         with self._device.turn():
+            while self._for_later:
+                self._for_later.popleft()()
             return work()
 
 
@@ -342,8 +345,8 @@ def _decoding_kernels() -> Iterator[None]:
     name = "ORT_ENABLE_XQA"
     with _environment_lock:
         is_chosen = name in os.environ
-        os.environ.setdefault(name, "0")
         try:
+            os.environ.setdefault(name, "0")
             yield
         finally:
             if not is_chosen:

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 
@@ -96,7 +96,7 @@ class TensorFile:
         except (ValueError, RecursionError) as error:
             raise ValueError("a header that is no JSON") from error
         if not isinstance(header, dict):
-            raise ValueError("a header that is no JSON object")  # noqa: TRY004  # what is wrong is the file
+            raise ValueError("a header that is no JSON object")  # what is wrong is the file
         return header, start
 
     def _read(self, start: int, stop: int) -> memoryview | bytes:
@@ -140,8 +140,7 @@ def _info(name: str, entry: object, start: int) -> TensorInfo:
     """A tensor's entry, checked on its own."""
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
-    is_right = isinstance(dtype, str) and dtype in _BITS and _are_sizes(shape) and _are_sizes(offsets)
-    if not is_right or len(offsets) != 2:
+    if not (isinstance(dtype, str) and dtype in _BITS and _are_sizes(shape) and _are_sizes(offsets, 2)):
         raise ValueError(f"tensor {quoted(name)} without a known dtype, a shape and two offsets")
     first, last = offsets
     if first > last or _bits(dtype, shape) != 8 * (last - first):
@@ -149,8 +148,9 @@ def _info(name: str, entry: object, start: int) -> TensorInfo:
     return TensorInfo(dtype, tuple(shape), start + first, start + last)
 
 
-def _are_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(size) is int and 0 <= size <= _LARGEST for size in value)
+def _are_sizes(value: object, count: int | None = None) -> TypeGuard[list[int]]:
+    is_list = isinstance(value, list) and count in (None, len(value))
+    return is_list and all(type(size) is int and 0 <= size <= _LARGEST for size in cast(list[object], value))
 
 
 def _bits(dtype: str, shape: Iterable[int]) -> int:

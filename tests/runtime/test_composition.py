@@ -191,7 +191,9 @@ class TestTasks:
         assert len({id(prefix) for prefix in found}) == 1
 
     @pytest.mark.parametrize("kept", [False, True], ids=["made for the first time", "kept from before"])
-    def test_a_part_that_is_replaced_meanwhile_is_not_in_the_answer(self, shared_bundle, make_prefix, monkeypatch, kept):
+    def test_a_part_that_is_replaced_meanwhile_is_not_in_the_answer(
+        self, shared_bundle, make_prefix, monkeypatch, kept
+    ):
         store = TaskStore(prefix_runtime.Bundle.open(shared_bundle))
         old, new = make_prefix(4, seed=1), make_prefix(4, seed=2)
         store.add("a", old)

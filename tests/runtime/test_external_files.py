@@ -46,13 +46,17 @@ def test_a_bundles_graph_names_its_weights(shared_bundle):
 
 
 def test_names_are_found_wherever_a_tensor_may_stand():
-    inner = helper.make_node("If", ["c"], ["z"], then_branch=graph([constant("b")], outside("c")), else_branch=graph([]))
+    inner = helper.make_node(
+        "If", ["c"], ["z"], then_branch=graph([constant("b")], outside("c")), else_branch=graph([])
+    )
     listed = helper.make_node("Odd", [], ["y"], values=[outside("e"), outside("f")], graphs=[graph([], outside("g"))])
     sparse = helper.make_node("Constant", [], ["s"], sparse_value=helper.make_sparse_tensor(
         outside("h"), numpy_helper.from_array(np.zeros(4, np.int64)), [4]
     ))  # fmt: skip
     model = helper.make_model(
-        graph([constant("d"), inner, listed, sparse], outside("a"), numpy_helper.from_array(np.ones(3, np.float32), "in"))
+        graph(
+            [constant("d"), inner, listed, sparse], outside("a"), numpy_helper.from_array(np.ones(3, np.float32), "in")
+        )
     )
     assert external_files(model.SerializeToString()) == set("abcdefgh")
     assert named(model) <= set("abcdefgh")

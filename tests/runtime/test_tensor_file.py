@@ -168,7 +168,8 @@ def test_what_is_no_regular_file_is_neither_waited_for_nor_read(path, make, no_h
 def test_a_shape_that_no_array_has_is_refused(path, shape, dtype):
     size = 0 if 0 in shape else {"F32": 4}.get(dtype, 2)
     write(path, {"x": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}, bytes(size))
-    with pytest.raises(PrefixError, match=f"^{path}: tensor 'x': expected a shape that an array can have, found ") as caught:
+    message = f"^{path}: tensor 'x': expected a shape that an array can have, found "
+    with pytest.raises(PrefixError, match=message) as caught:
         TensorFile(path).array("x")
     assert len(str(caught.value)) < len(str(path)) + 200
 
@@ -187,7 +188,8 @@ def write(path, header, data):
 def test_it_takes_what_the_library_takes_and_refuses_what_that_refuses(path):
     """Of files that were changed at random, all the ways that a header can be wrong among them."""
     chance = random.Random(0)
-    values = [0, 1, 2, 4, 8, 16, -1, 2**62, 2**64, 1.0, True, None, "F32", "F64", "F4", "U8", "X", [], [0, 8], [8, 16], {}]
+    values = [0, 1, 2, 4, 8, 16, -1, 2**62, 2**64, 1.0, True, None, "F32", "F64", "F4", "U8", "X"]
+    values += [[], [0, 8], [8, 16], {}]
     taken = refused = 0
     for _ in range(4000):
         header = {
