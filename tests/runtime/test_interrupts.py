@@ -229,11 +229,11 @@ def test_openings_that_are_interrupted_at_any_moment_are_not_counted_for_ever(co
         with pages.opening():
             pass
 
-    moment = moments = 1
-    while moments >= moment:
+    moment = moments = 0
+    while moments == moment:  # as long as there was one more to be interrupted at
+        moment += 1
         moments = interrupted(work, moment)
         collect()
         assert not pages._openings.lock.locked()
         assert pages._openings.under_way == set()
-        moment += 1
-    assert moment > 10
+    assert moment > 5
