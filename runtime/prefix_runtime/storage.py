@@ -173,6 +173,8 @@ def _sync(path: Path) -> None:
 def locked(path: Path, *, waits: bool = True) -> Iterator[bool]:
     """Hold the advisory lock of a folder, or of a file that is made for it, so that no change is lost to another's.
 
+    A link in the place of the file is not followed.
+
     Returns:
         Whether it is held: Windows has no such locks; there changes stay atomic, and concurrent ones may be lost.
 
@@ -184,7 +186,8 @@ def locked(path: Path, *, waits: bool = True) -> Iterator[bool]:
     except ImportError:
         yield False
         return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
         yield True

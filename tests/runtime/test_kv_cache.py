@@ -408,7 +408,9 @@ class TestPool:
         size = new_cache(64).nbytes
         pool = CachePool(lambda rows, capacity: new_cache(capacity, rows), size // 64, 320, 10 * size, limit=2 * size)
         with pool.lease([None], 40), pool.lease([make_prefix()], 40):
-            with pytest.raises(BusyError, match=f"expected .* at most {2 * size} bytes .* found {2 * size} in use and "):
+            with pytest.raises(
+                BusyError, match=f"expected .* at most {2 * size} bytes .* found {2 * size} in use and "
+            ):
                 pool.lease([None], 40).__enter__()
             assert pool.lent_bytes == 2 * size
         with pytest.raises(BusyError), pool.lease([None] * 3, 40):
