@@ -325,7 +325,8 @@ def _open(
         ort.preload_dlls()  # CUDA's libraries where pip put them
     try:
         with _decoding_kernels() if provider == "cuda" else nullcontext(), opening():
-            session = ort.InferenceSession(str(path), options, providers=providers)
+            # Else a failure is printed, and the graph opened a second time by other providers.
+            session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's own errors share no base but Exception.
         raise ProviderError(f"{path}: onnxruntime {ort.__version__} cannot open the graph: {error}") from error
     if name not in session.get_providers():

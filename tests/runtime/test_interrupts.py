@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ IDS = [5, 6, 7]
 class SmallCache(Cache):
     """A cache that holds nothing but what its rows are said to hold."""
 
-    made = weakref.WeakSet()
+    made: ClassVar = weakref.WeakSet()
 
     def __init__(self, rows, capacity):
         super().__init__(rows, capacity, rows * capacity)
@@ -37,7 +38,7 @@ class SmallCache(Cache):
     def move(self, source, target):
         self.rows[target].prefix = self.rows[source].prefix
 
-    def prefill(self, row, token_ids, keep_all_logits=False):
+    def prefill(self, *_):
         return np.zeros(1)
 
     def step(self, token_ids):

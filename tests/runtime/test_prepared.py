@@ -352,8 +352,7 @@ class TestOthers:
     def test_a_lock_of_another_user_is_refused(self, opened, cache, give_away):
         prepare(opened)
         give_away(cache / "prepared.lock")
-        forget = prepared.forget
-        with pytest.raises(OSError, match="expected a (file|folder) of this user's .* found one of user "):
+        with pytest.raises(OSError, match=r"expected a (file|folder) of this user's .* found one of user "):
             forget(opened)
 
 

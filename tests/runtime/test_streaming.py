@@ -183,5 +183,5 @@ def test_open_streams_keep_to_a_limit_and_say_what_to_do(shared_bundle):
 
 @pytest.mark.parametrize("wrong", [-1, 1.5, True, "1"])
 def test_a_limit_that_is_none_is_refused(shared_bundle, wrong):
-    with pytest.raises(RequestError, match="^max_cache_bytes: expected a whole number, 0 or more, or None, found "):
+    with pytest.raises(RequestError, match=r"^max_cache_bytes: expected a whole number, 0 or more, or None, found "):
         prefix_runtime.load(shared_bundle, max_cache_bytes=wrong)
