@@ -1,4 +1,4 @@
-"""What `examples/web` lets nobody do: the server's log, links, names and pipes; a manifest's paths. Needs Node.js alone."""
+"""What `examples/web` lets nobody do: the log, links, names, pipes, and a manifest's paths. Needs Node.js alone."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def server(folder):
     served.process.stdout.close()
 
 
-def test_a_file_is_sent(server, folder):
+def test_a_file_is_sent(server):
     assert server.ask("/bundle/manifest.json") == (200, b"{}")
     assert server.line() == "200 /bundle/manifest.json"
     assert server.ask("/") == (200, (WEB / "index.html").read_bytes())

@@ -238,3 +238,61 @@ def test_openings_that_are_interrupted_at_any_moment_are_not_counted_for_ever(co
         assert not pages._openings.lock.locked()
         assert pages._openings.under_way == set()
     assert moment > 5
+
+
+COLLECTED_ON_A_GPU = """
+import sys, threading, types
+
+class Kinds:
+    def __getattr__(self, name):
+        return 0
+
+freed = []
+runtime = types.ModuleType("cuda.bindings.runtime")
+runtime.__getattr__ = lambda name: Kinds()
+for name in ("GetDevice", "SetDevice", "GetDeviceCount", "EventRecord", "StreamWaitEvent", "StreamCreateWithFlags",
+             "EventCreateWithFlags", "ThreadExchangeStreamCaptureMode", "MemPoolSetAttribute", "MemPoolCreate",
+             "MallocFromPoolAsync", "EventDestroy", "MemPoolDestroy"):
+    setattr(runtime, f"cuda{name}", lambda *_, found=1 if name == "GetDeviceCount" else 0: (0, found))
+runtime.cudaGetDeviceProperties = lambda _: (0, types.SimpleNamespace(name=b"a GPU"))
+runtime.cudaMemPoolProps = lambda: types.SimpleNamespace(location=types.SimpleNamespace())
+runtime.cudaStream_t = int
+runtime.cudaFreeAsync = lambda *_: freed.append(1)
+driver = types.ModuleType("cuda.bindings.driver")
+driver.cuuint64_t = int
+bindings = types.ModuleType("cuda.bindings")
+bindings.runtime, bindings.driver = runtime, driver
+sys.modules |= {"cuda": types.ModuleType("cuda"), "cuda.bindings": bindings, "cuda.bindings.runtime": runtime,
+                "cuda.bindings.driver": driver}
+
+from prefix_runtime.device import Device
+from prefix_runtime.provider import Cuda
+
+device = Device(Cuda(stream=7))
+memory, last = device.allocate(10), device.allocate(10)
+held, over = threading.Event(), threading.Event()
+
+def hold():
+    with device.turn():
+        held.set()
+        over.wait(60)
+
+other = threading.Thread(target=hold)
+other.start()
+held.wait()
+del memory  # while another thread has its turn
+print(over.is_set() or len(freed), end=" ")
+over.set()
+other.join()
+with device.turn():
+    print(len(freed), end=" ")
+del last, device
+print(len(freed))
+"""
+
+
+def test_memory_of_a_gpu_is_collected_without_waiting_for_a_turn_and_freed_in_the_next(python, no_hang):
+    """On a stand-in for CUDA's bindings: what is tested is who waits for whom."""
+    with no_hang:
+        run = python(COLLECTED_ON_A_GPU)
+    assert (run.stdout, run.stderr) == ("0 1 2\n", "")
