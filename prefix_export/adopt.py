@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from prefix_runtime import ProviderError
+from prefix_runtime.os_errors import write_error
 from prefix_runtime.session import Session
 
 from .attention import AttentionLayer
@@ -43,7 +44,11 @@ def adopt_graph(source: Path, layers: Sequence[AttentionLayer], vocab_size: int,
     except ProviderError as error:
         raise ExportError(f"graph {source}: expected one that onnxruntime runs, found {error}") from error
     model = onnx.load(source)
-    onnx.save_model(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=f"{path.name}.data")
+    weights = f"{path.name}.data"
+    try:
+        onnx.save_model(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=weights)
+    except OSError as error:
+        raise write_error(path, error) from error
     return weight_bytes(ir.load(path).graph)
 
 

@@ -27,6 +27,7 @@ AttentionFunction = Callable[..., torch.Tensor]
 _NAME = "prefix_export"
 _KEY_SCALE = 12  # its place among the operator's inputs; the value's follows
 _active: ContextVar[AttentionFunction] = ContextVar("attention function")
+_layer_listener: ContextVar[Callable[[], None]] = ContextVar("layer listener")
 
 # What models hand to an attention function and what changes nothing here: positions are in the keys already, the
 # operator is causal by definition, and nothing is trained.
@@ -60,11 +61,14 @@ def _dispatch(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    _attention_mask: None,
+    attention_mask: None = None,  # noqa: ARG001  # some models hand it over by this name
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     # No mask function is registered under this name, so transformers makes no mask.
-    return _active.get()(module, query, key, value, **kwargs), None
+    output = _active.get()(module, query, key, value, **kwargs)
+    if (listener := _layer_listener.get(None)) is not None:
+        listener()
+    return output, None
 
 
 AttentionInterface.register(_NAME, _dispatch)
@@ -90,12 +94,25 @@ def attention(model: PreTrainedModel, function: AttentionFunction) -> Iterator[N
         model.set_attn_implementation(before)
 
 
+@contextmanager
+def counting_layers(listener: Callable[[], None]) -> Iterator[None]:
+    """Call a listener after each attention layer that is run or traced for a while: a trace shows its progress so."""
+    token = _layer_listener.set(listener)
+    try:
+        yield
+    finally:
+        _layer_listener.reset(token)
+
+
 def probe(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
-    """The attention layers of a model, found by running it on one token.
+    """The attention layers of a model, found by running it on one token; a model on PyTorch's meta device will do.
 
     Raises:
         UnsupportedArchitectureError: a layer is not plain self-attention or does not go through the interface.
     """
+    # transformers' own test, which reads the architecture's source (5.23).
+    if not model._can_set_attn_implementation():  # noqa: SLF001  # there is no public way to ask
+        raise _not_on_the_interface(model)
     found: dict[int, AttentionLayer] = {}
 
     def record(
@@ -113,13 +130,28 @@ def probe(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
         found[index] = AttentionLayer(heads, key.shape[1], key.shape[3], kwargs.get("sliding_window"))
         return query.new_zeros(query.shape[0], sequence, heads, head_dim)
 
-    token = torch.zeros(1, 1, dtype=torch.int64)
-    with torch.no_grad(), attention(model, record):
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    with torch.no_grad(), attention(model, record), _refusing_failures(model):
         model(input_ids=token, position_ids=token, use_cache=False)
     layers = model.config.get_text_config().num_hidden_layers
     if sorted(found) != list(range(layers)):
         raise _not_on_the_interface(model)
     return tuple(found[index] for index in range(layers))
+
+
+@contextmanager
+def _refusing_failures(model: PreTrainedModel) -> Iterator[None]:
+    """Name a model whose code fails under a foreign attention function, as latent attention does."""
+    try:
+        yield
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "meta" in reason.lower():
+            raise  # it looks at numbers, which the meta device does not have
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__}: expected plain causal attention, found code that fails under another attention "
+            f"function: {reason}"
+        ) from error
 
 
 @dataclass(frozen=True)

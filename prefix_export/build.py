@@ -11,69 +11,37 @@ from pathlib import Path
 import numpy as np
 
 from prefix_runtime import Bundle, LayerPrefix, Manifest, Prefix
-from prefix_runtime.bundle import MANIFEST_NAME, check_output, describe_file, staged, write_prefix
-from prefix_runtime.cache_format import CACHE_TYPES
+from prefix_runtime.bundle import MANIFEST_NAME, describe_file, staged, write_prefix
+from prefix_runtime.cache_format import CACHE_TYPES, CacheFormat
 from prefix_runtime.geometry import LEAST_TEXT
-from prefix_runtime.manifest import ModelEntry, check_free_task_name, task_key
-from prefix_runtime.storage import write_file_atomically
+from prefix_runtime.manifest import FileEntry, ModelEntry, check_free_task_name, task_key
+from prefix_runtime.storage import check_room, write_file_atomically
 
 from . import __version__, targets
+from .adapter_tokenizer import with_adapters_tokenizer
 from .adopt import adopt_graph
 from .attention import check_fast_flavour
 from .calibrate import cache_scales, save_scales
 from .clients import GENAI_CONFIG_NAME, genai_config, save_adapters, save_configs, write_json
 from .errors import ExportError, ModelError
-from .export import export_plan
+from .export import arithmetic, export_plan
 from .fold import fold, located
+from .generation_defaults import generation_report
 from .lint import lint
 from .models import BaseModel, load_base_model
-from .parity import PrefixSource, TaskParity
-from .progress import StepListener
+from .models.experts import notes as expert_notes
+from .parity import Expectation, TaskParity
+from .progress import SILENT, PhaseTimes, Progress
 from .quality import HeldOut, TaskQuality, read_held_out
+from .quantization import BITS, Quantization, quantization
 from .quantize import QuantizedModel
-from .rounding import Quantization, quantization
-from .verification import answer_all, assess_all, certificate, check_can_run, compare_all, observe_all
+from .reference import PrefixSource, SourcedPrefixes
+from .request import BuildRequest, check_request, check_sources
+from .tokenizer import tokenizer_warnings
+from .verification import FloatAnswers, answer_all, assess_all, certificate, check_can_run, compare_all, observe_all
 
-
-@dataclass(frozen=True)
-class BuildRequest:
-    """What to build.
-
-    Attributes:
-        model: a Hub id or a folder.
-        prefixes: a trained checkpoint for each task.
-        output: the bundle's folder, which must not exist yet.
-        max_length: positions that prefix and text may take together; None takes the model's context.
-        mode: "feed", or "bake": the graph holds the prefixes, and its tasks cannot change.
-        target: what the graph is made for, of `targets.TARGETS`; None takes "cpu", or "portable" for "bake".
-        opset: of ONNX' own operators; None takes the target's.
-        graph: of the model, a decoder-with-past in float32 that was exported before, to be used as it is.
-        adapters: "onnx" writes an adapter file of onnxruntime's for each task, and a graph that takes them.
-        precision: of the weights: "fp32", "fp16", "bf16", "int8" or "int4"; None takes the target's first.
-        block_size: weights that share a scale; None takes `rounding.DEFAULT_BLOCK_SIZE`, for the target tensorrt all
-            of an output.
-        quantizer: how weights are rounded: "rtn" or "hqq".
-        cache: what keys and values are kept in: "fp32", "fp16", "bf16" or "int8"; None takes the target's.
-        held_out: text files, a text a line, on which float32 and what is rounded are compared, by task; the one under
-            None is for tasks without one of their own and for the bare model. Where there is none, the demo's.
-        verify: compare the graph with the source framework before the bundle is moved into place.
-    """
-
-    model: str
-    prefixes: Mapping[str, Path]
-    output: Path
-    max_length: int | None = None
-    mode: str = "feed"
-    target: str | None = None
-    opset: int | None = None
-    graph: Path | None = None
-    adapters: str | None = None
-    precision: str | None = None
-    block_size: int | None = None
-    quantizer: str = "rtn"
-    cache: str | None = None
-    held_out: Mapping[str | None, Path] = field(default_factory=dict)
-    verify: bool = True
+_MEGABYTE = 1e6
+_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, **BITS}
 
 
 @dataclass(frozen=True)
@@ -86,6 +54,7 @@ class BuildResult:
         quality: of what was rounded, by task; empty where nothing was, or it was not verified.
         seconds: that the whole took.
         warnings: what the user should know, a line each.
+        phase_seconds: the same by phase ("load", "export", …), in the order of the recipe.
     """
 
     bundle: Bundle
@@ -93,18 +62,19 @@ class BuildResult:
     quality: Mapping[str | None, TaskQuality]
     seconds: float
     warnings: tuple[str, ...] = field(default=())
+    phase_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def build(
     request: BuildRequest,
-    on_step: StepListener = lambda step: None,
+    progress: Progress = SILENT,
     load: Callable[[str], BaseModel] | None = None,
 ) -> BuildResult:
     """Fold the prefixes, export the model, compare both with the source framework, and write the bundle.
 
     Args:
         request: what to build.
-        on_step: told what is done next.
+        progress: told how far it is.
         load: makes the base model of its name; None loads it.
 
     Raises:
@@ -112,51 +82,75 @@ def build(
         OSError: the disk is full or not writable; nothing is left behind.
     """
     started = time.perf_counter()
-    check_output(request.output)
-    plan = _plan(request)
-    request = replace(request, precision=plan.precision, cache=plan.cache)
-    by_output = plan.target.has_output_scales
-    settings = quantization(plan.precision, request.block_size, request.quantizer, by_output=by_output)
-    _check_held_out(request)
-    on_step(f"loading {request.model}")
+    times = PhaseTimes(progress)
+    checked = check_request(request)
+    request, plan, settings = checked.request, checked.plan, checked.quantization
+    if load is None:
+        check_sources(request)
+    if request.verify:
+        check_can_run(plan.precision)
+    times.phase("load", detail=request.model)
     base = (load or load_base_model)(request.model)
     if plan.target.flavour == "fast":
         check_fast_flavour(base.model, base.layers)
+    if request.graph is None:
+        check_room(request.output, _least_weight_bytes(base, plan.precision))
     max_length = _max_length(request, base)
-    on_step("folding prefixes")
-    sourced = _fold_all(request, plan, base, max_length)
-    prefixes, sources = sourced.prefixes, sourced.sources
-    warnings = (*sourced.warnings, *_warnings(request, plan.target, base, prefixes, max_length))
+    times.phase("fold", len(request.prefixes))
+    sourced, folding = _fold_all(request, plan, base, max_length, times)
+    prefixes = sourced.prefixes
+    base, notes = with_adapters_tokenizer(base, sourced.sources)
+    warnings = (*folding, *notes, *_warnings(request, plan.target, base, prefixes, max_length))
     _check_held_out_tasks(request, prefixes)
-    measured, compared = _split(request, _held_out(request, base, prefixes, max_length))
-    in_float = answer_all(base, prefixes, sources, compared, on_step) if request.verify else {}
-    quantized = _quantize(base, settings, on_step)
-    scales = _scales(request, base, prefixes, measured, on_step)
-    conditions = _conditions(plan.mode, prefixes) if request.verify else ()
-    expected = observe_all(base, prefixes, sources, conditions, max_length=max_length, on_step=on_step)
+    texts = _held_out(request, base, prefixes, max_length)
+    measured, compared = _split(request, texts)
+    in_float = answer_all(base, sourced, compared, times) if request.verify and request.needs_text else {}
+    quantized = QuantizedModel(base.model, settings, times) if settings else None
+    scales = cache_scales(base, prefixes, measured, times) if request.cache == "int8" else None
+    expected = {}
+    if request.verify:
+        exact = arithmetic(plan, scales)
+        expected = observe_all(base, sourced, texts, exact, max_length=max_length, progress=times)
     with staged(request.output) as folder:
-        on_step("exporting the graph")
         if request.graph is not None:
+            times.phase("adopt the graph")
             weight_bytes = adopt_graph(request.graph, base.layers, base.geometry.vocab_size, folder / plan.graph)
         else:
-            weight_bytes = export_plan(base, plan, prefixes, folder, quantized=quantized, scales=scales)
-        if scales is not None:
-            save_scales(scales, folder)
+            weight_bytes = export_plan(base, plan, prefixes, folder, quantized=quantized, scales=scales, progress=times)
+        save_scales(scales, folder)
         save_configs(base, folder)
+        warnings += tokenizer_warnings(folder, base.tokenizer)
         _save_for_clients(plan, base, prefixes, max_length, folder)
-        on_step("hashing")
-        manifest = _manifest(plan, settings, base, prefixes, weight_bytes, max_length=max_length, folder=folder)
+        files = _described(folder, times)
+        manifest = _manifest(
+            plan, settings, base, prefixes, weight_bytes, max_length=max_length, folder=folder, files=files
+        )
         _write_manifest(folder, manifest)
         # The engine needs the room that the model takes, which torch's export keeps alive by cycles.
         del base, quantized
         gc.collect()
-        parity = compare_all(folder, expected, on_step) if request.verify else {}
-        quality = assess_all(folder, in_float, on_step) if in_float else {}
-        if parity:
-            graph_bytes = sum(entry.size for name, entry in manifest.files.items() if name.startswith(plan.graph))
-            _write_manifest(folder, replace(manifest, parity=certificate(parity, quality, graph_bytes)))
-        on_step("writing the bundle")
-    return BuildResult(Bundle.open(request.output), parity, quality, time.perf_counter() - started, warnings)
+        parity, quality = _certified(folder, manifest, expected, in_float, times)
+        times.phase("write to the disk")
+    times.end()
+    seconds = time.perf_counter() - started
+    return BuildResult(Bundle.open(request.output), parity, quality, seconds, warnings, times.seconds)
+
+
+def _certified(
+    folder: Path,
+    manifest: Manifest,
+    expected: Mapping[str | None, Expectation],
+    in_float: Mapping[str | None, FloatAnswers],
+    progress: Progress,
+) -> tuple[Mapping[str | None, TaskParity], Mapping[str | None, TaskQuality]]:
+    """Compare a bundle's graph, where something is expected of it, and write the certificate into its manifest."""
+    if not expected:
+        return {}, {}
+    parity = compare_all(folder, expected, progress)
+    quality = assess_all(folder, in_float, progress) if in_float else {}
+    graph_bytes = sum(entry.size for name, entry in manifest.files.items() if name.startswith(manifest.graph))
+    _write_manifest(folder, replace(manifest, parity=certificate(parity, quality, graph_bytes)))
+    return parity, quality
 
 
 def _save_for_clients(
@@ -171,41 +165,13 @@ def _save_for_clients(
         write_json(folder / GENAI_CONFIG_NAME, genai_config(base, plan.graph, room))
 
 
-def _plan(request: BuildRequest) -> targets.Plan:
-    """What is to be made.
-
-    Raises:
-        PrefixExportError, PrefixRuntimeError: the request contradicts itself, or asks for what cannot be done here.
-    """
-    _check_names(request.prefixes)
-    target = "portable" if request.graph is not None and request.target is None else request.target
-    plan = targets.plan(
-        target, request.mode, request.precision, request.cache, request.opset, adapters=request.adapters
-    )
-    if plan.mode == "bake" and not request.prefixes:
-        raise ExportError("mode bake: expected at least one prefix to put into the graph, found none")
-    if plan.has_adapters and not request.prefixes:
-        raise ExportError("adapters: expected at least one prefix to write as an adapter file, found none")
-    _check_graph(request, plan)
-    if request.verify:
-        check_can_run(plan.precision)
-    return plan
-
-
-@dataclass(frozen=True)
-class _Sourced:
-    """The prefix of each task as the bundle keeps it, what it was folded from, and what the user should know."""
-
-    prefixes: dict[str, Prefix]
-    sources: dict[str, PrefixSource]
-    warnings: tuple[str, ...]
-
-
-def _fold_all(request: BuildRequest, plan: targets.Plan, base: BaseModel, max_length: int) -> _Sourced:
-    """Every prefix of every source, checked against the model and marked as made for it."""
+def _fold_all(
+    request: BuildRequest, plan: targets.Plan, base: BaseModel, max_length: int, progress: Progress
+) -> tuple[SourcedPrefixes, tuple[str, ...]]:
+    """Every prefix of every source, checked against the model and marked as made for it, and what to warn of."""
     prefixes: dict[str, Prefix] = {}
     taken: dict[str, str] = {}
-    sources: dict[str, PrefixSource] = {}
+    sources: dict[str, PrefixSource | None] = {}
     warnings: list[str] = []
     for task, named in request.prefixes.items():
         path = located(named)  # once: what is on the Hub is asked for over the network
@@ -221,9 +187,10 @@ def _fold_all(request: BuildRequest, plan: targets.Plan, base: BaseModel, max_le
             sources[name] = PrefixSource(path, part)
             if prefix.head:
                 warnings.append(f"task {name!r}: its head ({', '.join(sorted(prefix.head))}) is not exported")
+        progress.advance()
     if plan.mode == "bake":
         _check_one_base(prefixes)
-    return _Sourced(prefixes, sources, tuple(warnings))
+    return SourcedPrefixes(prefixes, sources), tuple(warnings)
 
 
 def _check_one_base(prefixes: Mapping[str, Prefix]) -> None:
@@ -242,37 +209,9 @@ def _check_one_base(prefixes: Mapping[str, Prefix]) -> None:
         )
 
 
-def _check_graph(request: BuildRequest, plan: targets.Plan) -> None:
-    """Refuse what would have to change a graph that is to be used as it is."""
-    if request.graph is None:
-        return
-    if not request.graph.is_file():
-        what = "a folder" if request.graph.is_dir() else "none"
-        raise ExportError(f"graph {request.graph}: expected an ONNX file, found {what}")
-    expected = ("portable", "feed", "fp32", False)
-    if (plan.name, plan.mode, plan.precision, plan.has_adapters) != expected or request.opset is not None:
-        raise ExportError(
-            f"graph {request.graph}: expected target portable, mode feed and precision fp32, no opset and no adapters, "
-            "as for a graph that is used as it is"
-        )
-
-
 def _conditions(mode: str, tasks: Iterable[str]) -> tuple[str | None, ...]:
     """What a graph answers under: each task, and where it holds none the bare model."""
     return tuple(tasks) if mode == "bake" else (None, *tasks)
-
-
-def _check_held_out(request: BuildRequest) -> None:
-    if request.held_out and _is_exact(request):
-        raise ExportError("held-out text: expected weights or a cache to round and compare with float32, found none")
-    if request.held_out and not (request.verify or request.cache == "int8"):
-        raise ExportError("held-out text: expected a comparison with float32 to use it for, found --no-verify")
-    for task, path in request.held_out.items():
-        # A checkpoint of several prefixes makes tasks of more names than are known here.
-        if task is not None and not any(task == name or task.startswith(f"{name}-") for name in request.prefixes):
-            raise ExportError(f"held-out text {path}: expected one of the tasks that are built, found {task!r}")
-        if not path.is_file():
-            raise ExportError(f"held-out text {path}: expected a text file, found none")
 
 
 def _check_held_out_tasks(request: BuildRequest, prefixes: Mapping[str, Prefix]) -> None:
@@ -284,18 +223,14 @@ def _check_held_out_tasks(request: BuildRequest, prefixes: Mapping[str, Prefix])
 def _held_out(
     request: BuildRequest, base: BaseModel, prefixes: Mapping[str, Prefix], max_length: int
 ) -> dict[str | None, HeldOut]:
-    """The texts of each task and of the bare model, where something is about to be rounded."""
-    if _is_exact(request) or not (request.verify or request.cache == "int8"):
+    """The texts of each task and of the bare model: prompts of the comparison, and what rounding is measured on."""
+    if not (request.verify or request.needs_text):
         return {}
     conditions = _conditions(request.mode, prefixes)
     files = {task: request.held_out.get(task, request.held_out.get(None)) for task in conditions}
     return {
         task: read_held_out(path, base, prefixes[task] if task else None, max_length) for task, path in files.items()
     }
-
-
-def _is_exact(request: BuildRequest) -> bool:
-    return request.precision == "fp32" and request.cache == "fp32"
 
 
 def _split(
@@ -311,26 +246,6 @@ def _split(
     return part(0), part(1)
 
 
-def _scales(
-    request: BuildRequest,
-    base: BaseModel,
-    prefixes: Mapping[str, Prefix],
-    held_out: Mapping[str | None, HeldOut],
-    on_step: StepListener,
-) -> tuple[LayerPrefix, ...] | None:
-    if request.cache != "int8":
-        return None
-    on_step("measuring keys and values")
-    return cache_scales(base, prefixes, held_out)
-
-
-def _quantize(base: BaseModel, settings: Quantization | None, on_step: StepListener) -> QuantizedModel | None:
-    if settings is None:
-        return None
-    on_step(f"rounding the weights to {settings.bits} bits")
-    return QuantizedModel(base.model, settings)
-
-
 def _in_float16(prefix: Prefix) -> Prefix:
     """A prefix as keys and values of float16 take it, in half the bytes."""
     sites = {
@@ -340,16 +255,14 @@ def _in_float16(prefix: Prefix) -> Prefix:
     return replace(prefix, sites=sites)
 
 
-def verify_against(
-    bundle: Bundle, model: str, on_step: StepListener = lambda step: None
-) -> dict[str | None, TaskParity]:
+def verify_against(bundle: Bundle, model: str, progress: Progress = SILENT) -> dict[str | None, TaskParity]:
     """Compare a bundle's graph with a base model, under every task and without.
 
     Raises:
         ParityError: they differ.
         ModelError: the model cannot be loaded, or it is not the one that the bundle was built from.
     """
-    on_step(f"loading {model}")
+    progress.phase("load", detail=model)
     base = load_base_model(model)
     if base.fingerprint != bundle.manifest.model.fingerprint:
         raise ModelError(
@@ -361,20 +274,19 @@ def verify_against(
     if settings := quantization(
         manifest.precision, manifest.block_size, manifest.quantizer or "rtn", by_output=by_output
     ):
-        on_step("rounding the weights")
-        QuantizedModel(base.model, settings)
+        QuantizedModel(base.model, settings, progress)
     prefixes = {task: bundle.prefix(task) for task in bundle.tasks}
-    conditions = _conditions(manifest.mode, prefixes)
-    sources = dict.fromkeys(prefixes)
-    expected = observe_all(base, prefixes, sources, conditions, max_length=manifest.max_length, on_step=on_step)
-    return compare_all(bundle.root, expected, on_step)
-
-
-def _check_names(prefixes: Mapping[str, Path]) -> None:
-    taken: dict[str, str] = {}
-    for name in prefixes:
-        check_free_task_name(name, taken)
-        taken[task_key(name)] = name
+    plan = targets.plan(manifest.target, manifest.mode, manifest.precision, manifest.cache, None, adapters=None)
+    texts = {
+        task: read_held_out(None, base, prefixes[task] if task else None, manifest.max_length)
+        for task in _conditions(manifest.mode, prefixes)
+    }
+    scales = CacheFormat.of_bundle(bundle.root, manifest.cache, manifest.geometry).scales
+    folded = SourcedPrefixes(prefixes, dict.fromkeys(prefixes))
+    expected = observe_all(
+        base, folded, texts, arithmetic(plan, scales), max_length=manifest.max_length, progress=progress
+    )
+    return compare_all(bundle.root, expected, progress)
 
 
 def _max_length(request: BuildRequest, base: BaseModel) -> int:
@@ -387,6 +299,20 @@ def _max_length(request: BuildRequest, base: BaseModel) -> int:
     return request.max_length or context
 
 
+def _least_weight_bytes(base: BaseModel, precision: str) -> int:
+    """A lower bound of what the graph's weights take on the disk."""
+    numbers = sum(parameter.numel() for parameter in base.model.parameters())
+    return numbers * _BITS[precision] // 8
+
+
+def _described(folder: Path, progress: Progress) -> dict[str, FileEntry]:
+    """Every file of a folder, with its hash, by its path there."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    progress.phase("hash", round(sum(path.stat().st_size for path in paths) / _MEGABYTE), unit="MB")
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    return {name: describe_file(folder, name, lambda size: progress.advance(size / _MEGABYTE)) for name in names}
+
+
 def _manifest(
     plan: targets.Plan,
     settings: Quantization | None,
@@ -396,11 +322,11 @@ def _manifest(
     *,
     max_length: int,
     folder: Path,
+    files: Mapping[str, FileEntry],
 ) -> Manifest:
-    files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     return Manifest(
         producer=f"prefix-export {__version__}",
-        model=ModelEntry(base.name, type(base.model).__name__, base.fingerprint),
+        model=ModelEntry(base.name, type(base.model).__name__, base.fingerprint, base.revision),
         geometry=base.geometry,
         max_length=max_length,
         mode=plan.mode,
@@ -409,11 +335,12 @@ def _manifest(
         target=plan.name,
         graph=plan.graph,
         weight_bytes=weight_bytes,
-        files={name: describe_file(folder, name) for name in files},
+        files=files,
         tasks={task: write_prefix(folder, task, prefix) for task, prefix in prefixes.items()},
         cache=plan.cache,
         block_size=settings.block_size if settings else None,
         quantizer=settings.method if settings else None,
+        generation=generation_report(base).record(),
     )
 
 
@@ -424,7 +351,9 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
 def _warnings(
     request: BuildRequest, target: targets.Target, base: BaseModel, prefixes: Mapping[str, Prefix], max_length: int
 ) -> list[str]:
-    found = []
+    found = list(base.warnings)
+    notes = expert_notes(base.model, is_quantized=request.precision in BITS)
+    found += [f"{request.model}: {line}" for line in notes]
     positions = base.model.config.get_text_config().max_position_embeddings
     if base.geometry.context_length < positions:
         found.append(
@@ -441,6 +370,7 @@ def _warnings(
         )
     if base.tokenizer is None:
         found.append(f"{request.model} has no tokenizer: the bundle takes token ids, not text")
+    found += generation_report(base).warnings
     for task, prefix in prefixes.items():
         found += [f"task {task!r}: {line}" for line in lint(prefix, base.shape, max_length)]
     return found

@@ -13,8 +13,8 @@ from prefix_runtime import Prefix
 from prefix_runtime.bundle import adapter_path
 from prefix_runtime.session import save_adapter
 
-from .errors import ExportError
 from .models import BaseModel
+from .tokenizer import save_tokenizer
 
 GENAI_CONFIG_NAME = "genai_config.json"
 
@@ -101,21 +101,7 @@ def save_configs(base: BaseModel, folder: Path) -> None:
     base.model.config.save_pretrained(folder)
     base.generation_config.save_pretrained(folder)
     if base.tokenizer is not None:
-        try:
-            base.tokenizer.save_pretrained(folder)
-        except Exception as error:  # tokenizers raises Exception itself
-            raise ExportError(f"{folder}: the tokenizer cannot be written: {error}") from error
-        _name_tokenizer_for_all(folder / "tokenizer_config.json")
-
-
-def _name_tokenizer_for_all(path: Path) -> None:
-    """Name the tokenizer's class as transformers 4 and transformers.js know it, and transformers 5 does still."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        # Without these transformers 4 gives the model token types too.
-        config.setdefault("model_input_names", ["input_ids", "attention_mask"])
-        write_json(path, config)
+        save_tokenizer(base.tokenizer, folder)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -132,7 +132,7 @@ class Decoder(torch.nn.Module):
     def _kept(self, count: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor | slice:
         """The positions whose logits are wanted: the last `count`, or all for 0."""
         sequence = input_ids.shape[1]
-        first = torch.where(count == 0, 0, sequence - count).item()
+        first = torch.where(count == 0, 0, _size(input_ids, 1) - count).item()
         # The trace knows nothing of this number: what it may be has to be said.
         torch._check(first >= 0)  # noqa: SLF001  # torch documents it for torch.export
         torch._check(first <= sequence)  # noqa: SLF001
@@ -172,7 +172,7 @@ class FastDecoder(Decoder):
     ) -> tuple[torch.Tensor, ...]:
         """The graph's outputs."""
         lengths = (attention_mask.sum(1) - 1).to(torch.int32)
-        total = _size(attention_mask, 1).to(torch.int32)
+        total = _size(attention_mask, 1).reshape(()).to(torch.int32)
         function = GroupQueryAttention(past, lengths, total, self._held("scale") if self._has_scales else None)
         return self._run(function, input_ids, position_ids, num_logits_to_keep)
 
@@ -283,11 +283,10 @@ class PortableDecoder(Decoder):
 
 
 def _size(tensor: torch.Tensor, axis: int) -> torch.Tensor:
-    """An axis' size, a scalar int64 of the graph: `tensor.shape[axis]` would be a number of the trace."""
-    shape = torch.onnx.ops.symbolic(
+    """An axis' size, [1] int64, of the graph: `tensor.shape[axis]` would be a number of the trace."""
+    return torch.onnx.ops.symbolic(
         "Shape", (tensor,), attrs={"start": axis, "end": axis + 1}, dtype=torch.int64, shape=(1,), version=15
     )
-    return shape.reshape(())
 
 
 def _as_bool(mask: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

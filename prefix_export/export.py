@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,10 +15,19 @@ from .decoder import Decoder, FastDecoder, PortableDecoder
 from .device import DeviceDecoder
 from .graph import export_graph
 from .models import BaseModel, cast_weights
+from .models.experts import traceable_experts
+from .progress import SILENT, Progress
 from .quantize import QuantizedModel
 from .targets import Plan
+from .yardstick import Arithmetic
 
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+
+
+def arithmetic(plan: Plan, scales: Sequence[LayerPrefix] | None) -> Arithmetic:
+    """What the graph of a plan computes with; `scales` as of `export_plan`."""
+    activations, cache = _TYPES[plan.activations], _TYPES[plan.cache]
+    return Arithmetic(activations, None if cache == activations else cache, scales)
 
 
 def export_plan(
@@ -29,6 +38,7 @@ def export_plan(
     *,
     quantized: QuantizedModel | None,
     scales: tuple[LayerPrefix, ...] | None,
+    progress: Progress = SILENT,
 ) -> int:
     """Write a graph into a bundle's folder; the model's weights are cast to what it computes in.
 
@@ -39,6 +49,7 @@ def export_plan(
         folder: the bundle's.
         quantized: the model's weights in 8 or 4 bits, where the plan asks for them.
         scales: of keys and values, where the plan keeps them in int8.
+        progress: told of the layers that are traced, and of what follows.
 
     Returns:
         The bytes of weights that a decode step reads.
@@ -57,11 +68,12 @@ def export_plan(
         decoder = FastDecoder(base.model, base.layers, _TYPES[plan.cache], scales)
     path = folder / plan.graph
     path.parent.mkdir(exist_ok=True)
-    with quantized.packed(plan.target) if quantized else nullcontext():
+    with traceable_experts(base.model), quantized.packed(plan.target) if quantized else nullcontext():
         return export_graph(
             decoder,
             base.geometry.context_length,
             path,
             opset=plan.opset,
             has_weights_apart=plan.target.has_weights_apart,
+            progress=progress,
         )

@@ -6,27 +6,29 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, DynamicCache
+from transformers import DynamicCache
 
 from prefix_runtime import Bundle, LayerPrefix, Prefix, PrefixMismatchError, Source
 from prefix_runtime.geometry import LEAST_TEXT
 from prefix_runtime.prefix import TEXT_HAS_BEGUN
 
 from . import formats
+from .adapter_tokenizer import tokenizer_warnings_for_bundle
 from .errors import CheckpointError, PrefixExportError
 from .formats import SoftPrompt
+from .hub import split_revision
 from .lint import lint, lint_prompt
-from .models import BaseModel, cached
+from .models import BaseModel, cached, load_config
 from .shape import DECODER, Shape
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_PATH = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:/([\w][\w.=-]*(?:/[\w][\w.=-]*)*))?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.pt", "*.ckpt", "*.npy"]
 
 
@@ -39,23 +41,39 @@ class Folded:
 
 
 def located(path: Path) -> Path:
-    """A checkpoint on disk: the path itself, or the folder that a Hub id's files lie in.
+    """A checkpoint on disk: the path itself, or the folder that the files of a Hub id lie in.
 
-    Hugging Face's cache and offline variables apply; of a repository only configurations and tensors are fetched.
+    A Hub id is `OWNER/NAME`, with a folder or a file of the repository `OWNER/NAME/FOLDER`, with a branch, a tag or a
+    commit `OWNER/NAME@REVISION`. Hugging Face's cache and offline variables apply; only configurations and tensors of a
+    repository are fetched.
 
     Raises:
         CheckpointError: there is neither a file or folder nor such a repository.
     """
-    if path.exists() or not _HUB_ID.fullmatch(str(path)):
+    name, revision = split_revision(str(path))
+    match = _HUB_PATH.fullmatch(name)
+    if path.exists() or match is None:
         return path
+    repository, inside = match.groups()
     try:
-        return Path(snapshot_download(str(path), allow_patterns=_HUB_FILES))
+        fetched = Path(snapshot_download(repository, revision=revision, allow_patterns=_wanted(inside)))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{path}: expected a trained prefix, a file, a folder or a Hub id, found no such file, and of the Hub: "
             f"{reason}"
         ) from error
+    if inside and not (fetched / inside).exists():
+        raise CheckpointError(f"{path}: expected {inside} in the repository {repository}, found none there")
+    return fetched / inside if inside else fetched
+
+
+def _wanted(inside: str | None) -> list[str]:
+    """What is fetched from a repository: its configurations and tensors, or those of one folder or file in it."""
+    if inside is None:
+        return _HUB_FILES
+    beside = str(PurePosixPath(inside).parent / "*.json")  # a pattern's * goes into folders too
+    return [inside, beside, *(f"{inside}/{pattern}" for pattern in _HUB_FILES)]
 
 
 def fold(path: Path, shape: Shape, load: Callable[[], BaseModel], wanted: str | None = None) -> Folded:
@@ -101,7 +119,7 @@ def fold_for_bundle(path: Path, bundle: Bundle) -> tuple[Prefix, tuple[str, ...]
         CheckpointError: it holds several, or a soft prompt, which only the model itself can fold; else as `fold`.
     """
     model = bundle.manifest.model.name
-    config = AutoConfig.from_pretrained(bundle.root)
+    config = load_config(str(bundle.root))
     shape = Shape.of_config(model, config, bundle.manifest.geometry.layers)
 
     def refuse() -> BaseModel:
@@ -110,7 +128,8 @@ def fold_for_bundle(path: Path, bundle: Bundle) -> tuple[Prefix, tuple[str, ...]
             f"first: prefix-export fold {path} --model {model} --output FILE"
         )
 
-    folded = fold(path, shape, refuse)
+    at = located(path)
+    folded = fold(at, shape, refuse)
     if len(folded.prefixes) > 1:
         raise CheckpointError(
             f"{path}: expected one prefix, found {len(folded.prefixes)}; fold them first: prefix-export fold {path} "
@@ -118,7 +137,8 @@ def fold_for_bundle(path: Path, bundle: Bundle) -> tuple[Prefix, tuple[str, ...]
         )
     (prefix,) = folded.prefixes.values()
     bundle.manifest.geometry.check_prefix(prefix, str(path))
-    return prefix, (*folded.warnings, *lint(prefix, shape, bundle.manifest.max_length))
+    warnings = (*folded.warnings, *tokenizer_warnings_for_bundle(at, bundle, config))
+    return prefix, (*warnings, *lint(prefix, shape, bundle.manifest.max_length))
 
 
 def _as_prefix(part: Prefix | SoftPrompt, shape: Shape, load: Callable[[], BaseModel], path: Path) -> Prefix:

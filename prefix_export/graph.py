@@ -27,18 +27,27 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+import torch.fx.experimental._config
 
+from prefix_runtime.os_errors import write_error
+from prefix_runtime.storage import check_room
+
+from .attention import counting_layers
+from .cleaning import clean
 from .decoder import Decoder, PortableDecoder
 from .device import DeviceDecoder
 from .errors import ExportError
 from .fuse import fuse
+from .lowering import lowered
+from .progress import SILENT, Progress
 from .simplify import join_rounded, simplify
 
 _MOST_IN_ONE_FILE = 2_000_000_000
@@ -53,7 +62,15 @@ _LOOKUPS = {
 }
 
 
-def export_graph(decoder: Decoder, positions: int, path: Path, *, opset: int, has_weights_apart: bool = True) -> int:
+def export_graph(
+    decoder: Decoder,
+    positions: int,
+    path: Path,
+    *,
+    opset: int,
+    has_weights_apart: bool = True,
+    progress: Progress = SILENT,
+) -> int:
     """Write a graph and its weights, each stored once.
 
     Args:
@@ -62,6 +79,7 @@ def export_graph(decoder: Decoder, positions: int, path: Path, *, opset: int, ha
         path: of the graph, in a folder that exists.
         opset: of ONNX' own operators.
         has_weights_apart: whether the weights go into a file beside the graph, `NAME.data`.
+        progress: told of the layers that are traced, and of what follows.
 
     Returns:
         The bytes of weights that a decode step reads: all but prefixes and what of tables it does not look up.
@@ -70,11 +88,13 @@ def export_graph(decoder: Decoder, positions: int, path: Path, *, opset: int, ha
         ExportError: torch cannot trace the model, or the trace breaks the contract.
         OSError: the disk is full or not writable.
     """
-    with decoder.stand_ins():
-        program = _trace(decoder.eval(), opset)
-    graph = program.model
+    progress.phase("export", len(decoder.layers), unit="layers")
+    with decoder.stand_ins(), counting_layers(progress.advance):
+        graph = _trace(decoder.eval(), opset)
+    progress.phase("simplify the graph")
     _name_axes(graph)
     with _quiet():
+        clean(graph)
         simplify(graph, positions)
         join_rounded(graph)
         if isinstance(decoder, DeviceDecoder):
@@ -101,10 +121,18 @@ def export_graph(decoder: Decoder, positions: int, path: Path, *, opset: int, ha
             f"graph: expected at most {_MOST_IN_ONE_FILE / 1e9:.1f} GB of weights and prefixes for one file, "
             f"found {stored / 1e9:.1f}; take a lower precision or fewer prefixes"
         )
+    progress.phase("save the graph", round(stored / 1e6), unit="MB")
+    check_room(path, stored)
     try:
-        ir.save(graph, path, external_data=f"{path.name}.data" if has_weights_apart else None)
+        ir.save(
+            graph,
+            path,
+            external_data=f"{path.name}.data" if has_weights_apart else None,
+            callback=lambda tensor, _: progress.advance(tensor.nbytes / 1e6),
+        )
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise write_error(path, error) from error
+    progress.phase("check the graph")
     try:
         onnx.checker.check_model(path, full_check=True)
     except onnx.checker.ValidationError as error:
@@ -112,24 +140,52 @@ def export_graph(decoder: Decoder, positions: int, path: Path, *, opset: int, ha
     return read_bytes
 
 
-def _trace(decoder: Decoder, opset: int) -> torch.onnx.ONNXProgram:
+def _trace(decoder: Decoder, opset: int) -> ir.Model:
     try:
         with torch.no_grad(), _quiet():
-            program = torch.onnx.export(
-                decoder,
-                kwargs=decoder.example(),
-                dynamic_shapes=decoder.dynamic_shapes(),
-                input_names=decoder.names,
-                output_names=decoder.outputs,
-                opset_version=opset,
-                dynamo=True,
-                verbose=False,
-            )
+            return _translate(decoder, opset)
     except torch.onnx.errors.OnnxExporterError as error:
         cause = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
         raise ExportError(f"{type(decoder.model).__name__}: torch.onnx cannot trace the model: {cause}") from error
+
+
+def _translate(decoder: Decoder, opset: int) -> ir.Model:
+    """The graph as torch's exporter makes it, with much in it that `clean` takes out."""
+    shapes = decoder.dynamic_shapes()
+    settings: dict[str, Any] = {
+        "dynamic_shapes": shapes,
+        "input_names": decoder.names,
+        "output_names": decoder.outputs,
+        "opset_version": opset,
+        "dynamo": True,
+        "optimize": False,
+        "verbose": False,
+    }
+    # If this fails, torch can tell why, or traces the model in another way.
+    with suppress(Exception):
+        program = lowered(_captured(decoder, shapes))
+        if program is not None:
+            return _model(torch.onnx.export(program, **settings))
+    return _model(torch.onnx.export(decoder, kwargs=decoder.example(), **settings))
+
+
+def _model(program: torch.onnx.ONNXProgram | None) -> ir.Model:
     assert program is not None  # torch.onnx.export returns None only with dynamo=False
-    return program
+    return program.model
+
+
+def _captured(decoder: Decoder, shapes: dict[str, Any]) -> torch.export.ExportedProgram:
+    """The program of a model, captured as torch.onnx captures it (torch 2.13)."""
+    # Sizes of 0 and 1 are sizes like any other.
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # noqa: SLF001  # torch has no public switch
+        return torch.export.export(
+            decoder,
+            (),
+            kwargs=decoder.example(),
+            dynamic_shapes=shapes,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
 
 
 def _name_axes(graph: ir.Model) -> None:

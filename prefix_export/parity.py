@@ -1,247 +1,197 @@
-"""The source framework against the exported graph: the same inputs, the same answers."""
+"""The exported graph against the source framework: the same prompts, the same answers.
+
+The truth is the source model in double precision, and the framework's own error is the yardstick: see `yardstick`. A
+graph passes if its largest error is at most `FACTOR` times the yardstick, or below the floor of its precision.
+"""
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Protocol
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from prefix_runtime import Engine, Manifest, Prefix
+from prefix_runtime import Engine, Prefix, Sampling
+from prefix_runtime.logits_processors import LogitsProcessors, Step
 
-from . import formats
-from .errors import CheckpointError, ParityError, PrefixExportError
-from .formats import peft as peft_format
-from .formats.checkpoint import Checkpoint
-from .models import BaseModel, cached
+from .double_precision import DoublePrecision
+from .errors import ExportError, ParityError
+from .models import BaseModel
+from .progress import SILENT, Progress
+from .quality import HeldOut
+from .reference import PrefixSource, reference
+from .yardstick import Arithmetic, cache_error, own_error
 
-ABSOLUTE_TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.5, "fp16 weights": 5e-2, "bf16 weights": 0.4}
-"""Largest difference of a logit that is accepted, by what keys and values are kept in; or where all is float16."""
+FACTOR = 4
+"""An error of the graph may be so many times the yardstick."""
 
-RELATIVE_TOLERANCES = {"fp32": 1e-5, "fp16": 2e-3, "int8": 0.1, "fp16 weights": 5e-3, "bf16 weights": 4e-2}
-"""The same as a part of the largest logit, for models whose logits go beyond 10, where float32 itself is coarser."""
+FLOORS = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+"""An error below this is accepted whatever the yardstick says, by the type of activations."""
 
-_PROMPT_LENGTHS = (1, 7, 33)
+_RANDOM_LENGTHS = (1, 7, 33)
+_TEXTS = 2
+_TEXT_LENGTH = 48
 _NEW_TOKENS = 12
-_PEFT_WEIGHTS = "adapter_model.safetensors"
-
-
-class Reference(Protocol):
-    """A source framework's model under one task; `name` says which framework."""
-
-    name: str
-
-    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """The logits [sequence, vocab] float32 after each token of a prompt."""
-
-    def greedy(self, token_ids: Sequence[int], new_tokens: int) -> list[int]:
-        """The framework's own new tokens, an end token included."""
 
 
 @dataclass(frozen=True)
 class TaskParity:
-    """One task's comparison.
+    """One task's comparison, over all positions of all prompts.
 
     Attributes:
-        reference: with what.
-        largest_logit_difference: over all positions of all prompts.
-        tolerance: the difference that is accepted.
+        reference: the source framework and its version.
+        error: largest difference of a logit between the graph and the source model in double precision.
+        yardstick: the largest difference of the source framework itself at the graph's precision.
+        limit: the largest error that is accepted.
         greedy_tokens_equal: whether the tokens agree, up to the first tie.
-        ties: answers, of each prompt alone and in a batch, that part where two tokens are closer than twice the
-            tolerance, as each may be off by it; nothing behind is compared.
+        ties: answers, of each prompt alone and in a batch, that part where two tokens are closer than twice the limit,
+            as each may be off by it; nothing behind is compared.
         prompts: that were compared.
+        text_prompts: of them are text; the others are random tokens.
     """
 
     reference: str
-    largest_logit_difference: float
-    tolerance: float
+    error: float
+    yardstick: float
+    limit: float
     greedy_tokens_equal: bool
     ties: int
     prompts: int
+    text_prompts: int
 
     @property
     def agrees(self) -> bool:
         """Whether the graph may be shipped."""
-        return self.greedy_tokens_equal and self.largest_logit_difference <= self.tolerance
-
-
-class CacheReference:
-    """transformers' own model with a prefix as its initial cache, or without one."""
-
-    def __init__(self, model: PreTrainedModel, prefix: Prefix | None) -> None:
-        self.name = f"transformers {version('transformers')}"
-        self._model, self._prefix = model, prefix
-
-    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """See `Reference`."""
-        cache, base = self._cache()
-        return _numpy(self._forward(token_ids, cache, base))
-
-    def greedy(self, token_ids: Sequence[int], new_tokens: int) -> list[int]:
-        """See `Reference`."""
-        cache, position = self._cache()
-        ends = _end_tokens(self._model)
-        tokens: list[int] = []
-        step = list(token_ids)
-        while len(tokens) < new_tokens and not (tokens and tokens[-1] in ends):
-            logits = self._forward(step, cache, position)
-            position += len(step)
-            step = [int(logits[-1].argmax())]
-            tokens += step
-        return tokens
-
-    def keys_and_values(self, token_ids: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Each layer's keys and values of prefix and text, [num_key_value_heads, length, head_dim] float32, rotated."""
-        cache, base = self._cache()
-        self._forward(token_ids, cache, base)
-        yield from cached(cache)
-
-    def _cache(self) -> tuple[DynamicCache, int]:
-        cache = DynamicCache()
-        if self._prefix is None:
-            return cache, 0
-        for index, layer in enumerate(self._prefix.sites["decoder"]):
-            key, value = (torch.tensor(np.asarray(array, np.float32))[None] for array in (layer.key, layer.value))
-            cache.update(key, value, index)
-        return cache, self._prefix.position_base
-
-    def _forward(self, token_ids: Sequence[int], cache: DynamicCache, position: int) -> torch.Tensor:
-        ids = torch.tensor([list(token_ids)])
-        with torch.no_grad():
-            output = self._model(
-                input_ids=ids,
-                attention_mask=torch.ones(1, cache.get_seq_length() + ids.shape[1], dtype=torch.int64),
-                position_ids=torch.arange(position, position + ids.shape[1])[None],
-                past_key_values=cache,
-                use_cache=True,
-            )
-        logits: torch.Tensor = output.logits[0]
-        return logits
+        return self.greedy_tokens_equal and self.error <= self.limit
 
 
 @dataclass(frozen=True)
-class PrefixSource:
-    """Where a prefix was folded from: a file or folder, and which of its parts; a single one's name is empty."""
+class PromptTruth:
+    """What the source framework makes of one prompt.
 
-    path: Path
-    part: str = ""
-
-
-class PeftReference:
-    """PEFT's own model of an adapter, as PEFT loads and runs it; `task` is one of a multitask prompt's, or None."""
-
-    def __init__(self, model: Any, task: int | None = None) -> None:
-        self.name = f"peft {version('peft')}"
-        self._model = model
-        self._tasks = {} if task is None else {"task_ids": torch.tensor([task])}
-
-    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """See `Reference`."""
-        ids = torch.tensor([list(token_ids)])
-        with torch.no_grad():
-            output = self._model(input_ids=ids, attention_mask=torch.ones_like(ids), **self._tasks)
-        # Behind those of a soft prompt, if there is one.
-        return _numpy(output.logits[0, -ids.shape[1] :])
-
-    def greedy(self, token_ids: Sequence[int], new_tokens: int) -> list[int]:
-        """See `Reference`."""
-        ids = torch.tensor([list(token_ids)])
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # behind a soft prompt it counts positions itself, and says so
-            output = self._model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                num_beams=1,
-                repetition_penalty=1.0,
-                **self._tasks,
-            )
-        tokens: list[int] = output[0, ids.shape[1] :].tolist()
-        return tokens
-
-
-@contextmanager
-def reference(base: BaseModel, prefix: Prefix | None, source: PrefixSource | None) -> Iterator[Reference]:
-    """The source framework under a prefix, or without one, generating greedily; see `observe` for the arguments.
-
-    Raises:
-        PrefixExportError: the source is an adapter of PEFT's and PEFT is not installed.
+    Attributes:
+        token_ids: the prompt.
+        logits: in double precision, [sequence, vocab] float64.
+        tokens: greedy ones, in float32, by the model's own generation defaults.
+        new_tokens: that were asked for at most; rules about the last token depend on it.
+        yardstick: the framework's own error at the graph's precision; NaN until it was measured.
     """
-    with _plain_generation(base.model), _reference(base, prefix, source) as found:
-        yield found
 
-
-def _reference(
-    base: BaseModel, prefix: Prefix | None, source: PrefixSource | None
-) -> AbstractContextManager[Reference]:
-    if source is not None:
-        reader, checkpoint = formats.find_reader(source.path)
-        if reader is peft_format and peft_format.is_causal(checkpoint):
-            return _peft_reference(base.model, checkpoint, source.part)
-    return nullcontext(CacheReference(base.model, prefix))
-
-
-@contextmanager
-def _peft_reference(model: PreTrainedModel, checkpoint: Checkpoint, part: str) -> Iterator[Reference]:
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise PrefixExportError(
-            f"{checkpoint.weights}: expected PEFT to compare the exported graph with, found it not installed; "
-            "pip install 'prefix-export[peft]', or build with --no-verify"
-        ) from error
-    config = checkpoint.config_path(peft_format.CONFIG_NAME)
-    with tempfile.TemporaryDirectory() as folder:
-        # PEFT loads folders with these names alone, and loads pickles if it finds any: it is shown tensors alone.
-        shutil.copyfile(config, Path(folder) / config.name)
-        save_file({name: checkpoint.array(name) for name in checkpoint.shapes}, Path(folder) / _PEFT_WEIGHTS)
-        try:
-            wrapped = PeftModel.from_pretrained(model, folder)
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{config}: PEFT itself cannot load the adapter: {error}") from error
-    yield PeftReference(wrapped.eval(), int(part) if part else None)
+    token_ids: tuple[int, ...]
+    logits: np.ndarray
+    tokens: tuple[int, ...]
+    new_tokens: int
+    yardstick: float = float("nan")
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a reference answers to some prompts: logits [sequence, vocab] float32 of each, and greedy tokens."""
+    """What a reference answers to some prompts, of which so many are text, and what a graph computes with."""
 
     reference: str
-    prompts: tuple[tuple[int, ...], ...]
-    logits: tuple[np.ndarray, ...]
-    tokens: tuple[tuple[int, ...], ...]
+    prompts: tuple[PromptTruth, ...]
+    text_prompts: int = 0
+    arithmetic: Arithmetic = field(default_factory=Arithmetic)
+
+    @property
+    def yardstick(self) -> float:
+        """The source framework's own largest error, over all prompts."""
+        return float(np.max([prompt.yardstick for prompt in self.prompts]))  # not Python's max, which drops a NaN
+
+    @property
+    def limit(self) -> float:
+        """The largest error that is accepted."""
+        return max(FLOORS[self.arithmetic.activations], FACTOR * self.yardstick)
 
 
-def observe(base: BaseModel, prefix: Prefix | None, source: PrefixSource | None, max_length: int) -> Expectation:
-    """What the source framework answers under a prefix, or without one.
+def text_prompts(held_out: HeldOut | None, room: int) -> list[tuple[int, ...]]:
+    """The beginnings of some texts, as far as there is room for them and a new token; none if these are no text."""
+    texts = held_out.texts[:_TEXTS] if held_out is not None and held_out.is_text else ()
+    return [text.token_ids[: min(_TEXT_LENGTH, room - 1)] for text in texts if room > 1]
+
+
+def random_prompts(vocab_size: int, room: int) -> list[tuple[int, ...]]:
+    """Random tokens, the same every time; as many as there is room for with a new token."""
+    random = np.random.default_rng(0)
+    lengths = sorted({min(length, room - 1) for length in _RANDOM_LENGTHS} - {0})
+    return [tuple(random.integers(vocab_size, size=length).tolist()) for length in lengths]
+
+
+def observe(
+    base: BaseModel,
+    prefix: Prefix | None,
+    source: PrefixSource | None,
+    held_out: HeldOut | None,
+    *,
+    max_length: int,
+    progress: Progress = SILENT,
+) -> Expectation:
+    """What the source framework answers under a prefix, or without one; `measured` adds the yardsticks.
 
     Args:
-        base: the frozen model.
+        base: the frozen model, in float32.
         prefix: as it was folded.
         source: what it was folded from; PEFT's adapters are run by PEFT itself, everything else by
             transformers with the prefix as its cache.
+        held_out: texts of the task, of which some become prompts.
         max_length: positions that prefix and text may take together.
+        progress: told of each prompt.
 
     Raises:
         PrefixExportError: the source is an adapter of PEFT's and PEFT is not installed.
+        ExportError: the memory at hand does not hold the model's largest weight in double precision.
     """
     room = base.geometry.room(prefix, max_length)
-    prompts = _prompts(base.geometry.vocab_size, room)
+    texts = text_prompts(held_out, room)
+    truths = []
     with reference(base, prefix, source) as found:
-        logits = tuple(_on_disk(found.logits(prompt)) for prompt in prompts)
-        tokens = tuple(tuple(found.greedy(prompt, min(_NEW_TOKENS, room - len(prompt)))) for prompt in prompts)
-    return Expectation(found.name, prompts, logits, tokens)
+        for prompt in (*texts, *random_prompts(base.geometry.vocab_size, room)):
+            with _enough_memory(base), DoublePrecision():
+                logits = _on_disk(found.logits(prompt))
+            count = min(_NEW_TOKENS, room - len(prompt))
+            truths.append(PromptTruth(prompt, logits, tuple(found.greedy(prompt, count)), count))
+            progress.advance()
+    return Expectation(found.name, tuple(truths), len(texts))
+
+
+def measured(
+    expectation: Expectation,
+    base: BaseModel,
+    prefix: Prefix | None,
+    source: PrefixSource | None,
+    arithmetic: Arithmetic,
+    *,
+    progress: Progress = SILENT,
+) -> Expectation:
+    """An expectation with the yardstick of each prompt; see `observe` for the arguments.
+
+    Args:
+        expectation: of the same prefix.
+        base: the frozen model, its weights in the type of the graph's activations.
+        prefix: as of `observe`.
+        source: as of `observe`.
+        arithmetic: what the graph computes with.
+        progress: told of each prompt.
+
+    Raises:
+        ParityError: the source framework itself leaves the numbers that the type holds.
+    """
+    truths = []
+    with reference(base, prefix, source) as found:
+        for truth in expectation.prompts:
+            own = own_error(found, base.model, truth.token_ids, truth.logits, arithmetic.activations)
+            if not np.isfinite(own):
+                raise ParityError(
+                    f"{found.name} in {str(arithmetic.activations).removeprefix('torch.')}: expected finite logits, "
+                    "found others: the model leaves the numbers that this type holds; take another --precision"
+                )
+            rounding = cache_error(base.model, prefix, truth.token_ids, arithmetic)
+            truths.append(replace(truth, yardstick=own + rounding))
+            progress.advance()
+    return replace(expectation, prompts=tuple(truths), arithmetic=arithmetic)
 
 
 def compare(expectation: Expectation, engine: Engine, task: str | None) -> TaskParity:
@@ -250,57 +200,84 @@ def compare(expectation: Expectation, engine: Engine, task: str | None) -> TaskP
     Raises:
         ParityError: they do not agree: by how much, and what is accepted.
     """
-    expected = list(zip(expectation.prompts, expectation.logits, expectation.tokens, strict=True))
-    # Not Python's max, which drops a NaN.
-    difference = float(np.max([np.abs(logits - engine.logits(prompt, task)).max() for prompt, logits, _ in expected]))
-    largest = max(float(np.abs(logits).max()) for logits in expectation.logits)
-    manifest = engine.bundle.manifest
-    kind = _kind(manifest)
-    tolerance = max(ABSOLUTE_TOLERANCES[kind], RELATIVE_TOLERANCES[kind] * largest)
-    # Alone and together: what pads rows on the left may count positions and lengths otherwise.
-    alone = [engine.generate(token_ids=prompt, task=task, max_new_tokens=len(tokens)) for prompt, _, tokens in expected]
-    counts = [len(tokens) for tokens in expectation.tokens]
-    together = engine.generate(token_ids=list(expectation.prompts), task=task, max_new_tokens=counts)
-    partings = [
-        _parting(tokens, result.token_ids, engine, task, prompt)
-        for results in (alone, together)
-        for (prompt, _, tokens), result in zip(expected, results, strict=True)
-    ]
-    ties = sum(0 < gap <= 2 * tolerance for gap in partings)
-    equal = all(gap <= 2 * tolerance for gap in partings)
-    result = TaskParity(expectation.reference, difference, tolerance, equal, ties, len(expected))
-    _refuse_disagreement(task, result, manifest.cache)
+    prompts = expectation.prompts
+    errors = [float(np.abs(prompt.logits - engine.logits(prompt.token_ids, task)).max()) for prompt in prompts]
+    partings = [_parting(prompt, tokens, engine, task) for prompt, tokens in _answers(prompts, engine, task)]
+    tie = 2 * expectation.limit
+    result = TaskParity(
+        reference=expectation.reference,
+        error=float(np.max(errors)),
+        yardstick=expectation.yardstick,
+        limit=expectation.limit,
+        greedy_tokens_equal=all(gap <= tie for gap in partings),
+        ties=sum(0 < gap <= tie for gap in partings),
+        prompts=len(prompts),
+        text_prompts=expectation.text_prompts,
+    )
+    _refuse_disagreement(task, result, engine.bundle.manifest.cache)
     return result
 
 
-def _kind(manifest: Manifest) -> str:
-    """What rounds in a bundle's graph, as tolerances are named."""
-    if manifest.precision == "bf16":
-        return "bf16 weights"
-    # For a GPU activations are of 16 bits, as keys and values are, also where the weights have fewer.
-    is_half = manifest.precision == "fp16" or (manifest.cache == "fp16" and manifest.target in ("cuda", "tensorrt"))
-    return "fp16 weights" if is_half else manifest.cache
+def _answers(
+    prompts: Sequence[PromptTruth], engine: Engine, task: str | None
+) -> list[tuple[PromptTruth, tuple[int, ...]]]:
+    """The engine's greedy tokens of each prompt, alone and in a batch.
+
+    What pads rows on the left may count positions and lengths otherwise.
+    """
+    greedy = Sampling()
+    alone = [
+        engine.generate(token_ids=prompt.token_ids, task=task, max_new_tokens=prompt.new_tokens, sampling=greedy)
+        for prompt in prompts
+    ]
+    together = engine.generate(
+        token_ids=[prompt.token_ids for prompt in prompts],
+        task=task,
+        max_new_tokens=[prompt.new_tokens for prompt in prompts],
+        sampling=greedy,
+    )
+    return [
+        (prompt, result.token_ids)
+        for results in (alone, together)
+        for prompt, result in zip(prompts, results, strict=True)
+    ]
 
 
-def _parting(
-    expected: Sequence[int], found: Sequence[int], engine: Engine, task: str | None, prompt: Sequence[int]
-) -> float:
+def _parting(prompt: PromptTruth, found: Sequence[int], engine: Engine, task: str | None) -> float:
     """How far apart the engine's logits of the two tokens are where its greedy tokens part from the expected; else 0.
 
-    Two tokens closer than both their accepted differences are a tie, which either side may break its way.
+    The model's own generation defaults apply, as they do to the tokens. Two tokens closer than both their accepted
+    errors are a tie, which either side may break its way.
     """
-    for index, (left, right) in enumerate(zip(expected, found, strict=False)):
+    for index, (left, right) in enumerate(zip(prompt.tokens, found, strict=False)):
         if left != right:
-            logits = engine.logits([*prompt, *expected[:index]], task)[-1]
+            text = [*prompt.token_ids, *prompt.tokens[:index]]
+            process = LogitsProcessors(engine.generation_defaults(), engine.bundle.manifest.geometry.vocab_size)
+            step = Step(np.array(text), len(prompt.token_ids), prompt.new_tokens)
+            logits = process(engine.logits(text, task)[-1], step)
+            if not np.isfinite(logits[[left, right]]).all():
+                return float("inf")  # the defaults forbid one of them
             return max(float(abs(logits[left] - logits[right])), float(np.finfo(np.float32).tiny))
-    return 0.0 if len(expected) == len(found) else float("inf")
+    return 0.0 if len(prompt.tokens) == len(found) else float("inf")
 
 
-def _prompts(vocab_size: int, room: int) -> tuple[tuple[int, ...], ...]:
-    """Random prompts, the same every time; as long as there is room for them and a new token."""
-    random = np.random.default_rng(0)
-    lengths = sorted({min(length, room - 1) for length in _PROMPT_LENGTHS})
-    return tuple(tuple(random.integers(vocab_size, size=length).tolist()) for length in lengths if length > 0)
+@contextmanager
+def _enough_memory(base: BaseModel) -> Iterator[None]:
+    """Say what double precision needs if the memory does not hold it.
+
+    Raises:
+        ExportError
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        largest = max(parameter.numel() for parameter in base.model.parameters())
+        raise ExportError(
+            f"model {base.name!r}: expected memory for the comparison in double precision, {largest * 8 / 1e9:.1f} GB "
+            "for the largest weight, found too little; free memory, or build with --no-verify"
+        ) from error
 
 
 def _on_disk(array: np.ndarray) -> np.ndarray:
@@ -320,32 +297,7 @@ def _refuse_disagreement(task: str | None, result: TaskParity, cache: str) -> No
             "build with --cache fp32"
         )
         raise ParityError(
-            f"{what}: expected the exported graph to agree with {result.reference} within {result.tolerance:.1e} "
-            f"and in greedy tokens, found logits {result.largest_logit_difference:.1e} apart, {tokens} tokens"
-            + (advice if cache == "int8" else "")
+            f"{what}: expected the exported graph to agree with {result.reference} in greedy tokens, and its logits "
+            f"with double precision within {result.limit:.1e} ({result.reference} itself: {result.yardstick:.1e}), "
+            f"found {result.error:.1e} and {tokens} tokens" + (advice if cache == "int8" else "")
         )
-
-
-@contextmanager
-def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Generate greedily for a while, whatever the model's own defaults; its end tokens stay."""
-    before = model.generation_config
-    model.generation_config = GenerationConfig(
-        eos_token_id=getattr(before, "eos_token_id", None), pad_token_id=getattr(before, "pad_token_id", None)
-    )
-    try:
-        yield
-    finally:
-        model.generation_config = before
-
-
-def _end_tokens(model: PreTrainedModel) -> set[int]:
-    found = getattr(model.generation_config, "eos_token_id", None)
-    if found is None:
-        return set()
-    return set(found) if isinstance(found, list) else {found}
-
-
-def _numpy(logits: torch.Tensor) -> np.ndarray:
-    array: np.ndarray = logits.float().numpy()
-    return array

@@ -9,23 +9,27 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prefix_runtime import cli as runtime
+from prefix_runtime.base_cli import HUB_ID_OR_PATH, PATH, UserPath, print_fields
+
+from .console_cli import libraries_quiet
 
 if TYPE_CHECKING:
     from prefix_runtime import Prefix
 
     from .fold import Folded
 
-_NEW_FILE = click.Path(path_type=Path)
-_TEXT_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+_TEXT_FILE = UserPath(exists=True, dir_okay=False)
+_REVISION = click.option("--revision", help="Of a Hub id given as --model.")
 _FORMAT = click.option("--format", "wanted", help="What SOURCE is, whatever its content says; see FORMATS.md.")
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("--model", help="Hub id or folder of the base model: also say how the prefix would fold.")
+@click.argument("path", type=PATH)
+@click.option("--model", type=HUB_ID_OR_PATH, help="The base model, as of fold: also say how the prefix would fold.")
+@_REVISION
 @_FORMAT
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(path: Path, model: str | None, wanted: str | None, as_json: bool) -> None:
+def inspect(path: Path, model: str | None, revision: str | None, wanted: str | None, as_json: bool) -> None:
     """Say what the bundle, prefix file or checkpoint at PATH holds, and how it would fold."""
     from prefix_runtime.bundle import MANIFEST_NAME, Bundle
 
@@ -33,49 +37,64 @@ def inspect(path: Path, model: str | None, wanted: str | None, as_json: bool) ->
         runtime.print_bundle(Bundle.open(path), as_json)
         return
 
-    from . import formats  # torch takes seconds, and a bundle needs none
-    from .cli import libraries_quiet
-    from .fold import located
+    from . import formats
+    from .hub import with_revision
+    from .sources import check_checkpoint, check_model
 
-    with libraries_quiet():
-        found = located(path)
-        fields = dict(formats.describe(found, wanted))
-        if model is not None:
-            folded = _folded(found, model, wanted)
-            for name, prefix in folded.prefixes.items():
-                fields[f"folds to{f' {name}' if name else ''}"] = _shown(prefix)
-            fields |= {f"warning {number}": line for number, line in enumerate(folded.warnings, 1)}
-    runtime.print_fields(fields, as_json)
+    model = with_revision(model, revision)
+    formats.check_format(wanted)
+    check_checkpoint(path)
+    if model is not None:
+        check_model(model)
+    fields = dict(formats.describe(path if path.exists() else _fetched(path), wanted))
+    if model is not None:
+        with libraries_quiet():
+            folded = _folded(path, model, wanted)
+        for name, prefix in folded.prefixes.items():
+            fields[f"folds to{f' {name}' if name else ''}"] = _shown(prefix)
+        fields |= {f"warning {number}": line for number, line in enumerate(folded.warnings, 1)}
+    print_fields(fields, as_json)
 
 
 @click.command()
-@click.argument("source", type=click.Path(path_type=Path), required=False)
+@click.argument("source", type=PATH, required=False)
 @click.option("--text", help="In place of SOURCE: keys and values of this text.")
 @click.option("--text-file", type=_TEXT_FILE, help="The same, from a file.")
-@click.option("--model", required=True, help="Hub id or folder of the base model.")
+@click.option(
+    "--model",
+    type=HUB_ID_OR_PATH,
+    required=True,
+    help="The base model: a Hub id, ID@REVISION, a folder or a GGUF file.",
+)
+@_REVISION
 @click.option(
     "--output",
-    type=_NEW_FILE,
+    type=PATH,
     required=True,
     help="The prefix file, or a folder for a SOURCE of several; must not exist.",
 )
 @click.option("--part", "parts", multiple=True, help="Of a SOURCE of several prefixes only this one. Repeatable.")
 @_FORMAT
-def fold(source: Path | None, model: str, output: Path, **options: Any) -> None:
+def fold(source: Path | None, model: str, revision: str | None, output: Path, **options: Any) -> None:
     """Fold the checkpoint SOURCE, or a text, to the keys and values that a model runs with.
 
     Keys and values are folded by the model's configuration alone; soft prompts and texts are run through the model.
     """
-    from .cli import libraries_quiet
-    from .fold import Folded, fold_text
-    from .models import load_base_model
+    from .hub import with_revision
 
+    model = with_revision(model, revision) or model
     text, text_file = options["text"], options["text_file"]
     if sum(given is not None for given in (source, text, text_file)) != 1:
         raise click.UsageError("expected one of SOURCE, --text and --text-file")
     if source is None and options["wanted"]:
         raise click.UsageError("--format goes with SOURCE; a text is of no format")
+    if source is None and options["parts"]:
+        raise click.UsageError("--part goes with SOURCE; a text is one prefix")
+    _check_fold(source, model, output, options["wanted"])
     with libraries_quiet():
+        from .fold import Folded, fold_text
+        from .models import load_base_model
+
         if source is not None:
             folded = _folded(source, model, options["wanted"])
         else:
@@ -88,25 +107,49 @@ def fold(source: Path | None, model: str, output: Path, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("prefixes", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("prefixes", type=PATH, nargs=-1, required=True)
 @click.option(
     "--average", "is_average", is_flag=True, help="Average prefixes of equal shape; else one follows another."
 )
 @click.option(
     "--weight", "weights", type=float, multiple=True, help="Of each prefix in the average. Default: all alike."
 )
-@click.option("--output", type=_NEW_FILE, required=True, help="The prefix file; must not exist.")
+@click.option("--output", type=PATH, required=True, help="The prefix file; must not exist.")
 def compose(prefixes: tuple[Path, ...], is_average: bool, weights: tuple[float, ...], output: Path) -> None:
     """Make one prefix file of several: one after another, or their average."""
     from prefix_runtime import Prefix
+    from prefix_runtime.bundle import check_output
     from prefix_runtime.composition import concatenated
 
     from .compose import average
 
     if weights and not is_average:
         raise click.UsageError("--weight: expected --average with it, found none")
+    check_output(output)
     loaded = [Prefix.load(path) for path in prefixes]
     _write({"": average(loaded, weights or None) if is_average else concatenated(loaded)}, output)
+
+
+def _check_fold(source: Path | None, model: str, output: Path, wanted: str | None) -> None:
+    """Refuse what is wrong with the options, before torch is imported."""
+    from prefix_runtime.bundle import check_output
+
+    from . import formats
+    from .sources import check_checkpoint, check_model
+
+    check_output(output)
+    formats.check_format(wanted)
+    check_model(model)
+    if source is not None:
+        check_checkpoint(source)
+
+
+def _fetched(path: Path) -> Path:
+    """The folder that a Hub id's files lie in."""
+    with libraries_quiet():
+        from .fold import located
+
+        return located(path)
 
 
 def _folded(source: Path, model: str, wanted: str | None) -> Folded:

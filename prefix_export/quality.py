@@ -20,7 +20,8 @@ from prefix_runtime import Engine, Prefix
 
 from .errors import PrefixExportError
 from .models import BaseModel
-from .parity import Reference
+from .progress import SILENT, Progress
+from .reference import Reference
 
 _MOST_TOKENS = 2048  # of all texts together, for each task: what a processor reads in seconds
 _LONGEST = 256
@@ -138,25 +139,28 @@ def _first_tokens(texts: Sequence[Text]) -> tuple[Text, ...]:
     return tuple(kept)
 
 
-def answers(held_out: HeldOut, reference: Reference) -> Answers:
-    """What the float32 model makes of the texts."""
-    return _answers(held_out, reference.logits)
+def answers(held_out: HeldOut, reference: Reference, progress: Progress = SILENT) -> Answers:
+    """What the float32 model makes of the texts; each text is a step."""
+    return _answers(held_out, reference.logits, progress)
 
 
-def assess(held_out: HeldOut, expected: Answers, engine: Engine, task: str | None) -> TaskQuality:
-    """What the engine makes of the texts, against what the float32 model made of them."""
-    found = _answers(held_out, lambda text: engine.logits(text, task))
+def assess(
+    held_out: HeldOut, expected: Answers, engine: Engine, task: str | None, progress: Progress = SILENT
+) -> TaskQuality:
+    """What the engine makes of the texts, against what the float32 model made of them; each text is a step."""
+    found = _answers(held_out, lambda text: engine.logits(text, task), progress)
     same = expected.choices == found.choices
     perplexities = (math.exp(found.loss), math.exp(expected.loss)) if held_out.is_text else (None, None)
     return TaskQuality(held_out.name, len(same), float(same.mean()), *perplexities)
 
 
-def _answers(held_out: HeldOut, model: Callable[[Sequence[int]], np.ndarray]) -> Answers:
+def _answers(held_out: HeldOut, model: Callable[[Sequence[int]], np.ndarray], progress: Progress) -> Answers:
     choices, losses = [], []
     for text in held_out.texts:
         before = model(text.token_ids)[text.prompt - 1 : -1]  # what stands in the place of each token that counts
         choices.append(before.argmax(1))
         losses.append(_losses(before, text.token_ids[text.prompt :]))
+        progress.advance()
     return Answers(np.concatenate(choices), float(np.concatenate(losses).mean()))
 
 

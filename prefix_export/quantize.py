@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import ExportError
-from .rounding import PackedWeight, Quantization, pack, unpacked
+from .progress import SILENT, Progress
+from .quantization import Quantization
+from .rounding import PackedWeight, pack, unpacked
 from .targets import Target
 
 # Activations are rounded to 8 bits, block by block, which is what the fast kernels multiply.
@@ -30,27 +32,30 @@ class QuantizedModel:
     Args:
         model: in float32; its weights are overwritten by what their quantised values stand for.
         settings: how they are rounded.
+        progress: told of the layers that are quantized.
 
     Raises:
         ExportError: a weight is not finite, or too large for a scale.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: Quantization) -> None:
+    def __init__(self, model: PreTrainedModel, settings: Quantization, progress: Progress = SILENT) -> None:
         self.settings = settings
         self._model = model
         self._packed: dict[str, PackedWeight] = {}
         done: dict[int, PackedWeight] = {}  # by parameter: tied ones are rounded once
-        for name, module in model.named_modules():
-            if _is_quantized(module, model, settings):
-                weight: torch.nn.Parameter = module.weight
-                if id(weight) not in done:
-                    done[id(weight)] = _round_in_place(weight, settings, transposed=isinstance(module, Conv1D))
-                    if not done[id(weight)].scales.isfinite().all():
-                        raise ExportError(
-                            f"{name}.weight: expected numbers that {settings.bits} bits and a scale can hold, found "
-                            "some that are not finite or too large; take another --precision"
-                        )
-                self._packed[name] = done[id(weight)]
+        chosen = {name: module for name, module in model.named_modules() if _is_quantized(module, model, settings)}
+        progress.phase("quantize", len(chosen), unit="layers")
+        for name, module in chosen.items():
+            weight: torch.nn.Parameter = module.weight
+            if id(weight) not in done:
+                done[id(weight)] = _round_in_place(weight, settings, transposed=isinstance(module, Conv1D))
+                if not done[id(weight)].scales.isfinite().all():
+                    raise ExportError(
+                        f"{name}.weight: expected numbers that {settings.bits} bits and a scale can hold, found "
+                        "some that are not finite or too large; take another --precision"
+                    )
+            self._packed[name] = done[id(weight)]
+            progress.advance()
 
     @contextmanager
     def packed(self, target: Target) -> Iterator[None]:

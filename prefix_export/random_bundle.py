@@ -13,12 +13,12 @@ from prefix_runtime import Geometry, LayerGeometry, LayerPrefix, Prefix
 
 from .build import BuildRequest, BuildResult, build
 from .models import BaseModel
-from .progress import StepListener
+from .progress import SILENT, Progress
 from .random_model import random_base_model
 
 
 def build_random(
-    request: BuildRequest, prefixes: int = 0, prefix_length: int = 0, on_step: StepListener = lambda step: None
+    request: BuildRequest, prefixes: int = 0, prefix_length: int = 0, progress: Progress = SILENT
 ) -> BuildResult:
     """Build a bundle of a model with random weights, which is not compared with anything.
 
@@ -28,7 +28,7 @@ def build_random(
         request: its model is one that `random_model.random_config` knows; its prefixes are left out.
         prefixes: how many tasks the bundle gets, `t0`, `t1` and so on.
         prefix_length: of each.
-        on_step: told what is done next.
+        progress: told how far it is.
 
     Raises:
         PrefixExportError, PrefixRuntimeError, OSError: as `build` does.
@@ -43,7 +43,7 @@ def build_random(
                 random_prefix(base.geometry, prefix_length, seed).save(path)
             return base
 
-        return build(replace(request, prefixes=paths, verify=False), on_step, load)
+        return build(replace(request, prefixes=paths, verify=False), progress, load)
 
 
 def random_prefix(geometry: Geometry, length: int, seed: int) -> Prefix:

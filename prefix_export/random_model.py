@@ -9,11 +9,11 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedConfig
 
 from .errors import ModelError
 from .models import BaseModel, base_model, load_decoder_config
+from .models.pretrained import configuration_of, model_without_weights
 
 _LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
 _LLAMA_3 = {
@@ -133,7 +133,7 @@ def random_config(name: str) -> PreTrainedConfig:
     if name not in KNOWN or Path(name).is_dir():
         return load_decoder_config(name)
     values = dict(KNOWN[name])
-    return AutoConfig.for_model(values.pop("model_type"), **values)
+    return configuration_of(values.pop("model_type"), values)
 
 
 def random_base_model(name: str, dtype: torch.dtype = torch.float32) -> BaseModel:
@@ -147,8 +147,7 @@ def random_base_model(name: str, dtype: torch.dtype = torch.float32) -> BaseMode
     """
     config = random_config(name)
     try:
-        with no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = model_without_weights(config, dtype)
     except (ValueError, ImportError) as error:
         raise ModelError(
             f"model {name!r}: expected the configuration of a causal language model, found {config.model_type!r}: "

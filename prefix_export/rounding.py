@@ -18,62 +18,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
     HQQWeightOnlyQuantizer,
 )
 
-from .errors import ExportError
-
-BITS = {"int8": 8, "int4": 4}
-METHODS = ("rtn", "hqq")
-DEFAULT_BLOCK_SIZE = 32
-"""Of which onnxruntime's kernels compute a row of a batch as they do the row alone, to the last bit (1.32, x86)."""
-_BLOCK_SIZES = (16, 32, 64, 128, 256)
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How weights are rounded.
-
-    Attributes:
-        bits: 8 or 4.
-        block_size: inputs that share a scale: 16, 32, 64, 128 or 256; None where all inputs of an output do.
-        method: "rtn" rounds to nearest, symmetric around zero; "hqq" searches each block's zero point for the least
-            error (Badri & Shaji, "Half-Quadratic Quantization", 2023), which is then rounded itself.
-    """
-
-    bits: int
-    block_size: int | None
-    method: str = "rtn"
-
-
-def quantization(
-    precision: str, block_size: int | None, method: str, *, by_output: bool = False
-) -> Quantization | None:
-    """The quantisation that a precision stands for; None for those of floating point.
-
-    Args:
-        precision: of the weights.
-        block_size: that was asked for, or None.
-        method: one of `METHODS`.
-        by_output: whether the target takes one scale for each output alone.
-
-    Raises:
-        ExportError: a block size or method that there is not, or that does not go with the precision.
-    """
-    if method not in METHODS:
-        raise ExportError(f"quantizer: expected one of {', '.join(METHODS)}, found {method!r}")
-    if precision not in BITS:
-        if block_size is not None or method != "rtn":
-            raise ExportError(f"block size, quantizer: expected precision int8 or int4 with them, found {precision}")
-        return None
-    if by_output:
-        if block_size is not None or method != "rtn":
-            raise ExportError(
-                "block size, quantizer: expected none and rtn for a target whose weights have a scale for each output, "
-                f"found {block_size if block_size is not None else 'none'} and {method}"
-            )
-        return Quantization(BITS[precision], None)
-    size = DEFAULT_BLOCK_SIZE if block_size is None else block_size
-    if size not in _BLOCK_SIZES:
-        raise ExportError(f"block size: expected one of {', '.join(map(str, _BLOCK_SIZES))}, found {size}")
-    return Quantization(BITS[precision], size, method)
+from .quantization import Quantization
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any
-
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from prefix_runtime import LayerGeometry, Prefix, PrefixMismatchError
 from prefix_runtime.geometry import check_layers
 
 from .errors import ModelError
+from .hub import shown_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 DECODER, ENCODER, BOTH = "decoder-only model", "encoder", "encoder-decoder"
 
@@ -21,20 +22,24 @@ _ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_at
 # Found by running each causal model of transformers 5.23 that a tiny configuration could be made for.
 _OTHER_HEADS = frozenset({"cpmant", "deepseek_v4", "inkling2_text", "inkling_text"})
 
+_EMBEDDING_SIZES = ("word_embed_proj_dim", "input_embedding_size", "embedding_size")
+"""Of OPT; of RemBERT; of ALBERT, ELECTRA, ConvBERT, MobileBERT and RoFormer."""
+
 
 @dataclass(frozen=True)
 class Shape:
     """A base model, as far as folding keys and values needs it.
 
     Attributes:
-        name: as the user named it; a folder by its last part.
+        name: a folder's last part, a GGUF file's stem, or a Hub id without its revision.
         kind: `DECODER`, `ENCODER` or `BOTH`.
         sites: the layers of each attention site that it has (`prefix_runtime.prefix.SITES`).
-        hidden_size: of its embeddings.
+        hidden_size: of its layers.
         context_length: its positions, or None where they have no end.
         architecture: as transformers names it, such as "bert".
         sliding_windows: tokens that a layer sees at the most, of each decoder layer that is limited.
         config: that all this was read from, or None.
+        embedding_size: width of its token embeddings; 0 takes the hidden size.
     """
 
     name: str
@@ -45,6 +50,11 @@ class Shape:
     sliding_windows: tuple[int, ...] = ()
     architecture: str = ""
     config: PreTrainedConfig | None = field(default=None, compare=False, repr=False)
+    embedding_size: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.embedding_size:
+            object.__setattr__(self, "embedding_size", self.hidden_size)
 
     @classmethod
     def of_config(cls, name: str, config: PreTrainedConfig, layers: tuple[LayerGeometry, ...] | None = None) -> Shape:
@@ -58,7 +68,6 @@ class Shape:
         Raises:
             ModelError: it lacks what is needed, or does not tell the shapes of keys and values.
         """
-        shown = Path(name).resolve().name if Path(name).is_dir() else name
         text = config.get_text_config(decoder=True)
         try:
             if layers is None:
@@ -71,7 +80,17 @@ class Shape:
             ) from error
         context = getattr(text, "max_position_embeddings", None)
         windows = _windows(text)
-        return cls(shown, kind, MappingProxyType(sites), hidden_size, context, windows, config.model_type, config)
+        return cls(
+            shown_name(name),
+            kind,
+            MappingProxyType(sites),
+            hidden_size,
+            context_length=context,
+            sliding_windows=windows,
+            architecture=config.model_type,
+            config=config,
+            embedding_size=_embedding_size(text),
+        )
 
     def site(self, site: str, where: str) -> tuple[LayerGeometry, ...]:
         """The layers of a site.
@@ -124,6 +143,8 @@ def _sites(config: PreTrainedConfig, text: Any) -> tuple[str, dict[str, tuple[La
             "cross": _decoder_layers(config),
             "encoder": _encoder_layers(config),
         }
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING  # takes seconds; readers of checkpoints import this module
+
     layers = (_layer(text),) * int(text.num_hidden_layers)
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         return ENCODER, {"encoder": layers}
@@ -159,6 +180,12 @@ def _first(config: Any, *names: str) -> int:
     if found is None:
         raise AttributeError(f"none of {', '.join(names)}")
     return int(found)
+
+
+def _embedding_size(config: Any) -> int:
+    """The width of a model's token embeddings where its configuration says another than the hidden size, else 0."""
+    found = (getattr(config, name, None) for name in _EMBEDDING_SIZES)
+    return next((size for size in found if isinstance(size, int) and size > 0), 0)
 
 
 def _windows(config: Any) -> tuple[int, ...]:

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prefix_runtime import cli as runtime
+from prefix_runtime.base_cli import PATH, print_fields
+
+from .console_cli import showing_progress
 
 if TYPE_CHECKING:
     from prefix_runtime.engine_file import EngineRecord
 
     from .tensorrt.engine import EngineResult
 
-_FOLDER = click.Path(path_type=Path)
 _BACKEND = click.option(
     "--backend",
     default="tensorrt-rtx",
@@ -24,8 +26,8 @@ _BACKEND = click.option(
 
 
 @click.command()
-@click.argument("bundle", type=runtime.BUNDLE)
-@click.option("--output", type=_FOLDER, help="Folder of engines. Default: tensorrt, inside BUNDLE.")
+@click.argument("bundle", type=PATH)
+@click.option("--output", type=PATH, help="Folder of engines. Default: tensorrt, inside BUNDLE.")
 @_BACKEND
 @click.option(
     "--compute-capability",
@@ -42,26 +44,25 @@ _BACKEND = click.option(
 @click.option(
     "--version-compatible", "is_version_compatible", is_flag=True, help="Set what lets later versions run it; untried."
 )
-@click.option(
-    "--timing-cache", type=_FOLDER, help="With --backend tensorrt: file of what it measured, read and written."
-)
+@click.option("--timing-cache", type=PATH, help="With --backend tensorrt: file of what it measured, read and written.")
 def tensorrt(bundle: Path, compute_capabilities: tuple[str, ...], **options: Any) -> None:
     """Build a TensorRT engine of BUNDLE's graph, with a profile for prompts and one for decode steps."""
-    from .cli import showing_progress
-    from .tensorrt.engine import build_engine
-    from .tensorrt.request import EngineRequest
+    from .tensorrt.request import EngineRequest, check_request
 
     request = EngineRequest(bundle, compute_capabilities=compute_capabilities or None, **options)
-    with runtime.cleaning_up_when_terminated(), showing_progress() as on_step:
-        result = build_engine(request, on_step)
+    check_request(request)
+    with showing_progress() as progress:
+        from .tensorrt.engine import build_engine  # after the checks, as it imports onnx
+
+        result = build_engine(request, progress)
     _print(result)
 
 
 @click.command("tensorrt-refit")
-@click.argument("bundle", type=runtime.BUNDLE)
+@click.argument("bundle", type=PATH)
 @click.argument("prefix", metavar="TASK=PATH")
-@click.option("--output", type=_FOLDER, required=True, help="Folder for the engine; must not exist.")
-@click.option("--engines", type=_FOLDER, help="Folder of engines. Default: tensorrt, inside BUNDLE.")
+@click.option("--output", type=PATH, required=True, help="Folder for the engine; must not exist.")
+@click.option("--engines", type=PATH, help="Folder of engines. Default: tensorrt, inside BUNDLE.")
 @click.option("--engine", "name", help="Name of the engine, where there are several.")
 def refit(bundle: Path, prefix: str, output: Path, engines: Path | None, name: str | None) -> None:
     """Copy an engine of BUNDLE that was built with --refit, with the prefix at PATH in the place of TASK's.
@@ -70,16 +71,25 @@ def refit(bundle: Path, prefix: str, output: Path, engines: Path | None, name: s
     BUNDLE/tensorrt in the other's place; the certificate still tells of the prefix that was there.
     """
     from prefix_runtime import Bundle
+    from prefix_runtime.bundle import check_output
     from prefix_runtime.engine_file import engines_folder
+    from prefix_runtime.manifest import unknown_task
     from prefix_runtime.tensorrt_library import Library
 
-    from .fold import fold_for_bundle
+    from .sources import check_checkpoint
+
+    task, path = runtime.split_task(prefix)
+    check_output(output)
+    check_checkpoint(path)
+    opened = Bundle.open(bundle)
+    if task not in opened.manifest.tasks:
+        raise unknown_task(task, opened.tasks)
+    folder = engines or engines_folder(opened)
+
+    from .fold import fold_for_bundle  # after the checks, as these import torch and onnx
     from .tensorrt.engine import find_engine
     from .tensorrt.refit import refit_engine
 
-    task, path = runtime.split_task(prefix)
-    opened = Bundle.open(bundle)
-    folder = engines or engines_folder(opened)
     record = find_engine(folder, opened, name)
     folded, warnings = fold_for_bundle(path, opened)
     for warning in warnings:
@@ -97,7 +107,7 @@ def _print(result: EngineResult) -> None:
         return
     prefill, decode = record.profiles
     rows, positions = decode.inputs["attention_mask"][2]
-    runtime.print_fields(
+    print_fields(
         {
             "engine": f"{path}, {record.file.size / 1e6:.1f} MB in {result.seconds:.0f} s",
             "built by": f"{record.backend} {record.version}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,20 +13,19 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from prefix_runtime import Bundle, Engine, Prefix, ProviderError, load
+from prefix_runtime import Bundle, Engine, ProviderError, load
 from prefix_runtime.bundle import adapter_path
 from prefix_runtime.session import Session, check_provider, run_with_adapter
 
 from .errors import ExportError, ParityError
-from .models import BaseModel
-from .parity import Expectation, PrefixSource, TaskParity, compare, observe, reference
-from .progress import StepListener, shown_task
+from .models import BaseModel, cast_weights
+from .parity import Expectation, TaskParity, compare, measured, observe
+from .progress import Progress, shown_task
 from .quality import Answers, HeldOut, TaskQuality, answers, assess
+from .quantization import BITS
 from .quantize import as_exact
-from .rounding import BITS
-
-Sources = Mapping[str, PrefixSource | None]
-"""The checkpoint that each task's prefix was folded from, where it is at hand."""
+from .reference import SourcedPrefixes, reference
+from .yardstick import Arithmetic
 
 
 @dataclass(frozen=True)
@@ -38,69 +37,80 @@ class FloatAnswers:
 
 
 def answer_all(
-    base: BaseModel,
-    prefixes: Mapping[str, Prefix],
-    sources: Sources,
-    held_out: Mapping[str | None, HeldOut],
-    on_step: StepListener,
+    base: BaseModel, sourced: SourcedPrefixes, held_out: Mapping[str | None, HeldOut], progress: Progress
 ) -> dict[str | None, FloatAnswers]:
     """What a model that is not rounded yet makes of held-out texts under each task and without."""
     found = {}
     for task in held_out:
-        on_step(f"reading held-out text in float32: {shown_task(task)}")
-        with reference(base, prefixes[task] if task else None, sources[task] if task else None) as model:
-            found[task] = FloatAnswers(held_out[task], answers(held_out[task], model))
+        progress.phase("read text in float32", len(held_out[task].texts), detail=shown_task(task))
+        with reference(base, *sourced.under(task)) as model:
+            found[task] = FloatAnswers(held_out[task], answers(held_out[task], model, progress))
     return found
 
 
 def observe_all(
     base: BaseModel,
-    prefixes: Mapping[str, Prefix],
-    sources: Sources,
-    conditions: Iterable[str | None],
+    sourced: SourcedPrefixes,
+    held_out: Mapping[str | None, HeldOut],
+    arithmetic: Arithmetic,
     *,
     max_length: int,
-    on_step: StepListener,
+    progress: Progress,
 ) -> dict[str | None, Expectation]:
-    """What the source framework answers under some tasks, and without one for None."""
+    """What the source framework answers under some tasks, and without one for None, and how exact it is itself.
+
+    Args:
+        base: the frozen model, in float32; its weights are cast to what the graph computes in.
+        sourced: the prefixes.
+        held_out: texts for each task that is compared, and for the bare model under None.
+        arithmetic: what the graph computes with.
+        max_length: positions that prefix and text may take together.
+        progress: told of the tasks.
+
+    Raises:
+        PrefixExportError: as `observe` and `measured`.
+    """
     expected = {}
-    for task in conditions:
-        on_step(f"running the source framework: {shown_task(task)}")
-        prefix, source = (prefixes[task], sources[task]) if task else (None, None)
-        expected[task] = observe(base, prefix, source, max_length)
+    for task, texts in held_out.items():
+        progress.phase("run the source framework in double precision", detail=shown_task(task))
+        expected[task] = observe(base, *sourced.under(task), texts, max_length=max_length, progress=progress)
+    cast_weights(base.model, arithmetic.activations)
+    for task in held_out:
+        progress.phase("run the source framework", len(expected[task].prompts), detail=shown_task(task))
+        expected[task] = measured(expected[task], base, *sourced.under(task), arithmetic, progress=progress)
     return expected
 
 
 def compare_all(
-    folder: Path, expected: Mapping[str | None, Expectation], on_step: StepListener
+    folder: Path, expected: Mapping[str | None, Expectation], progress: Progress
 ) -> dict[str | None, TaskParity]:
     """A bundle's graph, its weights as they are rounded but computed with in float32, against what is expected.
 
     Raises:
         ParityError: they differ.
     """
-    on_step("opening the bundle")
+    progress.phase("open the bundle")
     bundle = Bundle.open(folder)
     check_can_run(bundle.manifest.precision)
     parity = {}
     with _exact_engine(bundle) as engine:
+        progress.phase("compare", sum(len(each.prompts) for each in expected.values()))
         for task, expectation in expected.items():
-            on_step(f"comparing {shown_task(task)}")
             parity[task] = compare(expectation, engine, task)
-    _compare_adapters(bundle, expected, parity, on_step)
+            progress.advance(len(expectation.prompts))
+    _compare_adapters(bundle, expected, progress)
     return parity
 
 
 def _compare_adapters(
     bundle: Bundle,
     expected: Mapping[str | None, Expectation],
-    parity: Mapping[str | None, TaskParity],
-    on_step: StepListener,
+    progress: Progress,
 ) -> None:
     """The graph as other programs run it, each task's adapter file active, from no past at all.
 
     Raises:
-        ParityError: logits differ by more than is accepted of the task.
+        ParityError: logits differ by more than is accepted.
     """
     adapters = {
         task: bundle.root / path for task in bundle.tasks if (path := adapter_path(task)) in bundle.manifest.files
@@ -109,27 +119,28 @@ def _compare_adapters(
         return
     session = Session(bundle.graph_path, is_exact=True)
     for task, adapter in adapters.items():
-        on_step(f"comparing the adapter file of {shown_task(task)}")
-        for prompt, logits in zip(expected[task].prompts, expected[task].logits, strict=True):
-            ids = np.array([prompt], np.int64)
+        progress.phase("compare adapter files", len(expected[task].prompts), detail=shown_task(task))
+        for prompt in expected[task].prompts:
+            ids = np.array([prompt.token_ids], np.int64)
             inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.size)[None]}
-            difference = float(np.abs(run_with_adapter(session, adapter, inputs)[0] - logits).max())
-            if not difference <= parity[task].tolerance:  # NaN never is
+            error = float(np.abs(run_with_adapter(session, adapter, inputs)[0] - prompt.logits).max())
+            progress.advance()
+            if not error <= (limit := expected[task].limit):  # NaN never is
                 raise ParityError(
                     f"task {task!r}: expected the graph with its adapter file to agree with {expected[task].reference} "
-                    f"within {parity[task].tolerance:.1e}, found logits {difference:.1e} apart"
+                    f"in double precision within {limit:.1e}, found logits {error:.1e} apart"
                 )
 
 
 def assess_all(
-    folder: Path, expected: Mapping[str | None, FloatAnswers], on_step: StepListener
+    folder: Path, expected: Mapping[str | None, FloatAnswers], progress: Progress
 ) -> dict[str | None, TaskQuality]:
     """A bundle as it is run against the float32 model, on the same texts."""
     engine = load(folder, provider=_provider(Bundle.open(folder).manifest.target), prepare=False)
     found = {}
     for task, in_float in expected.items():
-        on_step(f"reading held-out text: {shown_task(task)}")
-        found[task] = assess(in_float.held_out, in_float.answers, engine, task)
+        progress.phase("read text", len(in_float.held_out.texts), detail=shown_task(task))
+        found[task] = assess(in_float.held_out, in_float.answers, engine, task, progress)
     return found
 
 

@@ -72,11 +72,7 @@ def test_the_runtime_knows_neither_the_exporter_nor_training_frameworks(path):
 
 @pytest.mark.parametrize(
     "path",
-    [
-        path
-        for path in PACKAGES
-        if path.name not in ("cli.py", "bench_cli.py", "prefix_cli.py", "tensorrt_cli.py", "__main__.py")
-    ],
+    [path for path in PACKAGES if path.name != "cli.py" and not path.name.endswith("_cli.py")],
     ids=name_of,
 )
 def test_only_the_command_line_prints_or_knows_click(path):
@@ -88,6 +84,31 @@ def test_only_the_command_line_prints_or_knows_click(path):
 def test_only_the_session_knows_onnxruntime_and_its_quantiser_one_module():
     assert [path.name for path in RUNTIME if "onnxruntime" in imported_roots(path)] == ["session.py"]
     assert [path.name for path in EXPORTER if "onnxruntime" in imported_roots(path)] == ["rounding.py"]
+
+
+LOADERS = ("from_pretrained", "from_config")
+
+
+def loader_calls(path):
+    """Calls of transformers' loaders by the name of what they are called on; PEFT reads tensors that it is given."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LOADERS:
+            owner = ast.unparse(node.func.value)
+            if owner != "PeftModel":
+                yield owner, node
+
+
+@pytest.mark.parametrize("path", EXPORTER, ids=name_of)
+def test_only_one_module_calls_transformers_loaders_and_trusts_no_code(path):
+    if name_of(path) != "prefix_export/models/pretrained.py":
+        assert not list(loader_calls(path))
+        assert not [name for name in imported(path) if name.startswith("transformers.Auto")]
+        return
+    calls = list(loader_calls(path))
+    assert len(calls) == 5
+    for _, call in calls:
+        trusted = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "trust_remote_code"]
+        assert trusted == ["False"]
 
 
 @pytest.mark.parametrize("path", [path for path in EXPORTER if path.parent.name == "formats"], ids=name_of)
@@ -104,29 +125,28 @@ def test_formats_know_no_graphs(path):
 def test_graphs_know_no_formats(name):
     known = {name for name in imported(ROOT / "prefix_export" / name) if name.startswith("prefix_")}
     assert known
-    allowed = ("attention", "bake", "decoder", "device", "errors", "fuse", "simplify")
+    allowed = (
+        "attention", "bake", "cleaning", "decoder", "device", "errors", "fuse", "lowering", "progress", "simplify"
+    )  # fmt: skip
     modules = tuple(f"prefix_export.{module}." for module in allowed)
-    assert all(name.startswith((*modules, "prefix_runtime.Layer")) for name in known)
+    files = ("prefix_runtime.os_errors.", "prefix_runtime.storage.")
+    assert all(name.startswith((*modules, *files, "prefix_runtime.Layer")) for name in known)
 
 
-@pytest.mark.parametrize(
-    "name", ["cli.py", "bench_cli.py", "prefix_cli.py", "tensorrt_cli.py", "__init__.py", "__main__.py", "errors.py"]
-)
+COMMAND_LINE = [path.name for path in EXPORTER if path.name == "cli.py" or path.name.endswith("_cli.py")]
+
+
+@pytest.mark.parametrize("name", [*COMMAND_LINE, "__init__.py", "__main__.py", "errors.py", "progress.py"])
 def test_nothing_heavy_is_imported_at_the_top_of_what_help_needs(name):
     path = ROOT / "prefix_export" / name
-    allowed = {"__future__", "click", "collections", "contextlib", "os", "pathlib", "prefix_export", "prefix_runtime",
-               "sys", "tempfile", "typing"}  # fmt: skip
+    allowed = {"__future__", "click", "collections", "contextlib", "dataclasses", "os", "pathlib", "prefix_export",
+               "prefix_runtime", "sys", "tempfile", "time", "typing"}  # fmt: skip
     top = set(imported(path, tree(path).body))
     assert {name.split(".")[0] for name in top} <= allowed
     own = {name for name in top if name.startswith("prefix_export.")}
-    assert own <= {
-        "prefix_export.__version__",
-        "prefix_export.bench_cli.bench",
-        "prefix_export.cli.main",
-        "prefix_export.errors.PrefixExportError",
-        *(f"prefix_export.prefix_cli.{command}" for command in ("compose", "fold", "inspect")),
-        *(f"prefix_export.tensorrt_cli.{command}" for command in ("refit", "tensorrt")),
-    }
+    light = {"prefix_export.__version__", "prefix_export.errors", "prefix_export.progress"}
+    light |= {f"prefix_export.{module.removesuffix('.py')}" for module in COMMAND_LINE}
+    assert {name if name in light else name.rpartition(".")[0] for name in own} <= light
 
 
 def public(node, path=""):

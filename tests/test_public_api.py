@@ -8,6 +8,7 @@ import pytest
 
 import prefix_export.build
 import prefix_export.errors
+import prefix_export.request
 import prefix_runtime
 import prefix_runtime.errors
 
@@ -87,7 +88,8 @@ def test_the_exporters_recipe_has_these_names():
         for name, value in vars(prefix_export.build).items()
         if not name.startswith("_") and getattr(value, "__module__", None) == "prefix_export.build"
     }
-    assert own == {"BuildRequest", "BuildResult", "build", "verify_against"}
+    assert own == {"BuildResult", "build", "verify_against"}
+    assert prefix_export.build.BuildRequest is prefix_export.request.BuildRequest
 
 
 def test_a_build_request_has_these_fields():
@@ -118,4 +120,5 @@ def test_a_build_result_has_these_fields():
         "quality",
         "seconds",
         "warnings",
+        "phase_seconds",
     ]

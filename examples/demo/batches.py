@@ -1,12 +1,13 @@
-"""Documents as tensors: tokenized once, kept on the device, drawn as shuffled batches."""
+"""Documents as tensors: tokenized once, kept on the device, drawn as shuffled batches at a falling learning rate."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from corpus import END_OF_TEXT, Document
+from corpus import Document
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -16,14 +17,14 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class TokenizedDocuments:
-    """Documents as token ids, each ended by the end-of-text token and padded on the right."""
+    """Documents as token ids, each ended by the tokenizer's end token and padded on the right."""
 
     token_ids: Tensor
     """`[documents, longest]` int64."""
     prompt_lengths: Tensor
     """`[documents]` int64, in tokens."""
     lengths: Tensor
-    """`[documents]` int64, in tokens, end-of-text included."""
+    """`[documents]` int64, in tokens, end token included."""
 
     def __len__(self) -> int:
         """The number of documents."""
@@ -53,7 +54,7 @@ def tokenize(
         ValueError: if a prompt alone has other tokens than the same prompt within its document, in
             which case a model trained on documents would be asked something it has not seen.
     """
-    whole = tokenizer([d.prompt + d.continuation + END_OF_TEXT for d in documents])["input_ids"]
+    whole = tokenizer([d.prompt + d.continuation + tokenizer.eos_token for d in documents])["input_ids"]
     prompts = tokenizer([d.prompt for d in documents])["input_ids"]
     for document, ids, prompt_ids in zip(documents, whole, prompts, strict=True):
         if ids[: len(prompt_ids)] != prompt_ids:
@@ -75,3 +76,11 @@ def shuffled_rows(count: int, batch_size: int, generator: torch.Generator) -> It
         order = torch.randperm(count, generator=generator)
         for start in range(0, count - batch_size + 1, batch_size):
             yield order[start : start + batch_size]
+
+
+def learning_rate(step: int, steps: int, warmup_steps: int) -> float:
+    """The learning rate's factor: a linear warm-up, then half a cosine down to zero."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * progress))

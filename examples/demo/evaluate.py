@@ -9,49 +9,25 @@ generated under a condition, greedily and in float32, is compared with every kin
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
 import click
 import torch
 from corpus import KINDS, TASKS, Lighthouse, held_out, prompt, training
 from peft import PeftModel
-from sacrebleu import corpus_bleu
-from torch import Tensor
+from scoring import LanguageModel, Score, continuations, score
 from train_model import ModelSettings
 from train_prefixes import PREFIXES, PREFIXES_SEED
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 HERE = Path(__file__).parent
 NO_PREFIX = "none"
-MAX_NEW_TOKENS = 160
-"""Beyond the longest right answer."""
 BATCH_SIZE = 64
 UNBATCHED_SAMPLE = 20
 """Prompts a condition that are also generated alone, to see that batching changes nothing."""
-
-
-class LanguageModel(Protocol):
-    """What is used of a model, whether it has a prefix or not."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-
-    def generate(self, **inputs: Tensor | int | bool) -> Tensor:
-        """The prompt's and the new token ids, `[batch, sequence]` int64."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """How near generated texts came to the right ones."""
-
-    exact_match_percent: float
-    bleu: float
-    """sacrebleu's corpus BLEU, 0 to 100."""
 
 
 def require_unseen(lights: Sequence[Lighthouse]) -> None:
@@ -74,47 +50,6 @@ def load(condition: str, device: str) -> LanguageModel:
     if condition == NO_PREFIX:
         return cast(LanguageModel, base)
     return cast(LanguageModel, PeftModel.from_pretrained(base, HERE / "prefixes" / condition))
-
-
-def continuations(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    batch_size: int,
-) -> list[str]:
-    """What `model` writes greedily after each prompt, up to the end-of-text token."""
-    prompt_ids = tokenizer(list(prompts))["input_ids"]
-    texts = [""] * len(prompts)
-    for rows in rows_of_equal_length(prompt_ids, batch_size):
-        ids = torch.tensor([prompt_ids[row] for row in rows], device=model.device)  # [rows, prompt]
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=MAX_NEW_TOKENS,
-            do_sample=False,
-        )
-        decoded = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-        for row, text in zip(rows, decoded, strict=True):
-            texts[row] = text
-    return texts
-
-
-def rows_of_equal_length(prompt_ids: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Row numbers in batches of prompts equally long, so that no batch needs padding."""
-    by_length: defaultdict[int, list[int]] = defaultdict(list)
-    for row, ids in enumerate(prompt_ids):
-        by_length[len(ids)].append(row)
-    for rows in by_length.values():
-        for start in range(0, len(rows), batch_size):
-            yield rows[start : start + batch_size]
-
-
-def score(texts: Sequence[str], answers: Sequence[str]) -> Score:
-    """The score of `texts` against the right `answers`."""
-    exact = sum(text == answer for text, answer in zip(texts, answers, strict=True))
-    bleu = corpus_bleu(list(texts), [list(answers)]).score
-    return Score(round(100 * exact / len(answers), 1), round(bleu, 1))
 
 
 def scores_of(

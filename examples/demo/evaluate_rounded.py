@@ -12,7 +12,8 @@ from pathlib import Path
 
 import click
 from corpus import TASKS, held_out, prompt
-from evaluate import Score, require_unseen, score
+from evaluate import require_unseen
+from scoring import Score, score
 
 import prefix_runtime
 from prefix_export.build import BuildRequest, build

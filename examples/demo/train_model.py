@@ -8,7 +8,6 @@ see `corpus.py`.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import click
 import torch
-from batches import TokenizedDocuments, shuffled_rows, tokenize
+from batches import TokenizedDocuments, learning_rate, shuffled_rows, tokenize
 from corpus import END_OF_TEXT, SEPARATOR, Document, mixed_documents
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -91,14 +90,6 @@ def new_model(settings: ModelSettings, end_of_text_id: int) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-def learning_rate(step: int, settings: ModelSettings) -> float:
-    """The learning rate's factor: a linear warm-up, then half a cosine down to zero."""
-    if step < settings.warmup_steps:
-        return (step + 1) / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def loss_of_batch(model: GPT2LMHeadModel, documents: TokenizedDocuments, rows: Tensor) -> Tensor:
     """The mean cross-entropy of the continuations, each document at a random place of the context.
 
@@ -122,7 +113,9 @@ def train(model: GPT2LMHeadModel, documents: TokenizedDocuments, settings: Model
         betas=(0.9, 0.95),
         weight_decay=settings.weight_decay,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, settings))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate(step, settings.steps, settings.warmup_steps)
+    )
     batches = shuffled_rows(len(documents), settings.batch_size, torch.Generator().manual_seed(settings.seed))
     model.train()
     with click.progressbar(islice(batches, settings.steps), length=settings.steps) as steps:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -20,7 +21,9 @@ from . import (
     adapterhub,
     canonical,
     control_prefixes,
+    keys_values,
     li_liang,
+    lone_array,
     openprompt,
     p_tuning_v2,
     peft,
@@ -40,6 +43,8 @@ READERS: tuple[ModuleType, ...] = (
     unified_skg,
     control_prefixes,
     li_liang,
+    keys_values,
+    lone_array,
     soft_prompt,
 )
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -47,7 +52,17 @@ _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 FORMATS = tuple(reader.NAME for reader in READERS)
 
-__all__ = ["FORMATS", "READERS", "SoftPrompt", "Trained", "describe", "find_reader", "read"]
+__all__ = ["FORMATS", "READERS", "SoftPrompt", "Trained", "check_format", "describe", "find_reader", "read"]
+
+
+def check_format(wanted: str | None) -> None:
+    """Refuse the name of a format that there is none of; None stands for any.
+
+    Raises:
+        CheckpointError
+    """
+    if wanted is not None and wanted not in FORMATS:
+        raise CheckpointError(f"format: expected one of {', '.join(FORMATS)}, found {wanted!r}")
 
 
 def find_reader(path: Path, wanted: str | None = None) -> tuple[ModuleType, Checkpoint]:
@@ -61,8 +76,7 @@ def find_reader(path: Path, wanted: str | None = None) -> tuple[ModuleType, Chec
         CheckpointError: nothing is there, or nothing that a reader knows.
         PrefixError: a safetensors file that is damaged.
     """
-    if wanted is not None and wanted not in FORMATS:
-        raise CheckpointError(f"format: expected one of {', '.join(FORMATS)}, found {wanted!r}")
+    check_format(wanted)
     checkpoint = open_checkpoint(path)
     for reader in READERS:
         if wanted == reader.NAME or (wanted is None and reader.matches(checkpoint)):
@@ -86,6 +100,8 @@ def describe(path: Path, wanted: str | None = None) -> Mapping[str, str]:
     """
     reader, checkpoint = find_reader(path, wanted)
     found: Mapping[str, str] = reader.describe(checkpoint)
+    if checkpoint.notes:
+        found = {"file": checkpoint.weights.relative_to(checkpoint.path).as_posix(), **found}
     return {"format": reader.TITLE, **{_printable(name): _printable(text) for name, text in found.items()}}
 
 
@@ -108,6 +124,7 @@ def read(path: Path, shape: Shape, wanted: str | None = None) -> Trained:
     """
     reader, checkpoint = find_reader(path, wanted)
     trained: Trained = reader.read(checkpoint, shape)
+    trained = replace(trained, warnings=(*checkpoint.notes, *trained.warnings))
     for name in trained.parts:
         if name and not _PART.fullmatch(name):
             raise CheckpointError(

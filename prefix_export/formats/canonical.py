@@ -9,7 +9,7 @@ from prefix_runtime import Prefix
 from prefix_runtime.prefix import FORMAT
 
 from .checkpoint import Checkpoint
-from .trained import Trained, check_hidden_size
+from .trained import Trained, check_embedding_size
 
 NAME = "prefix-export"
 TITLE = "prefix file"
@@ -30,5 +30,5 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     prefix = Prefix.load(checkpoint.weights)
     shape.check(prefix, str(checkpoint.weights))
     if prefix.embeddings is not None:
-        check_hidden_size(prefix.embeddings.shape, shape, str(checkpoint.weights))
+        check_embedding_size(prefix.embeddings.shape, shape, str(checkpoint.weights))
     return Trained({"": prefix})

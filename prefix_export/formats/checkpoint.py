@@ -25,22 +25,16 @@ from prefix_export.errors import CheckpointError
 from prefix_runtime.storage import read_regular, sha256_of_file
 from prefix_runtime.tensor_file import TensorFile
 
+from .folder import find_weights
+from .signature import kind, other_kind
+
 if TYPE_CHECKING:
     import torch
 
-_WEIGHTS_NAMES = (
-    "adapter_model.safetensors",
-    "adapter.safetensors",
-    "model.safetensors",
-    "adapter_model.bin",
-    "pytorch_adapter.bin",
-    "pytorch_model.bin",
-)
 _MOST_CONFIG_BYTES = 1 << 20
 _MOST_PICKLE_BYTES = 64 << 20
 _MOST_LEGACY_BYTES = 4 << 30  # such a file is read as a whole
 _LEGACY_PICKLES = 5  # magic number, protocol, system, what was saved, keys of its storages
-_ZIP, _NUMPY, _PICKLE = b"PK\x03\x04", b"\x93NUMPY", b"\x80"
 
 _STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 _PERMITTED = frozenset(
@@ -48,11 +42,16 @@ _PERMITTED = frozenset(
         "collections OrderedDict",
         "torch._utils _rebuild_tensor_v2",
         "torch._utils _rebuild_parameter",
+        # Of DeepSpeed: the shapes of its parameters, the names of some modules.
+        "torch Size",
+        "__builtin__ set",
         *(f"torch {name}Storage" for name in _STORAGES),
     }
 )
-_NESTED = ("state_dict", "model_state_dict", "model")
+_NESTED = ("state_dict", "model_state_dict", "module", "model", "state")
 """Under which training loops keep a model's weights, beside their own state."""
+_DEEPEST = 3
+_MOST_IN_SEQUENCE = 4096
 
 
 class Tensors(ABC):
@@ -133,10 +132,12 @@ class Checkpoint:
     Attributes:
         path: as it was named: a file or a folder.
         weights: its file of tensors.
+        notes: why that file was taken, for a user, a line each.
     """
 
     path: Path
     weights: Path
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def tensors(self) -> Tensors:
@@ -181,7 +182,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in a file or folder; of a folder, the one file of tensors in it, safetensors before pickles.
+    """The checkpoint in a file or folder; see `folder.find_weights`.
 
     Raises:
         CheckpointError: nothing is there, or nothing that could be one.
@@ -192,16 +193,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(path, path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: expected a trained prefix, a file or a folder, found a pipe or a device")
-    named = [path / name for name in _WEIGHTS_NAMES if (path / name).is_file()]
-    others = [each for each in sorted(path.iterdir()) if each.is_file() and _kind(each) is not None]
-    # As Hugging Face's libraries do: a pickle beside safetensors is the same once more, for older ones.
-    found = [each for each in named if each.suffix == ".safetensors"] or named or others
-    if not found:
-        raise CheckpointError(f"{path}: expected a folder with a trained prefix, found no file of tensors in it")
-    if len(found) > 1:
-        shown = ", ".join(each.name for each in found[:5])
-        raise CheckpointError(f"{path}: expected one file of tensors, found {shown}; name the file")
-    return Checkpoint(path, found[0])
+    found = find_weights(path)
+    return Checkpoint(path, found.weights, found.notes)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -211,7 +204,8 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: it is too large, or no JSON object.
     """
     try:
-        content = json.loads(read_regular(path, _MOST_CONFIG_BYTES))
+        text = read_regular(path, _MOST_CONFIG_BYTES).decode("utf-8-sig")  # editors on Windows put a mark before it
+        content = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, OSError) and error.errno == errno.EFBIG:
             raise CheckpointError(
@@ -223,30 +217,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _kind(path: Path) -> str | None:
-    """What a file's first bytes say that it is."""
-    with path.open("rb") as file:
-        first = file.read(9)
-    for start, kind in ((_ZIP, "zip"), (_NUMPY, "numpy")):
-        if first.startswith(start):
-            return kind
-    # Its first bytes are a length, which may begin as a pickle does.
-    if first[8:] == b"{" and int.from_bytes(first[:8], "little") <= path.stat().st_size:
-        return "safetensors"
-    return "pickle" if first.startswith(_PICKLE) else None
-
-
 def _open_tensors(path: Path) -> Tensors:
-    kind = _kind(path)
-    if kind == "safetensors" or (kind is None and path.suffix == ".safetensors"):
+    found = kind(path)
+    what = other_kind(path) if found is None else None
+    if found == "safetensors" or (found is what is None and path.suffix == ".safetensors"):
         return _Mapped(path)
-    if kind == "numpy":
+    if found == "numpy":
         return _Array(path)
-    if kind is None:
+    if found is None:
         raise CheckpointError(
-            f"{path}: expected safetensors, a checkpoint of torch.save's or an .npy file, found a file of another kind"
+            f"{path}: expected safetensors, a checkpoint of torch.save's or an .npy file, found "
+            f"{what or 'a file of another kind'}"
         )
-    return _Pickled(path, dict(_named(path, _unpickled(path, is_zip=kind == "zip"))))
+    return _Pickled(path, dict(_named(path, _unpickled(path, is_zip=found == "zip"))))
 
 
 def _unpickled(path: Path, *, is_zip: bool) -> Any:
@@ -281,7 +264,10 @@ def _pickle_of_zip(path: Path) -> bytes:
         names = [entry.filename.lower() for entry in entries]
         pickles = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
         if len(pickles) != 1 or not pickles[0].filename.endswith("/data.pkl") or len(set(names)) < len(names):
-            raise CheckpointError(f"{path}: expected a checkpoint of torch.save's, found a zip file of another kind")
+            raise CheckpointError(
+                f"{path}: expected a checkpoint of torch.save's, found a zip file of another kind; unpack an archive "
+                "first"
+            )
         if pickles[0].file_size > _MOST_PICKLE_BYTES:
             raise CheckpointError(
                 f"{path}: expected at most {_MOST_PICKLE_BYTES} bytes of pickle, found {pickles[0].file_size}"
@@ -324,12 +310,15 @@ def _named(path: Path, content: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
     if isinstance(content, torch.Tensor):
         content = {"": content}
+    if isinstance(content, list | tuple):
+        content = dict(_numbered(content))
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: expected tensors by name, found {type(content).__name__}")
-    for key in _NESTED:
-        if isinstance(content.get(key), Mapping):
-            content = content[key]
+    for _ in range(_DEEPEST):
+        nested = next((content[key] for key in _NESTED if isinstance(content.get(key), Mapping)), None)
+        if nested is None:
             break
+        content = nested
     for name, tensor in content.items():
         if not isinstance(tensor, torch.Tensor) or not isinstance(name, str):
             continue  # a step or an epoch; nothing that a reader asks for
@@ -341,6 +330,15 @@ def _named(path: Path, content: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 f"{path}: tensor {name!r}: expected no more numbers than are stored, found shape {list(tensor.shape)}"
             )
         yield name, tensor
+
+
+def _numbered(content: Sequence[Any], start: str = "") -> Iterator[tuple[str, Any]]:
+    """The tensors in a sequence, or in a sequence of sequences, by their places: `0`, or `0.1`."""
+    for index, each in enumerate(content[:_MOST_IN_SEQUENCE]):
+        if isinstance(each, list | tuple) and not start:
+            yield from _numbered(each, f"{index}.")
+        else:
+            yield f"{start}{index}", each
 
 
 def _reason(error: Exception) -> str:

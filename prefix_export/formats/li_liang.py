@@ -26,7 +26,7 @@ from prefix_runtime import LayerGeometry, LayerPrefix, PrefixMismatchError, Sour
 
 from .checkpoint import Checkpoint
 from .reparameterised import Table, described, lead, matrix, required_lead, sites_of, untrained
-from .trained import SoftPrompt, Trained, check_hidden_size, folded, make_prefix
+from .trained import SoftPrompt, Trained, check_embedding_size, folded, make_prefix
 
 NAME = "li-liang"
 TITLE = "Li & Liang prefix tuning"
@@ -166,11 +166,11 @@ def _refuse_what_depends_on_text(checkpoint: Checkpoint, start: str, present: li
 def _is_soft_prompt(checkpoint: Checkpoint, start: str, shape: Shape) -> bool:
     """Whether the MLP ends in embeddings (`PrefixEmbTuning`), not in keys and values."""
     last = max(name for name in checkpoint.shapes if name.startswith(f"{start}control_trans.") and "weight" in name)
-    return shape.kind == DECODER and checkpoint.shapes[last][:1] == (shape.hidden_size,)
+    return shape.kind == DECODER and checkpoint.shapes[last][:1] == (shape.embedding_size,)
 
 
 def _read_soft_prompt(checkpoint: Checkpoint, start: str, shape: Shape) -> Trained:
     embeddings = matrix(checkpoint, start, TABLES[0])
-    check_hidden_size(embeddings.shape, shape, f"{checkpoint.weights}: control_trans")
+    check_embedding_size(embeddings.shape, shape, f"{checkpoint.weights}: control_trans")
     warnings = untrained(checkpoint, [f"{start}{TABLES[0].mlp}"], "its code")
     return Trained({"": SoftPrompt(embeddings, Source(f"{NAME}-embedding", checkpoint.sha256))}, tuple(warnings))

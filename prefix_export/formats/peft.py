@@ -1,9 +1,9 @@
 """PEFT's prompt-learning adapters: prefix tuning, cartridges, and everything that trains embeddings before the text's.
 
-A folder or file with one tensor `prompt_embeddings`, `adapter_config.json` beside it. For `PREFIX_TUNING` and
-`CARTRIDGE` it is [prefix_length, 2 * layers * num_key_value_heads * head_dim]; with `prefix_projection` the MLP was
-evaluated when PEFT saved. For the others it is [prefix_length, hidden_size] (and as much again for the decoder of an
-encoder-decoder, which PEFT never reads). `MULTITASK_PROMPT_TUNING` has a low-rank factor for each task beside it.
+Their tensor, `prompt_embeddings`, is [prefix_length, 2 * layers * num_key_value_heads * head_dim] for `PREFIX_TUNING`
+and `CARTRIDGE`; with `prefix_projection` PEFT evaluates the MLP when it saves. For the others it is
+[prefix_length, embedding_size] (and as much again for the decoder of an encoder-decoder, which PEFT never reads).
+`MULTITASK_PROMPT_TUNING` has a low-rank factor for each task beside it. `peft_adapter` says where adapters are found.
 
 Source: PEFT 0.21.2, `PeftModel.get_prompt`, `get_prompt_embedding_to_save` and the `forward` of each task's model; text
 begins at position `prefix_length` (`_adjust_prompt_learning_kwargs`).
@@ -11,109 +11,98 @@ begins at position `prefix_length` (`_adjust_prompt_learning_kwargs`).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
 
 from prefix_export.errors import CheckpointError
 from prefix_export.shape import BOTH, Shape
-from prefix_runtime import LayerGeometry, LayerPrefix, PrefixMismatchError, Source
+from prefix_runtime import LayerGeometry, LayerPrefix, Prefix, PrefixMismatchError
 from prefix_runtime.checks import is_whole
 
 from .checkpoint import Checkpoint
 from .initial import DEVIATION, UNTRAINED, is_normal
-from .trained import SoftPrompt, Trained, check_hidden_size, folded, make_prefix
+from .peft_adapter import CONFIG_NAME, KEYS_AND_VALUES, PROMPTS, Adapter, adapters_of, head_name
+from .prompt_encoder import COLUMNS, PROMPT, ROWS, PromptEncoder, has_prompt_encoders
+from .trained import SoftPrompt, Trained, check_embedding_size, folded, make_prefix
+
+__all__ = ["CONFIG_NAME", "NAME", "TITLE", "Saved", "describe", "matches", "read", "saved"]
 
 NAME = "peft"
 TITLE = "PEFT adapter"
 
-CONFIG_NAME = "adapter_config.json"
-KEYS_AND_VALUES = ("PREFIX_TUNING", "CARTRIDGE")
-EMBEDDINGS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
-_TENSOR = "prompt_embeddings"
-_COLUMNS, _ROWS = "prefix_task_cols", "prefix_task_rows"
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _FACTORS = 2000
 """Numbers of the tasks' factors, which are few, that have to be there to tell whether they were trained."""
-_EMBEDDING_NAMES = ("wte.", "wpe.", "embed_", "embeddings.", "lm_head.", "embed_tokens.")
-_TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-
-
-@dataclass(frozen=True)
-class _Adapter:
-    """An adapter's tensors and what its config says."""
-
-    checkpoint: Checkpoint
-    config: Mapping[str, Any]
-
-    @property
-    def kind(self) -> str:
-        return str(self.config["peft_type"])
-
-    @property
-    def where(self) -> str:
-        return f"{self.checkpoint.weights}: {_TENSOR}"
-
-    @property
-    def config_path(self) -> Path:
-        return self.checkpoint.config_path(CONFIG_NAME)
-
-    @property
-    def source(self) -> Source:
-        return Source(f"peft-{self.kind.lower().replace('_', '-')}", self.checkpoint.sha256)
-
-    def prompt(self) -> np.ndarray:
-        """The trained tensor, its shape checked."""
-        shape = self.checkpoint.shapes[_TENSOR]
-        if len(shape) != 2 or 0 in shape:
-            raise CheckpointError(f"{self.where}: expected shape [prefix_length, width], none 0, found {list(shape)}")
-        return self.checkpoint.array(_TENSOR)
-
-    def head(self) -> dict[str, np.ndarray]:
-        """The task's own head, by its names in the base model."""
-        names = [name for name in self.checkpoint.shapes if name not in (_TENSOR, _COLUMNS, _ROWS)]
-        if embeddings := [name for name in names if any(part in name for part in _EMBEDDING_NAMES)]:
-            raise CheckpointError(
-                f"{self.checkpoint.weights}: expected a prefix and a head at the most, found embeddings of the model, "
-                f"{embeddings[0]}, which were trained or saved too; a prefix cannot carry them"
-            )
-        return {_head_name(name): self.checkpoint.array(name) for name in names}
-
-    def metadata(self) -> dict[str, str]:
-        base = self.config.get("base_model_name_or_path")
-        found = {"task_type": str(self.config["task_type"])} if self.config.get("task_type") != "CAUSAL_LM" else {}
-        if isinstance(base, str) and _HUB_ID.fullmatch(base):
-            found["base_model"] = base
-        elif isinstance(base, str) and (folder := PureWindowsPath(base).name.strip(".")):
-            # Where a folder lay on the machine that it was trained on says nothing elsewhere, and is nobody's business.
-            found["base_folder"] = folder
-        return found
 
 
 def matches(checkpoint: Checkpoint) -> bool:
-    """Whether it has PEFT's tensor."""
-    return _TENSOR in checkpoint.shapes
+    """Whether it has PEFT's tensor, or PEFT's modules."""
+    return PROMPT in checkpoint.shapes or has_prompt_encoders(checkpoint)
 
 
-def is_causal(checkpoint: Checkpoint) -> bool:
-    """Whether PEFT would load it for a causal language model."""
-    return bool(_open(checkpoint).config["task_type"] == "CAUSAL_LM")
+@dataclass(frozen=True)
+class Saved:
+    """An adapter as PEFT's `save_pretrained` writes it.
+
+    Attributes:
+        config: the content of `adapter_config.json`.
+        tensors: by PEFT's names.
+        task: of a multitask prompt, else None.
+        where: names the adapter in messages.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, np.ndarray]
+    task: int | None
+    where: str
+
+
+def saved(checkpoint: Checkpoint, part: str) -> Saved | None:
+    """One part of a checkpoint as PEFT loads it for a causal language model; None if PEFT does not load it for one.
+
+    Args:
+        checkpoint: that `matches`.
+        part: a name of `Trained.parts`.
+
+    Raises:
+        CheckpointError: as `read`.
+    """
+    adapter, task = _owner(adapters_of(checkpoint), part)
+    if adapter.config_path is None or adapter.config["task_type"] != "CAUSAL_LM":
+        return None
+    tensors = {name: adapter.tensors.array(name) for name in adapter.tensors.shapes}
+    return Saved(adapter.config, tensors, task, adapter.config_where)
+
+
+def _owner(adapters: Mapping[str, Adapter], part: str) -> tuple[Adapter, int | None]:
+    """The adapter that a part is of, and which task of it."""
+    for name, adapter in adapters.items():
+        if adapter.kind != "MULTITASK_PROMPT_TUNING":
+            if part == name:
+                return adapter, None
+        elif part.rpartition("-")[0] == name:
+            return adapter, int(part.rpartition("-")[2])
+    raise CheckpointError(f"part {part!r}: expected one of {', '.join(adapters) or 'one adapter'}")
 
 
 def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
-    """What the adapter's config and tensors say."""
-    adapter = _open(checkpoint)
-    prompt = checkpoint.shapes[_TENSOR]
+    """What the configs and tensors of its adapters say."""
+    adapters = adapters_of(checkpoint)
+    if list(adapters) == [""]:
+        return _described(adapters[""])
+    return {"adapters": ", ".join(adapters)} | {
+        f"{name}: {field}": text for name, adapter in adapters.items() for field, text in _described(adapter).items()
+    }
+
+
+def _described(adapter: Adapter) -> dict[str, str]:
+    shapes = adapter.tensors.shapes
     tasks = (
-        {"tasks": str((checkpoint.shapes.get(_COLUMNS) or ("unknown",))[0])}
-        if adapter.kind == "MULTITASK_PROMPT_TUNING"
-        else {}
+        {"tasks": str((shapes.get(COLUMNS) or ("unknown",))[0])} if adapter.kind == "MULTITASK_PROMPT_TUNING" else {}
     )
-    head = ", ".join(sorted(map(_head_name, checkpoint.shapes.keys() - {_TENSOR, _COLUMNS, _ROWS})))
+    head = ", ".join(sorted(map(head_name, shapes.keys() - PROMPTS)))
     shown = {
         "task_type": "task type",
         "num_virtual_tokens": "prefix length",
@@ -124,9 +113,11 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
         "base_model_name_or_path": "base model",
     }
     said = {title: str(adapter.config[key]) for key, title in shown.items() if adapter.config.get(key) is not None}
+    stored = {"stored as": "a state dict with PEFT's modules"} if isinstance(adapter.tensors, PromptEncoder) else {}
     return {
         "kind": adapter.kind,
-        "tensor": " x ".join(map(str, prompt)),
+        "tensor": " x ".join(map(str, shapes[PROMPT])),
+        **stored,
         **tasks,
         **said,
         **({"head": head} if head else {}),
@@ -134,55 +125,35 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
 
 
 def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
-    """See `formats.read`."""
-    adapter = _open(checkpoint)
-    if adapter.kind in KEYS_AND_VALUES:
-        return _read_keys_and_values(adapter, shape)
-    return _read_embeddings(adapter, shape)
+    """See `formats.read`; several adapters are parts by their names."""
+    parts: dict[str, Prefix | SoftPrompt] = {}
+    warnings: list[str] = []
+    for name, adapter in adapters_of(checkpoint, shape).items():
+        read_one = _read_keys_and_values if adapter.kind in KEYS_AND_VALUES else _read_embeddings
+        trained = read_one(adapter, shape)
+        parts |= {"-".join(filter(None, (name, part))): prefix for part, prefix in trained.parts.items()}
+        lines = (*adapter.warnings, *trained.warnings)
+        warnings += [f"{name}: {line}" if name else line for line in lines]
+    return Trained(parts, tuple(warnings))
 
 
-def _open(checkpoint: Checkpoint) -> _Adapter:
-    if not matches(checkpoint):
-        there = ", ".join(repr(name) for name in list(checkpoint.shapes)[:4]) or "none"
-        raise CheckpointError(f"{checkpoint.weights}: expected PEFT's tensor {_TENSOR!r}, found tensors {there}")
-    config = checkpoint.config(CONFIG_NAME)
-    if config is None:
-        raise CheckpointError(
-            f"{checkpoint.weights}: expected {CONFIG_NAME} beside a PEFT adapter, found none; copy both files, or the "
-            "adapter's folder"
-        )
-    adapter = _Adapter(checkpoint, config)
-    if config.get("peft_type") in KEYS_AND_VALUES + EMBEDDINGS and config.get("task_type") is None:
-        raise CheckpointError(
-            f"{adapter.config_path}: task_type: expected one of {', '.join(_TASK_TYPES)}, found none: PEFT's "
-            "get_peft_model makes no such adapter, and its plain PeftModel answers as if there were no prefix; if code "
-            "of its own trained it, write the task type that it was trained for"
-        )
-    for key, expected in (("peft_type", KEYS_AND_VALUES + EMBEDDINGS), ("task_type", _TASK_TYPES)):
-        if config.get(key) not in expected:
-            raise CheckpointError(
-                f"{adapter.config_path}: {key}: expected one of {', '.join(expected)}, found {config.get(key)!r}"
-            )
-    return adapter
-
-
-def _read_keys_and_values(adapter: _Adapter, shape: Shape) -> Trained:
+def _read_keys_and_values(adapter: Adapter, shape: Shape) -> Trained:
     prompt = adapter.prompt()
     said = adapter.config.get("num_virtual_tokens")
     if said != len(prompt):
         raise CheckpointError(
-            f"{adapter.config_path}: num_virtual_tokens: expected {len(prompt)}, as the tensor in "
+            f"{adapter.config_where}: num_virtual_tokens: expected {len(prompt)}, as the tensor in "
             f"{adapter.checkpoint.weights.name} has, found {said}"
         )
     is_paired = adapter.config["task_type"] == "SEQ_2_SEQ_LM"
     submodules = adapter.config.get("num_transformer_submodules")
     if submodules not in (None, 2 if is_paired else 1):
         raise CheckpointError(
-            f"{adapter.config_path}: num_transformer_submodules: expected {2 if is_paired else 1}, found {submodules}"
+            f"{adapter.config_where}: num_transformer_submodules: expected {2 if is_paired else 1}, found {submodules}"
         )
     if is_paired != (shape.kind == BOTH):
         raise PrefixMismatchError(
-            f"{adapter.config_path}: task_type: expected one for a {shape.kind}, as {shape.name!r} is, found "
+            f"{adapter.config_where}: task_type: expected one for a {shape.kind}, as {shape.name!r} is, found "
             f"{adapter.config['task_type']}"
         )
     warnings: tuple[str, ...] = ()
@@ -205,7 +176,7 @@ def _read_keys_and_values(adapter: _Adapter, shape: Shape) -> Trained:
 
 
 def _paired_layers(
-    adapter: _Adapter, prompt: np.ndarray, layers: tuple[LayerGeometry, ...]
+    adapter: Adapter, prompt: np.ndarray, layers: tuple[LayerGeometry, ...]
 ) -> tuple[tuple[LayerPrefix, ...], tuple[str, ...]]:
     """A decoder's layers in an encoder-decoder's adapter, by PEFT's own map.
 
@@ -238,15 +209,15 @@ def _paired_layers(
     return pairs, (warning,) if never else ()
 
 
-def _read_embeddings(adapter: _Adapter, shape: Shape) -> Trained:
+def _read_embeddings(adapter: Adapter, shape: Shape) -> Trained:
     prompt, length = adapter.prompt(), adapter.config.get("num_virtual_tokens")
     count = 2 if shape.kind == BOTH else 1
     if not is_whole(length) or len(prompt) not in (length, count * length):
         raise CheckpointError(
-            f"{adapter.config_path}: num_virtual_tokens: expected {len(prompt) // count}, as the tensor in "
+            f"{adapter.config_where}: num_virtual_tokens: expected {len(prompt) // count}, as the tensor in "
             f"{adapter.checkpoint.weights.name} has, found {length!r}"
         )
-    check_hidden_size(prompt.shape, shape, adapter.where)
+    check_embedding_size(prompt.shape, shape, adapter.where)
     if adapter.kind == "MULTITASK_PROMPT_TUNING":
         if len(prompt) > length:
             raise CheckpointError(
@@ -263,27 +234,27 @@ def _read_embeddings(adapter: _Adapter, shape: Shape) -> Trained:
         name: SoftPrompt(each, adapter.source, adapter.head(), adapter.metadata()) for name, each in prompts.items()
     }
     warnings = [f"the last {unread} rows, meant for the decoder, are read neither by PEFT nor here"] if unread else []
-    if _ROWS in adapter.checkpoint.shapes and is_normal(adapter.checkpoint.array(_ROWS), DEVIATION, _FACTORS):
-        warnings.append(f"{_ROWS}: {UNTRAINED.format(framework='PEFT')}")
+    if ROWS in adapter.tensors.shapes and is_normal(adapter.tensors.array(ROWS), DEVIATION, _FACTORS):
+        warnings.append(f"{ROWS}: {UNTRAINED.format(framework='PEFT')}")
     return Trained(parts, tuple(warnings))
 
 
-def _factors(adapter: _Adapter, prompt: np.ndarray) -> np.ndarray:
+def _factors(adapter: Adapter, prompt: np.ndarray) -> np.ndarray:
     """What each task multiplies the shared prompt by, [tasks, prefix_length, hidden_size]."""
-    shapes = adapter.checkpoint.shapes
-    columns, rows = shapes.get(_COLUMNS, ()), shapes.get(_ROWS, ())
+    shapes = adapter.tensors.shapes
+    columns, rows = shapes.get(COLUMNS, ()), shapes.get(ROWS, ())
     fits = len(columns) == len(rows) == 3 and columns == (rows[0], len(prompt), rows[1]) and rows[2] == prompt.shape[1]
     if not fits:
         raise CheckpointError(
-            f"{adapter.checkpoint.weights}: expected {_COLUMNS} [tasks, {len(prompt)}, rank] and {_ROWS} [tasks, rank, "
+            f"{adapter.checkpoint.weights}: expected {COLUMNS} [tasks, {len(prompt)}, rank] and {ROWS} [tasks, rank, "
             f"{prompt.shape[1]}], found {list(columns)} and {list(rows)}"
         )
-    left, right = (adapter.checkpoint.array(name).astype(np.float32) for name in (_COLUMNS, _ROWS))
+    left, right = (adapter.tensors.array(name).astype(np.float32) for name in (COLUMNS, ROWS))
     factors: np.ndarray = left @ right
     return factors
 
 
-def _check_config(adapter: _Adapter, layers: tuple[LayerGeometry, ...]) -> None:
+def _check_config(adapter: Adapter, layers: tuple[LayerGeometry, ...]) -> None:
     """Refuse an adapter for another shape of model by what its config says, before its tensor is looked at."""
     first = layers[0]
     for key, expected, what in (
@@ -297,11 +268,4 @@ def _check_config(adapter: _Adapter, layers: tuple[LayerGeometry, ...]) -> None:
     ):
         said = adapter.config.get(key)
         if said is not None and said != expected:
-            raise PrefixMismatchError(f"{adapter.config_path}: {key}: expected {expected} {what}, found {said}")
-
-
-def _head_name(name: str) -> str:
-    for start in ("base_model.model.", "base_model."):
-        if name.startswith(start):
-            return name.removeprefix(start)
-    return name
+            raise PrefixMismatchError(f"{adapter.config_where}: {key}: expected {expected} {what}, found {said}")

@@ -1,4 +1,4 @@
-"""A soft prompt that stands alone: `.npy`, or a tensor that `torch.save` wrote, [prefix_length, hidden_size].
+"""A soft prompt that stands alone: `.npy`, or a tensor that `torch.save` wrote, [prefix_length, embedding_size].
 
 Source: google-research/prompt-tuning, `prompts.from_array`; Lester et al., "The Power of Scale for Parameter-Efficient
 Prompt Tuning", EMNLP 2021.
@@ -13,7 +13,7 @@ from prefix_export.shape import Shape
 from prefix_runtime import Source
 
 from .checkpoint import Checkpoint
-from .trained import SoftPrompt, Trained, check_hidden_size
+from .trained import SoftPrompt, Trained, check_embedding_size
 
 NAME = "soft-prompt"
 TITLE = "soft prompt array"
@@ -23,36 +23,37 @@ _LONGEST = 4096  # an embedding table, which has as many axes, is of a whole voc
 
 
 def matches(checkpoint: Checkpoint) -> bool:
-    """Whether it is one array without a name, or one of two axes alone in its file."""
-    shapes = checkpoint.shapes
-    return list(shapes) == [""] and len(shapes[""]) == _AXES
+    """Never: without a model, nothing tells a soft prompt from keys and values; see `lone_array`."""
+    del checkpoint
+    return False
 
 
 def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     """Its shape."""
-    length, width = _shape(checkpoint)
-    return {"prefix length": str(length), "hidden size": str(width)}
+    _, (length, width) = _array(checkpoint)
+    return {"prefix length": str(length), "embedding size": str(width)}
 
 
 def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     """See `formats.read`."""
     where = str(checkpoint.weights)
     # Before anything is read: a file may be a hole of any size.
-    length, width = _shape(checkpoint)
-    check_hidden_size((length, width), shape, where)
+    name, (length, width) = _array(checkpoint)
+    check_embedding_size((length, width), shape, where)
     if length > _LONGEST:
         raise CheckpointError(
             f"{where}: expected a soft prompt of at most {_LONGEST} positions, found {length}, as a table of "
             "embeddings has"
         )
-    embeddings = checkpoint.array("")
+    embeddings = checkpoint.array(name)
     return Trained({"": SoftPrompt(embeddings.astype("float32"), Source(NAME, checkpoint.sha256))})
 
 
-def _shape(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Length and width of the one array."""
-    if not matches(checkpoint):
-        found = ", ".join(f"{name!r} {list(shape)}" for name, shape in list(checkpoint.shapes.items())[:4]) or "none"
-        raise CheckpointError(f"{checkpoint.weights}: expected one array alone, [length, hidden size], found {found}")
-    length, width = checkpoint.shapes[""]
-    return length, width
+def _array(checkpoint: Checkpoint) -> tuple[str, tuple[int, int]]:
+    """Name, length and width of the one array."""
+    shapes = list(checkpoint.shapes.items())
+    if len(shapes) != 1 or len(shapes[0][1]) != _AXES:
+        found = ", ".join(f"{name!r} {list(shape)}" for name, shape in shapes[:4]) or "none"
+        raise CheckpointError(f"{checkpoint.weights}: expected one array alone, [length, width], found {found}")
+    name, (length, width) = shapes[0]
+    return name, (length, width)

@@ -25,7 +25,7 @@ class SoftPrompt:
     """Trained embeddings that stand before the text's.
 
     Attributes:
-        embeddings: [prefix_length, hidden_size] float32.
+        embeddings: [prefix_length, embedding_size] float32.
         source: the checkpoint that they are of.
         head: see `Prefix`.
         metadata: see `Prefix`.
@@ -62,7 +62,7 @@ def folded(matrix: np.ndarray, layers: Sequence[LayerGeometry], where: str) -> t
     first = layers[0]
     if any(layer != first for layer in layers):
         raise CheckpointError(f"{where}: prefixes of models whose layers differ are not read yet")
-    width = 2 * len(layers) * first.key_value_heads * first.head_dim
+    width = folded_width(layers)
     found = matrix.shape[1] if matrix.ndim == _AXES else f"shape {list(matrix.shape)}"
     if found != width:
         raise PrefixMismatchError(
@@ -73,6 +73,11 @@ def folded(matrix: np.ndarray, layers: Sequence[LayerGeometry], where: str) -> t
     # [length, layers, 2, heads, head_dim] -> [layers, 2, heads, length, head_dim]
     arranged = np.ascontiguousarray(slots.transpose(1, 2, 3, 0, 4))
     return tuple(LayerPrefix(key, value) for key, value in arranged)
+
+
+def folded_width(layers: Sequence[LayerGeometry]) -> int:
+    """The width of a matrix of keys and values for these layers: 2 * layers * heads * head_dim."""
+    return sum(2 * layer.key_value_heads * layer.head_dim for layer in layers)
 
 
 def make_prefix(
@@ -144,14 +149,14 @@ def _check_linear(weight: np.ndarray, bias: np.ndarray, inputs: np.ndarray, wher
         )
 
 
-def check_hidden_size(found: Sequence[int], shape: Shape, where: str) -> None:
+def check_embedding_size(found: Sequence[int], shape: Shape, where: str) -> None:
     """Refuse a soft prompt whose shape is of another width than the model's embeddings.
 
     Raises:
         PrefixMismatchError
     """
-    if len(found) != _AXES or 0 in found or found[1] != shape.hidden_size:
+    if len(found) != _AXES or 0 in found or found[1] != shape.embedding_size:
         raise PrefixMismatchError(
-            f"{where}: expected [prefix_length, {shape.hidden_size}] as the embeddings of {shape.name!r} have, found "
-            f"shape {list(found)}"
+            f"{where}: expected [prefix_length, {shape.embedding_size}] as the embeddings of {shape.name!r} have, "
+            f"found shape {list(found)}"
         )

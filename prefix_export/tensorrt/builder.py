@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefix_export.errors import EngineError
-from prefix_export.progress import StepListener
+from prefix_export.progress import Progress
 from prefix_runtime.storage import write_file_atomically
 from prefix_runtime.tensorrt_library import Library
 
@@ -63,7 +63,7 @@ def save_timing_cache(path: Path, config: Any) -> None:
         write_file_atomically(path, bytes(cache.serialize()))
 
 
-def run(builder: Any, network: Any, config: Any, library: Library, on_step: StepListener) -> bytes:
+def run(builder: Any, network: Any, config: Any, library: Library, progress: Progress) -> bytes:
     """The serialized engine of a network.
 
     The builder runs in a thread of its own, which lets go of the interpreter, so that an interrupt reaches the caller
@@ -73,7 +73,7 @@ def run(builder: Any, network: Any, config: Any, library: Library, on_step: Step
         EngineError: TensorRT cannot build it.
         BaseException: whatever interrupts the caller.
     """
-    work = _Work(builder, network, config, library, on_step)
+    work = _Work(builder, network, config, library, progress)
     thread = threading.Thread(target=work, name="tensorrt", daemon=True)
     thread.start()
     try:
@@ -100,12 +100,12 @@ class _Work:
         error: that was raised.
     """
 
-    def __init__(self, builder: Any, network: Any, config: Any, library: Library, on_step: StepListener) -> None:
+    def __init__(self, builder: Any, network: Any, config: Any, library: Library, progress: Progress) -> None:
         self._builder, self._network, self._config, self._library = builder, network, config, library
         self.done, self.cancelled = threading.Event(), threading.Event()
         self.plan: bytes | None = None
         self.error: BaseException | None = None
-        self._monitor = _monitor(library.api, self.cancelled, on_step)
+        self._monitor = _monitor(library.api, self.cancelled, progress)
 
     def __call__(self) -> None:
         try:
@@ -119,7 +119,7 @@ class _Work:
             self.done.set()
 
 
-def _monitor(api: Any, cancelled: threading.Event, on_step: StepListener) -> Any:
+def _monitor(api: Any, cancelled: threading.Event, progress: Progress) -> Any:
     class Monitor(api.IProgressMonitor):  # type: ignore[misc]  # the base class is the bindings'
         """Tells the outer phases, and stops the build where it is cancelled."""
 
@@ -131,7 +131,7 @@ def _monitor(api: Any, cancelled: threading.Event, on_step: StepListener) -> Any
             depth = self._depths.get(parent_phase, 0) + 1 if parent_phase else 0
             self._depths[phase_name] = depth
             if depth <= _DEPTH:
-                on_step(f"TensorRT: {phase_name[:1].lower()}{phase_name[1:]}")
+                progress.phase(f"TensorRT: {phase_name[:1].lower()}{phase_name[1:]}")
 
         def phase_finish(self, phase_name: str) -> None:
             self._depths.pop(phase_name, None)

@@ -7,25 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefix_export.errors import EngineError
-from prefix_export.progress import StepListener
+from prefix_export.progress import SILENT, Progress
 from prefix_runtime import Bundle, BundleIntegrityError
 from prefix_runtime.engine_file import (
     EngineRecord,
     add_engine,
     check_engine,
-    engines_folder,
     graph_hash,
     read_engines,
     recipe_hash,
 )
-from prefix_runtime.engine_profile import Profile, Tensor, limits, profiles, tensors
+from prefix_runtime.engine_profile import Profile, Tensor, tensors
 from prefix_runtime.manifest import FileEntry
 from prefix_runtime.tensorrt_library import Library, check_profiles, check_tensors, gpu_capability
 
 from . import network as networks
 from .builder import configure, run, save_timing_cache, use_timing_cache
 from .refit import mark_prefixes, prefix_weights
-from .request import RTX, EngineRequest, check_backend, check_choices, check_places
+from .request import RTX, EngineRequest, check_choices, check_request, check_timing_cache
 
 _NOT_YET = FileEntry("", 0, "0" * 64)
 Tensors = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
@@ -46,14 +45,12 @@ class EngineResult:
     seconds: float
 
 
-def build_engine(
-    request: EngineRequest, on_step: StepListener = lambda step: None, library: Library | None = None
-) -> EngineResult:
+def build_engine(request: EngineRequest, progress: Progress = SILENT, library: Library | None = None) -> EngineResult:
     """Parse a bundle's graph, build a serialized engine for the sizes that its manifest implies, and record it.
 
     Args:
         request: what to build.
-        on_step: told of TensorRT's phases, in a thread of its own.
+        progress: told of TensorRT's phases, in a thread of its own.
         library: TensorRT; None finds the backend's.
 
     Raises:
@@ -62,28 +59,16 @@ def build_engine(
         OSError: the disk is full or not writable; the folder is as it was.
     """
     started = time.perf_counter()
-    check_backend(request.backend)
-    bundle = Bundle.open(request.bundle)
-    chosen = limits(bundle.manifest, request.max_batch, request.max_prompt, request.max_prefix)
-    ranges = profiles(bundle.manifest, chosen)
+    checked = check_request(request)
+    bundle, ranges, folder = checked.bundle, checked.ranges, checked.folder
     library = library or Library(request.backend)
-    if request.is_refittable and bundle.manifest.mode != "bake":
-        raise EngineError(
-            "refit: expected a bundle whose graph holds prefixes (--mode bake), found one that feeds them"
-        )
     check_choices(request, library)
-    if request.precision is not None and bundle.manifest.precision == "int8":
-        raise EngineError(
-            "precision: expected none for a graph whose weights have 8 bits, which is computed in its own types, "
-            f"found {request.precision!r}"
-        )
-    folder = request.output or engines_folder(bundle)
-    check_places(folder, request.timing_cache, library)
+    check_timing_cache(request.timing_cache, library)
     bundle.verify_graph()  # an engine is known by the graph's hash
     if (known := _up_to_date(folder, request, bundle, library, ranges)) is not None:
         return EngineResult(folder, known, 0.0)
-    record, plan = _build(request, bundle, library, ranges, on_step)
-    on_step("writing the engine")
+    record, plan = _build(request, bundle, library, ranges, progress)
+    progress.phase("write the engine")
     folder.mkdir(exist_ok=True)
     return EngineResult(folder, add_engine(folder, record, plan), time.perf_counter() - started)
 
@@ -110,10 +95,10 @@ def _build(
     bundle: Bundle,
     library: Library,
     ranges: tuple[Profile, ...],
-    on_step: StepListener,
+    progress: Progress,
 ) -> tuple[EngineRecord, bytes]:
     expected = tensors(bundle.manifest)
-    on_step("parsing the graph")
+    progress.phase("parse the graph")
     builder = library.api.Builder(library.logger)
     network, parser = networks.parse(bundle, builder, library, is_strongly_typed=request.precision is None)
     where = str(bundle.graph_path)
@@ -126,11 +111,11 @@ def _build(
     mark_prefixes(network, refittable)
     if request.timing_cache is not None:
         use_timing_cache(request.timing_cache, config, library)
-    plan = run(builder, network, config, library, on_step)
+    plan = run(builder, network, config, library, progress)
     del parser  # it held the weights
     if request.timing_cache is not None:
         save_timing_cache(request.timing_cache, config)
-    on_step("reading the engine back")
+    progress.phase("read the engine back")
     found = _read_back(plan, library, given, kept)
     check_tensors(expected, found.tensors, "the engine")
     check_profiles(ranges, found.profiles, "the engine")

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from prefix_export.errors import EngineError
-from prefix_runtime.engine_file import BACKENDS
+from prefix_runtime import Bundle
+from prefix_runtime.engine_file import BACKENDS, engines_folder
+from prefix_runtime.engine_profile import Profile, limits, profiles
 from prefix_runtime.tensorrt_library import Library
 
 RTX = "tensorrt-rtx"
@@ -67,14 +69,58 @@ class EngineRequest:
         return sorted(self.compute_capabilities or (), key=lambda wanted: tuple(map(int, wanted.split("."))))
 
 
-def check_backend(backend: str) -> None:
-    """Refuse a backend that there is none of.
+@dataclass(frozen=True)
+class CheckedRequest:
+    """A request that only the library can still refuse: its bundle, the ranges of sizes, and where the engine goes."""
+
+    bundle: Bundle
+    ranges: tuple[Profile, ...]
+    folder: Path
+
+
+def check_request(request: EngineRequest) -> CheckedRequest:
+    """Refuse what is wrong with a request whatever the library offers; imports neither TensorRT nor onnx.
 
     Raises:
-        EngineError
+        EngineError: an option.
+        PrefixRuntimeError: no bundle, or a limit out of its range.
     """
-    if backend not in BACKENDS:
-        raise EngineError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
+    if request.backend not in BACKENDS:
+        raise EngineError(f"backend: expected one of {', '.join(BACKENDS)}, found {request.backend!r}")
+    bundle = Bundle.open(request.bundle)
+    chosen = limits(bundle.manifest, request.max_batch, request.max_prompt, request.max_prefix)
+    if request.is_refittable and bundle.manifest.mode != "bake":
+        raise EngineError(
+            "refit: expected a bundle whose graph holds prefixes (--mode bake), found one that feeds them"
+        )
+    given = request.compute_capabilities or ()
+    if len(set(given)) < len(given):
+        raise EngineError(f"compute capability: expected each once, found {', '.join(given)}")
+    _check_precision(request.precision, bundle)
+    folder = request.output or engines_folder(bundle)
+    _check_places(folder, request.timing_cache)
+    return CheckedRequest(bundle, profiles(bundle.manifest, chosen), folder)
+
+
+def _check_precision(precision: str | None, bundle: Bundle) -> None:
+    if precision is None:
+        return
+    if precision not in PRECISIONS:
+        hint = "; for weights of 8 bits build the bundle with --precision int8" if precision == "int8" else ""
+        raise EngineError(f"precision: expected one of {', '.join(PRECISIONS)}, found {precision!r}{hint}")
+    if bundle.manifest.precision == "int8":
+        raise EngineError(
+            "precision: expected none for a graph whose weights have 8 bits, which is computed in its own types, "
+            f"found {precision!r}"
+        )
+
+
+def _check_places(folder: Path, timing_cache: Path | None) -> None:
+    for what, path in (("output", folder), ("timing cache", timing_cache)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise EngineError(f"{what}: {path.absolute().parent}: expected a folder to write into, found none")
+    if folder.exists() and not folder.is_dir():
+        raise EngineError(f"output: {folder}: expected a folder, or nothing there yet, found a file")
 
 
 def check_choices(request: EngineRequest, library: Library) -> None:
@@ -96,32 +142,19 @@ def check_choices(request: EngineRequest, library: Library) -> None:
                 f"compute capability: expected one of {', '.join(offered)}, which {library.name} builds for, found "
                 f"{wanted!r}"
             )
-    twice = request.compute_capabilities or ()
-    if len(set(twice)) < len(twice):
-        raise EngineError(f"compute capability: expected each once, found {', '.join(twice)}")
-    if request.precision is None:
-        return
-    if request.precision not in PRECISIONS:
-        hint = "; for weights of 8 bits build the bundle with --precision int8" if request.precision == "int8" else ""
-        raise EngineError(f"precision: expected one of {', '.join(PRECISIONS)}, found {request.precision!r}{hint}")
-    if not hasattr(library.api.BuilderFlag, request.precision.upper()):
+    if request.precision is not None and not hasattr(library.api.BuilderFlag, request.precision.upper()):
         raise EngineError(
             f"precision {request.precision}: expected none, as {library.name} computes in the types of the graph; "
             "build the bundle with --precision fp16 instead"
         )
 
 
-def check_places(folder: Path, timing_cache: Path | None, library: Library) -> None:
-    """Refuse, before anything is built, places that cannot be written, and a timing cache that there is no use for.
+def check_timing_cache(timing_cache: Path | None, library: Library) -> None:
+    """Refuse a timing cache that the library has no use for.
 
     Raises:
         EngineError
     """
-    for what, path in (("output", folder), ("timing cache", timing_cache)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise EngineError(f"{what}: {path.absolute().parent}: expected a folder to write into, found none")
-    if folder.exists() and not folder.is_dir():
-        raise EngineError(f"output: {folder}: expected a folder, or nothing there yet, found a file")
     if timing_cache is not None and library.backend == RTX:
         raise EngineError(
             f"timing cache: expected none, as {library.name} measures nothing while it builds, found {timing_cache}"

@@ -5,32 +5,39 @@
 >>> engine.generate("name[Aromi], food[Chinese]", task="e2e", max_new_tokens=64).text  # doctest: +SKIP
 """
 
-from .arguments import GenerationOptions
-from .bundle import Bundle
-from .engine import Engine, load
-from .errors import (
-    BenchError,
-    BundleError,
-    BundleIntegrityError,
-    BusyError,
-    CompositionError,
-    ContextOverflowError,
-    DuplicateTaskError,
-    PrefixError,
-    PrefixMismatchError,
-    PrefixRuntimeError,
-    ProviderError,
-    RequestError,
-    TaskError,
-    TaskNameError,
-    UnknownTaskError,
-)
-from .geometry import Geometry, LayerGeometry
-from .manifest import Manifest
-from .prefix import LayerPrefix, Prefix, Source
-from .provider import Cuda
-from .results import Chunk, GenerationResult, Metrics
-from .sampling import Sampling
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .arguments import GenerationOptions
+    from .bundle import Bundle
+    from .engine import Engine, load
+    from .errors import (
+        BenchError,
+        BundleError,
+        BundleIntegrityError,
+        BusyError,
+        CompositionError,
+        ContextOverflowError,
+        DuplicateTaskError,
+        PrefixError,
+        PrefixMismatchError,
+        PrefixRuntimeError,
+        ProviderError,
+        RequestError,
+        TaskError,
+        TaskNameError,
+        UnknownTaskError,
+    )
+    from .generation_config import GenerationConfig, GenerationDefaults
+    from .geometry import Geometry, LayerGeometry
+    from .manifest import Manifest
+    from .prefix import LayerPrefix, Prefix, Source
+    from .provider import Cuda
+    from .results import Chunk, GenerationResult, Metrics
+    from .sampling import Sampling
 
 __version__ = "0.1.0"
 
@@ -46,6 +53,8 @@ __all__ = [
     "Cuda",
     "DuplicateTaskError",
     "Engine",
+    "GenerationConfig",
+    "GenerationDefaults",
     "GenerationOptions",
     "GenerationResult",
     "Geometry",
@@ -66,3 +75,38 @@ __all__ = [
     "UnknownTaskError",
     "load",
 ]
+
+_ERRORS = tuple(name for name in __all__ if name.endswith("Error"))
+_MODULES = {
+    **dict.fromkeys(_ERRORS, "errors"),
+    "GenerationOptions": "arguments",
+    "Bundle": "bundle",
+    "Engine": "engine",
+    "GenerationConfig": "generation_config",
+    "GenerationDefaults": "generation_config",
+    "load": "engine",
+    "Geometry": "geometry",
+    "LayerGeometry": "geometry",
+    "Manifest": "manifest",
+    "LayerPrefix": "prefix",
+    "Prefix": "prefix",
+    "Source": "prefix",
+    "Cuda": "provider",
+    "Chunk": "results",
+    "GenerationResult": "results",
+    "Metrics": "results",
+    "Sampling": "sampling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported when it is first used: the package itself loads neither numpy nor onnxruntime."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

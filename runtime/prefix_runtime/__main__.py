@@ -1,5 +1,20 @@
-"""`python -m prefix_runtime`, the command line."""
+"""`prefix-runtime` and `python -m prefix_runtime`: the command line.
 
-from .cli import main
+It imports little at first, so that Ctrl-C is handled from the start.
+"""
 
-main(prog_name="prefix-runtime")
+from __future__ import annotations
+
+from .interrupts import exit_at_once
+
+
+def main() -> None:
+    """Run the command line."""
+    exit_at_once()
+    from .cli import main as command
+
+    command(prog_name="prefix-runtime")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,21 +8,29 @@ from typing import Any, TypedDict, cast
 
 import numpy as np
 
-from .checks import is_whole
+from .checks import is_unicode, is_whole
 from .errors import RequestError
+from .generation_config import MAX_STOP_LENGTH, MAX_STOP_STRINGS, GenerationConfig
 from .sampling import Sampling
 
-_GREEDY = Sampling()
-_LISTED = ("max_new_tokens", "sampling")
+_LISTED = ("max_new_tokens", "sampling", "generation_config")
 """Options that may differ between the prompts of a list."""
 
 
 class GenerationOptions(TypedDict, total=False):
     """What `generate` and `stream` take by name. For a list of prompts, some may be a list with one for each.
 
-    max_new_tokens: at the most, or a list; where it is not given 256, or fewer if the context has no room for them.
-    sampling: how tokens are chosen, or a list; greedy where it is not given.
-    stop: strings that end the text and are left out of it.
+    An option that is absent, or None, means the model's own default, as its `generation_config.json` names it.
+
+    max_new_tokens: new tokens at most, or a list of such. Without it and without a default of the model's: 256, or
+        fewer if the context has no room for them.
+    sampling: how tokens are chosen, or a list; `Sampling()` is greedy. It replaces all of the model's sampling
+        settings, but keeps the model's repetition penalty unless it names one. A model that names none is greedy.
+    generation_config: settings on top of the model's, by transformers' names, or a list; None as a value turns a
+        setting off. `sampling`, `max_new_tokens`, `end_tokens` and `stop` go before it.
+    end_tokens: token ids that end the text, in place of the model's; an empty list for none.
+    stop: strings that end the text and are left out of it, in place of the model's; an empty list for none. At most 64,
+        of at most 256 characters each. A special token's text is one too, and a string may begin in the prompt.
     ignore_end: go on behind end tokens, up to `max_new_tokens`; for measurements.
     """
 
@@ -30,6 +38,8 @@ class GenerationOptions(TypedDict, total=False):
     sampling: Sampling | Sequence[Sampling | None] | None
     stop: str | Sequence[str] | None
     ignore_end: bool
+    end_tokens: int | Sequence[int] | None
+    generation_config: GenerationConfig | Sequence[GenerationConfig | None] | None
 
 
 def as_list(
@@ -121,28 +131,52 @@ def options_of_each(options: GenerationOptions, count: int) -> list[GenerationOp
     return cast(list[GenerationOptions], rows)
 
 
-def as_sampling(sampling: object) -> Sampling:
-    """What was given, greedy where nothing was.
+def as_sampling(sampling: object, default: Sampling) -> Sampling:
+    """What was given, or the default.
 
     Raises:
         RequestError: it is something else.
     """
     if sampling is None:
-        return _GREEDY
+        return default
     if not isinstance(sampling, Sampling):
         raise RequestError(f"sampling: expected a Sampling, found {sampling!r}")
     return sampling
 
 
-def as_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The strings that were given.
+def as_stop(stop: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """The strings that were given; None without any option.
 
     Raises:
-        RequestError: one is empty, or is something else.
+        RequestError: one is empty, is too long, or is something else; there are too many.
     """
     if stop is None:
-        return ()
+        return None
     strings = [stop] if isinstance(stop, str) else stop
     if not isinstance(strings, Sequence) or not all(isinstance(string, str) and string for string in strings):
         raise RequestError(f"stop: expected strings of at least one character, found {strings!r}")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise RequestError(f"stop: expected at most {MAX_STOP_STRINGS} strings, found {len(strings)}")
+    for place, string in enumerate(strings):
+        if len(string) > MAX_STOP_LENGTH:
+            raise RequestError(
+                f"stop[{place}]: expected at most {MAX_STOP_LENGTH} characters, found {len(string)}: give its beginning"
+            )
+        if not is_unicode(string):
+            raise RequestError(f"stop[{place}]: expected Unicode text, found {string!a}")
     return tuple(strings)
+
+
+def as_end_tokens(end_tokens: int | Sequence[int] | None, vocab_size: int) -> list[int] | None:
+    """The token ids that were given; None without any option.
+
+    Raises:
+        RequestError: one is no token of the vocabulary.
+    """
+    if end_tokens is None:
+        return None
+    listed: Any = [end_tokens] if is_whole(end_tokens) else end_tokens
+    is_list = isinstance(listed, Sequence | set | frozenset | np.ndarray) and not isinstance(listed, str | bytes)
+    if not is_list or not all(is_whole(token_id, 0, vocab_size - 1) for token_id in listed):
+        raise RequestError(f"end_tokens: expected token ids of 0 to {vocab_size - 1}, found {end_tokens!r}")
+    return [int(token_id) for token_id in listed]

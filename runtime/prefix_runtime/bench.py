@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 
 from . import machine
+from .arguments import GenerationOptions
 from .bandwidth import BandwidthProbe, CopyProbe, Probe
 from .bench_inputs import free_name, random_prefix, random_prompts
 from .bench_plan import Plan, Row, plan_rows
 from .bundle import Bundle
 from .engine import Engine, load
+from .generation_config import PLAIN
 from .measurements import BenchReport, BenchRequest, Cell, Opening, Sample, Subject, Switch
 from .openings import run_in_fresh_process
 from .prepared import prepared_graph
@@ -212,7 +214,8 @@ class _Contestant:
 
 def _generate(engine: Engine, task: str | None, prompts: list[list[int]], new_tokens: int) -> Sample:
     started = time.perf_counter()
-    results = engine.generate(token_ids=prompts, task=task, max_new_tokens=new_tokens, ignore_end=True)
+    options: GenerationOptions = {"max_new_tokens": new_tokens, "ignore_end": True, "generation_config": PLAIN}
+    results = engine.generate(token_ids=prompts, task=task, **options)
     seconds = time.perf_counter() - started
     metrics = [result.metrics for result in results]
     slowest = max(metrics, key=lambda each: each.time_to_first_token)

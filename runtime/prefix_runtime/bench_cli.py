@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from .base_cli import PATH, STANDARD_OUTPUT, is_dumb_terminal, line_width, table_width, write_output
 from .errors import BenchError
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, values: tuple
         raise click.BadParameter(f"expected whole numbers with commas between, found {', '.join(values)!r}") from error
 
 
-_PATH = click.Path(path_type=Path)
 _OPTIONS = (
     click.option(
         "--prefix-length",
@@ -66,11 +66,15 @@ _OPTIONS = (
     click.option("--rounds", type=int, help="In which every row runs once, in shuffled order. Default: 7."),
     click.option("--threads", type=int, help="Of one run. Default: onnxruntime's choice."),
     click.option("--provider", help="Execution provider: cpu or cuda. Default: cpu."),
-    click.option("--against", type=_PATH, help="Another bundle, measured in the same rounds, or a report's JSON."),
-    click.option("--json", type=_PATH, help="Write the report there as JSON, for --against and for programs."),
-    click.option("--csv", type=_PATH, help="Write the rows there as CSV."),
-    click.option("--html", type=_PATH, help="Write the report there as one HTML page with plots."),
-    click.option("--png", type=_PATH, help="Write the plots there; needs matplotlib: prefix-runtime[report]."),
+    click.option("--against", type=PATH, help="Another bundle, measured in the same rounds, or a report's JSON."),
+    click.option(
+        "--json",
+        type=PATH,
+        help="Write the report there as JSON, for --against and for programs; - is standard output.",
+    ),
+    click.option("--csv", type=PATH, help="Write the rows there as CSV; - is standard output."),
+    click.option("--html", type=PATH, help="Write the report there as one HTML page with plots; - is standard output."),
+    click.option("--png", type=PATH, help="Write the plots there; needs matplotlib: prefix-runtime[report]."),
 )
 
 
@@ -82,7 +86,7 @@ def bench_options(function: F) -> F:
 
 
 @click.command()
-@click.argument("bundle", type=_PATH)
+@click.argument("bundle", type=PATH)
 @bench_options
 def bench(bundle: Path, **flags: Any) -> None:
     """Measure BUNDLE at several prefix lengths, and its tasks, in interleaved rounds.
@@ -91,6 +95,7 @@ def bench(bundle: Path, **flags: Any) -> None:
     against no prefix, the cost of selecting a task and of opening the bundle.
     """
     check_flags(flags)
+    check_bundle(bundle, flags)
     with progress() as on_step:
         run(bundle, flags, on_step)
 
@@ -101,11 +106,26 @@ def run(bundle: Path, flags: dict[str, Any], on_step: StepListener) -> None:
 
     report, comparison = _measure(bundle, flags, on_step)
     on_step(0, 0, "")
-    # First, so that it is not lost where a file cannot be written.
-    click.echo(as_text(report, comparison), nl=False)
+    if STANDARD_OUTPUT not in (flags[name] for name in _OUTPUTS):
+        # Before the files, so that it is not lost if one of them cannot be written.
+        click.echo(as_text(report, comparison, line_width=line_width(), table_width=table_width()), nl=False)
     for name in _OUTPUTS:
         if flags[name]:
-            _write(flags[name].resolve(), _content(name, report, comparison))
+            write_output(flags[name], _content(name, report, comparison))
+
+
+def check_bundle(bundle: Path, flags: dict[str, Any]) -> None:
+    """Refuse a bundle that is none, or that nothing of what is to be measured fits.
+
+    Raises:
+        BundleError, BundleIntegrityError, BenchError, UnknownTaskError
+    """
+    from .bench_plan import plan_rows
+    from .bundle import Bundle
+
+    against = flags["against"]
+    for path in (bundle, *([against] if against is not None and against.is_dir() else [])):
+        plan_rows(Bundle.open(path), _request(flags))
 
 
 def check_flags(flags: dict[str, Any]) -> None:
@@ -116,10 +136,10 @@ def check_flags(flags: dict[str, Any]) -> None:
             in one file, or the picture's library is not installed.
         ProviderError: the provider is unknown or not installed, or cannot have so many threads.
     """
-    from .session import check_provider, check_threads
+    from .provider import check_known, check_threads
 
     request = _request(flags)
-    check_provider(request.provider)
+    check_known(request.provider)
     if request.threads is not None:
         check_threads(request.threads)
     if flags["against"] is not None and not flags["against"].is_dir():
@@ -129,14 +149,26 @@ def check_flags(flags: dict[str, Any]) -> None:
         path: Path | None = flags[name]
         if path is None:
             continue
-        if found := _obstacle(path.resolve()):
-            raise BenchError(f"--{name} {path}: expected a file in a folder that exists, found {found}")
         if (other := written.setdefault(path.resolve(), name)) != name:
             raise BenchError(f"--{name} {path}: expected a file of its own, found that of --{other}")
+        if path == STANDARD_OUTPUT:
+            continue
+        if found := _obstacle(path.resolve()):
+            raise BenchError(f"--{name} {path}: expected a file in a folder that exists, or -, found {found}")
     if flags["png"]:
-        from .picture import check_library
+        _check_picture(flags["png"])
+    if request.provider != "cpu":  # which every onnxruntime has, so that it need not be imported
+        from .session import check_provider
 
-        check_library()
+        check_provider(request.provider)
+
+
+def _check_picture(path: Path) -> None:
+    from .picture import check_library
+
+    if path == STANDARD_OUTPUT and sys.stdout.isatty():
+        raise BenchError("--png -: expected a pipe or a file to write a picture to, found a terminal")
+    check_library()
 
 
 def _obstacle(path: Path) -> str | None:
@@ -153,7 +185,7 @@ def _obstacle(path: Path) -> str | None:
 @contextmanager
 def progress() -> Iterator[StepListener]:
     """A line with what is measured and the time that is left, on a terminal; silence in a pipe."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or is_dumb_terminal():
         yield lambda done, total, text: None
         return
     line = _ProgressLine()
@@ -238,12 +270,6 @@ def _content(name: str, report: BenchReport, comparison: Comparison | None) -> b
             return as_html(report, comparison).encode()
         case _:
             return as_png(report, comparison)
-
-
-def _write(path: Path, content: bytes) -> None:
-    from .storage import write_file_atomically
-
-    write_file_atomically(path, content)
 
 
 def _shown_command(context: click.Context) -> str:

@@ -7,7 +7,7 @@ import os
 import posixpath
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from .manifest import FileEntry, Manifest, TaskEntry, check_new_task_name, prefi
 from .prefix import Prefix
 from .storage import (
     FileIdentity,
+    blaming,
     check_sha256,
     identity,
     locked,
@@ -208,7 +209,12 @@ class Bundle:
                 "build it anew with its tasks"
             )
 
-    def _check_folder_may_change(self) -> None:
+    def check_folder_may_change(self) -> None:
+        """Refuse to add or remove tasks in a folder whose graph or adapter files belong to its tasks.
+
+        Raises:
+            BundleError
+        """
         self.check_tasks_may_change()
         if any(name.endswith(ADAPTER_SUFFIX) for name in self.manifest.files):
             raise BundleError(
@@ -228,7 +234,7 @@ class Bundle:
         """
         if not isinstance(prefix, Prefix):
             raise PrefixError(f"task {name!r}: expected a Prefix, found {prefix!r}; read a file with Prefix.load")
-        self._check_folder_may_change()
+        self.check_folder_may_change()
         self.check_prefix(prefix, f"task {name!r}")
         with locked(self.root):
             self.manifest = read_manifest(self.root)
@@ -250,7 +256,7 @@ class Bundle:
             BundleError: the graph holds its prefixes, or adapter files belong to its tasks.
             OSError: the disk is not writable; the bundle is as it was.
         """
-        self._check_folder_may_change()
+        self.check_folder_may_change()
         with locked(self.root):
             self.manifest = read_manifest(self.root)
             changed = self.manifest.without_task(name)
@@ -343,22 +349,28 @@ def adapter_path(task: str) -> str:
     return f"adapters/{task}{ADAPTER_SUFFIX}"
 
 
-def describe_file(root: Path, relative: str) -> FileEntry:
-    """A file's size and SHA-256, as the manifest lists them."""
+def describe_file(root: Path, relative: str, on_bytes: Callable[[int], object] = lambda count: None) -> FileEntry:
+    """A file's size and SHA-256, as the manifest lists them; the listener is told how many bytes more were read."""
     path = root / relative
-    return FileEntry(relative, path.stat().st_size, sha256_of_file(path))
+    return FileEntry(relative, path.stat().st_size, sha256_of_file(path, on_bytes))
 
 
 def check_output(output: Path) -> None:
     """Refuse to write over what is there.
 
     Raises:
-        BundleError: the output exists, or the folder that it is to stand in does not.
+        BundleError: the output exists, or its parent folder does not or cannot be written to.
     """
     if output.exists() or output.is_symlink():
         raise BundleError(f"{output}: expected nothing there yet; remove it or choose another --output")
-    if not output.absolute().parent.is_dir():
-        raise BundleError(f"{output.absolute().parent}: expected a folder to write into, found none")
+    parent = output.absolute().parent
+    if not parent.is_dir():
+        raise BundleError(f"{parent}: expected a folder to write into, found none")
+    if not os.access(parent, os.W_OK):
+        raise BundleError(
+            f"{parent}: expected a folder that this user can write into, found one that is read-only; choose another "
+            "--output"
+        )
 
 
 @contextmanager
@@ -370,12 +382,13 @@ def staged(output: Path) -> Iterator[Path]:
     """
     check_output(output)
     staging = partial_name(output.absolute())
-    staging.mkdir()
     try:
-        yield staging
-        sync_tree(staging)
-        check_output(output)
-        staging.rename(output)
+        with blaming(output, staging):
+            staging.mkdir()
+            yield staging
+            sync_tree(staging)
+            check_output(output)
+            staging.rename(output)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

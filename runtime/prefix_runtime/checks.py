@@ -16,6 +16,15 @@ def is_whole(value: object, least: float = 0, most: float = math.inf) -> TypeGua
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(least <= value <= most)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether it is Unicode text: bytes that are no UTF-8 become halves of characters on a command line."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_finite(value: object) -> bool:
     """Whether it is a number that is neither infinite nor undefined; True and False are none."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):

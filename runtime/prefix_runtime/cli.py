@@ -8,46 +8,31 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from . import __version__
+from .base_cli import PATH as BUNDLE
+from .base_cli import ErrorReportingGroup, expanded, print_fields
 from .bench_cli import bench
-from .errors import PrefixRuntimeError, RequestError
+from .errors import RequestError
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from .arguments import GenerationOptions
     from .bundle import Bundle
     from .engine import Engine
+    from .generation_config import GenerationConfig
     from .manifest import Manifest
     from .prefix import Prefix
     from .results import GenerationResult
 
-BUNDLE = click.Path(path_type=Path)
-
-
-class ErrorReportingGroup(click.Group):
-    """A group whose commands end with one line and exit code 1 for a library's own error; a bug keeps its traceback."""
-
-    expected_errors: tuple[type[Exception], ...] = (PrefixRuntimeError, OSError)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, its expected errors turned into click's."""
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:
-            raise  # click ends quietly when the reader of a pipe has gone
-        except self.expected_errors as error:
-            raise click.ClickException(" ".join(str(error).split())) from error
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
 @click.group(cls=ErrorReportingGroup)
@@ -89,15 +74,15 @@ def prepare(bundle: Path, remove: bool) -> None:
     bundle of a gigabyte or more the first opening does so by itself, unless its weights have 4 bits. What was kept
     before is compared with its SHA-256.
     """
-    from . import keeping
     from .bundle import Bundle
 
     opened = Bundle.open(bundle)
+    from . import keeping  # after the bundle was found, as it imports onnxruntime
+
     if remove:
         click.echo(f"removed what was kept of {bundle}" if keeping.discard(opened) else "nothing was kept")
         return
-    with cleaning_up_when_terminated():
-        graph = keeping.keep(opened, compares=True)
+    graph = keeping.keep(opened, compares=True)
     size = sum(path.stat().st_size for path in graph.parent.iterdir())
     click.echo(f"{graph.parent}: {size / 1e6:.1f} MB")
 
@@ -148,14 +133,32 @@ def remove_task(bundle: Path, task: str) -> None:
 @click.argument("prompt", required=False)
 @click.option("--token-ids", metavar="IDS", help="Token ids with commas between them, in place of PROMPT.")
 @click.option("--task", "names", multiple=True, help="Whose prefix to use; repeat to compare. Default: the bare model.")
-@click.option("--max-new-tokens", type=int, help="At the most. Default: 256, or what the context has room for.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token.")
-@click.option("--top-k", type=int, default=0, help="Keep the k most likely tokens. Default: all.")
-@click.option("--top-p", type=float, default=1.0, help="Keep the tokens that make up this probability. Default: all.")
-@click.option("--min-p", type=float, default=0.0, help="Keep tokens this likely against the best. Default: all.")
-@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 discourages. Default: 1.")
+@click.option("--max-new-tokens", type=int, help="New tokens at most. Default: the model's, or else 256.")
+@click.option("--temperature", type=float, help="0 takes the most likely token. Default: the model's, or else 0.")
+@click.option("--top-k", type=int, help="Keep the k most likely tokens. Default: the model's, or else all.")
+@click.option(
+    "--top-p", type=float, help="Keep tokens that make up this probability. Default: the model's, or else all."
+)
+@click.option(
+    "--min-p", type=float, help="Keep tokens this likely against the best. Default: the model's, or else all."
+)
+@click.option("--repetition-penalty", type=float, help="Above 1 discourages. Default: the model's, or else 1.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
-@click.option("--stop", multiple=True, help="End before this text; repeatable.")
+@click.option("--stop", multiple=True, help="End before this text; repeatable. Default: the model's.")
+@click.option(
+    "--end-token",
+    "ends",
+    multiple=True,
+    metavar="ID|TOKEN",
+    help="End at this token; repeatable. Default: the model's.",
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=JSON",
+    help="Another setting of generation_config.json, such as min_new_tokens=5; null turns it off. Repeatable.",
+)
 @click.option(
     "--provider",
     default="cpu",
@@ -167,13 +170,18 @@ def remove_task(bundle: Path, task: str) -> None:
 @click.option("--metrics/--no-metrics", default=None, help="Print latencies to stderr. Default: on a terminal.")
 def generate(bundle: Path, prompt: str | None, token_ids: str | None, names: tuple[str, ...], **flags: Any) -> None:
     """Answer PROMPT with BUNDLE, streaming; without PROMPT it is read from standard input."""
-    from .engine import load
-
+    if prompt is not None and token_ids is not None:
+        raise click.UsageError("give either PROMPT or --token-ids")
+    settings = _settings(flags["settings"])
+    _check_generation(bundle, names, flags)
     request = _prompt(prompt, token_ids)
-    options = _options(flags)
+
+    from .engine import load  # after the checks, as it imports onnxruntime
+
     # A large bundle's graph is kept, for seconds, at the first opening.
-    with _log_on_stderr(), cleaning_up_when_terminated():
+    with _log_on_stderr():
         engine = load(bundle, provider=flags["provider"], threads=flags["threads"])
+    options = _options(flags, settings, engine)
     show_metrics = sys.stderr.isatty() if flags["metrics"] is None else flags["metrics"]
     for name in names or (None,):
         if flags["as_json"]:
@@ -207,35 +215,15 @@ def _log_on_stderr() -> Iterator[None]:
         logger.setLevel(before)
 
 
-@contextmanager
-def cleaning_up_when_terminated() -> Iterator[None]:
-    """Turn a polite kill, or the end of a terminal, into an exit, so that what is half-written is removed."""
-    polite = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # Windows has none
-    received: list[int] = []
-
-    def leave(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        sys.exit(128 + number)
-
-    heeded = [each for each in polite if signal.getsignal(each) is not signal.SIG_IGN]  # nohup ignores one
-    before = {each: signal.signal(each, leave) for each in heeded}
-    try:
-        yield
-    except Exception:
-        if received:  # libraries make errors of their own even of an exit
-            sys.exit(128 + received[0])
-        raise
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
 def add_to_bundle(bundle: Path, prefix: str, read: Callable[[Path, Bundle], Prefix]) -> None:
-    """Add what `read` makes of `[TASK=]PATH` to a bundle and print that."""
+    """Add what `read` makes of `[TASK=]PATH` to a bundle and print that; the name is checked first."""
     from .bundle import Bundle
+    from .manifest import check_new_task_name
 
     name, path = split_task(prefix)
     opened = Bundle.open(bundle)
+    opened.check_folder_may_change()
+    check_new_task_name(name, opened.manifest.tasks)
     opened.add_task(name, read(path, opened))
     click.echo(f"added {name} to {bundle}")
 
@@ -245,19 +233,21 @@ def split_task(text: str) -> tuple[str, Path]:
     name, path = split_named(text)
     if name is not None:
         return name, path
+    # A Hub id may have a revision behind it, which names no task.
+    told = path if path.exists() else Path(str(path).partition("@")[0])
     # PEFT's file is called alike in every folder: the folder's name tells more.
-    named = path.absolute().parent if path.stem == "adapter_model" else path.absolute()
-    return (named.name if path.is_dir() or named != path.absolute() else named.stem), path
+    named = told.absolute().parent if told.stem == "adapter_model" else told.absolute()
+    return (named.name if told.is_dir() or named != told.absolute() else named.stem), path
 
 
 def split_named(text: str) -> tuple[str | None, Path]:
     """The task, or None, and the path in `[TASK=]PATH`; a path that is there and has a `=` in it is a path."""
     name, separator, rest = text.partition("=")
     if not separator or os.path.exists(text):  # noqa: PTH110  # Path's raises where the name is too long for one
-        return None, Path(text)
+        return None, Path(expanded(text))
     if not rest:
         raise click.UsageError(f"expected [TASK=]PATH, found {text!r} without a path")
-    return name, Path(rest)
+    return name, Path(expanded(rest))
 
 
 def verified(bundle: Bundle) -> str:
@@ -270,6 +260,9 @@ def verified(bundle: Bundle) -> str:
 
 def print_bundle(bundle: Bundle, as_json: bool) -> None:
     """Print what a bundle holds."""
+    from .certificate import agreement_of
+    from .generation_config import shown_defaults
+
     manifest = bundle.manifest
     if as_json:
         click.echo(manifest.to_json(), nl=False)
@@ -280,6 +273,7 @@ def print_bundle(bundle: Bundle, as_json: bool) -> None:
         {
             "format": f"bundle, by {manifest.producer}",
             "model": f"{manifest.model.name} ({manifest.model.architecture})",
+            **({"revision": manifest.model.revision} if manifest.model.revision else {}),
             "fingerprint": manifest.model.fingerprint,
             "layers": str(len(manifest.geometry.layers)),
             "key/value heads": str(first.key_value_heads),
@@ -288,25 +282,16 @@ def print_bundle(bundle: Bundle, as_json: bool) -> None:
             "graph": f"{manifest.mode}, {manifest.flavour} flavour, for {manifest.target}",
             "weights": f"{manifest.precision}{_rounding_note(manifest)}",
             "keys and values": manifest.cache,
+            **shown_defaults(bundle),
             "size": f"{size / 1e6:.1f} MB without prefixes",
             "tasks": ", ".join(
-                f"{name} (prefix length {manifest.tasks[name].prefix_length}, {_parity_note(manifest.parity, name)})"
+                f"{name} (prefix length {manifest.tasks[name].prefix_length}, {agreement_of(manifest, name)})"
                 for name in bundle.tasks
             )
             or "none",
         },
         as_json,
     )
-
-
-def print_fields(fields: dict[str, str], as_json: bool) -> None:
-    """Print names and values, a line each or as JSON."""
-    if as_json:
-        click.echo(json.dumps(fields))
-        return
-    width = max(map(len, fields))
-    for name, value in fields.items():
-        click.echo(f"{name:<{width}}  {value}")
 
 
 def _rounding_note(manifest: Manifest) -> str:
@@ -316,20 +301,8 @@ def _rounding_note(manifest: Manifest) -> str:
     return f", by {manifest.quantizer} {shared}"
 
 
-def _parity_note(parity: Any, task: str) -> str:
-    result = (parity or {}).get("tasks", {}).get(task)
-    if not isinstance(result, dict):
-        return "not compared"
-    agreed = f"agrees with {result.get('reference')} within {result.get('largest_logit_difference', float('nan')):.1e}"
-    quality = ((parity or {}).get("quality") or {}).get("tasks", {}).get(task)
-    rounded = quality.get("greedy_agreement") if isinstance(quality, dict) else None
-    return f"{agreed}, {rounded:.1%} of tokens as in float32" if isinstance(rounded, float) else agreed
-
-
 def _prompt(prompt: str | None, token_ids: str | None) -> dict[str, Any]:
     if token_ids is not None:
-        if prompt is not None:
-            raise click.UsageError("give either PROMPT or --token-ids")
         try:
             return {"token_ids": [int(part) for part in token_ids.split(",")]}
         except ValueError as error:
@@ -344,14 +317,51 @@ def _prompt(prompt: str | None, token_ids: str | None) -> dict[str, Any]:
     return {"prompt": prompt}
 
 
-def _options(flags: dict[str, Any]) -> GenerationOptions:
+def _check_generation(bundle: Path, names: tuple[str, ...], flags: dict[str, Any]) -> None:
+    """Refuse what a bundle cannot run, before onnxruntime is imported and the prompt is read."""
+    from .arguments import as_stop
+    from .bundle import Bundle
+    from .checks import is_whole
+    from .provider import check_fits, check_threads
     from .sampling import Sampling
+    from .tasks import TaskStore
 
-    settings = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    as_stop(flags["stop"])
+    Sampling(**{name: flags[name] for name in _SAMPLING if flags[name] is not None})
+    if flags["max_new_tokens"] is not None and not is_whole(flags["max_new_tokens"], 1):
+        raise RequestError(f"max_new_tokens: expected a whole number, 1 or more, found {flags['max_new_tokens']}")
+    if flags["threads"] is not None:
+        check_threads(flags["threads"])
+    opened = Bundle.open(bundle)
+    check_fits(flags["provider"], opened)
+    store = TaskStore(opened)
+    for name in names:
+        store.get(name)
+
+
+def _settings(given: tuple[str, ...]) -> dict[str, Any]:
+    """The settings of `NAME=JSON` texts."""
+    found: dict[str, Any] = {}
+    for text in given:
+        name, separator, value = text.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            separator = ""
+        if not separator:
+            raise click.UsageError(f"--set: expected NAME=VALUE with a value in JSON, found {text[:80]!r}")
+    return found
+
+
+def _options(flags: dict[str, Any], settings: dict[str, Any], engine: Engine) -> GenerationOptions:
+    chosen = {name: flags[name] for name in _SAMPLING if flags[name] is not None}
+    config = cast("GenerationConfig", settings)
     return {
         "max_new_tokens": flags["max_new_tokens"],
-        "sampling": Sampling(**{name: flags[name] for name in settings}),
-        "stop": flags["stop"],
+        "sampling": replace(engine.generation_defaults(config).sampling, **chosen) if chosen else None,
+        "stop": flags["stop"] or None,
+        "end_tokens": [int(end) if end.isdecimal() else engine.token_id(end) for end in flags["ends"]] or None,
+        "generation_config": config,
     }
 
 

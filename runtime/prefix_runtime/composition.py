@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from .errors import CompositionError
-from .prefix import LayerPrefix, Prefix
+from .prefix import TEXT_HAS_BEGUN, LayerPrefix, Prefix
 
 SEPARATOR = "+"
 """Between the tasks in a name that stands for several; no task's own name has it."""
@@ -29,6 +29,10 @@ def concatenated(prefixes: Sequence[Prefix]) -> Prefix:
     model with rotary positions keep the rotation that each was trained or computed with, so that the positions of
     prefixes that were computed from text repeat, as in PEFT's `compose_cartridge_adapters` (0.21.2); a prefix does not
     attend to those before it.
+
+    A text keeps the start token that it was computed with, wherever it stands. So the runtime adds no start token to a
+    prompt behind prefixes of which one is a text, whatever their order: `"e2e+text"` and `"text+e2e"` take the same
+    tokens. Of several texts each keeps its own start token.
 
     Raises:
         CompositionError: they are of different models, sites or kinds; or parts of Control Prefixes that are not one
@@ -102,8 +106,14 @@ def combined(prefixes: Sequence[Prefix], combine: Callable[[Sequence[np.ndarray]
         sites,
         length if first.position_base else 0,
         base_fingerprint=next((each.base_fingerprint for each in prefixes if each.base_fingerprint), None),
-        metadata=first.metadata,
+        metadata=_metadata(prefixes),
     )
+
+
+def _metadata(prefixes: Sequence[Prefix]) -> dict[str, str]:
+    """The first one's, but text has begun where any of them is a text."""
+    has_begun = any(prefix.metadata.get(TEXT_HAS_BEGUN) == "true" for prefix in prefixes)
+    return {**prefixes[0].metadata, **({TEXT_HAS_BEGUN: "true"} if has_begun else {})}
 
 
 def check_composable(prefixes: Sequence[Prefix]) -> None:

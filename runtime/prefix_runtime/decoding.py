@@ -29,11 +29,11 @@ class Generation(Protocol):
 
     @property
     def is_greedy(self) -> bool:
-        """Whether it takes the most likely token, whatever else there is."""
+        """Whether the next token is the one of the largest logit."""
 
     @property
     def tokens_left(self) -> int:
-        """That may come at the most."""
+        """New tokens that may come, at most, before it ends or `is_greedy` changes."""
 
     def take(self, logits: np.ndarray) -> None:
         """Choose the next token by its logits [vocab] float32, which are left as they are."""
@@ -76,7 +76,7 @@ def decode(cache: Cache, rows: Sequence[int], generations: Sequence[Generation])
 
 
 def _step(cache: Cache, active: Sequence[Generation]) -> None:
-    """A token more for each row; where all take the most likely one, the cache chooses it where the logits are."""
+    """One more token for each row. If all rows take the largest logit, the cache chooses where the logits are."""
     tokens = [generation.last_token for generation in active]
     if all(generation.is_greedy for generation in active):
         more = min(generation.tokens_left for generation in active) - 1

@@ -13,8 +13,6 @@ import numpy as np
 from .arguments import (
     GenerationOptions,
     as_list,
-    as_sampling,
-    as_stop,
     check_ids,
     check_names,
     one_each,
@@ -24,9 +22,10 @@ from .bundle import Bundle
 from .cache_pool import CAPACITY_STEP, CacheMaker, CachePool
 from .checks import is_whole
 from .decoding import decode
-from .end_tokens import read_end_tokens
 from .errors import CompositionError, ContextOverflowError, PrefixError, RequestError, TaskError
 from .generation import GrowingAnswer, Request
+from .generation_config import GenerationConfig, GenerationDefaults
+from .generation_rules import GenerationRules, RuleBook
 from .growing_cache import GrowingCache
 from .kv_cache import KeyValueCache
 from .open_session import open_session
@@ -154,7 +153,7 @@ class Engine:
         position_bytes = cache_format.dtype.itemsize * self._geometry.values_per_position
         self._pool = CachePool(make, position_bytes, max_length, cache_bytes, step, limit=max_cache_bytes)
         self._codec = TextCodec.of_bundle(bundle)
-        self._end_tokens = read_end_tokens(bundle)
+        self._rules = RuleBook(bundle)
 
     @property
     def device(self) -> Device | None:
@@ -165,6 +164,26 @@ class Engine:
     def tasks(self) -> tuple[str, ...]:
         """The tasks' names, sorted."""
         return self._store.names
+
+    def generation_defaults(self, changes: GenerationConfig | None = None) -> GenerationDefaults:
+        """How tokens are chosen and what ends them, as the model's `generation_config.json` and changes to it ask for.
+
+        >>> replace(engine.generation_defaults().sampling, seed=1)  # doctest: +SKIP
+
+        Raises:
+            RequestError: a change is malformed, or contradicts another or the model's defaults.
+        """
+        return self._rules.defaults_with(changes)
+
+    def token_id(self, token: str) -> int:
+        """The id of a token as the tokenizer's vocabulary spells it, such as "<|im_end|>".
+
+        Raises:
+            RequestError: the vocabulary has no such token, or the bundle has no tokenizer.
+        """
+        if self._codec is None:
+            raise RequestError(f"token {token!r}: {self.bundle.root} has no tokenizer: expected a token id")
+        return self._codec.token_id(token)
 
     def add_task(self, name: str, prefix: Prefix | str | Path) -> None:
         """Add a task to this engine, at once and for as long as it lives; `Bundle.add_task` changes the folder.
@@ -223,8 +242,8 @@ class Engine:
         """Answer a prompt, or each of a list of prompts, which are decoded together, as if each were alone.
 
         Args:
-            prompt: text, encoded with the special tokens that the model's tokenizer adds by itself; with none behind a
-                prefix that is a text itself.
+            prompt: text, encoded with the special tokens that the model's tokenizer adds by itself, which may be all
+                that an empty prompt has. None are added if the task's prefix is a text, or holds one.
             token_ids: in place of text, taken as they are.
             task: whose prefix to use; None runs the bare model. For a list of prompts one task, or one for each. Tasks
                 joined by `+` are composed: their prefixes stand one after another.
@@ -343,8 +362,7 @@ class Engine:
         self, prompt: str | Sequence[int], task: str | None, options: GenerationOptions, least_new_tokens: int = 1
     ) -> Request:
         started = time.perf_counter()
-        stop = as_stop(options.get("stop"))
-        if stop and self._codec is None:
+        if options.get("stop") and self._codec is None:
             raise RequestError(f"stop: {self.bundle.root} has no tokenizer, so text cannot be looked at; leave it out")
         if not isinstance(options.get("ignore_end", False), bool):
             raise RequestError(f"ignore_end: expected True or False, found {options['ignore_end']!r}")
@@ -358,14 +376,14 @@ class Engine:
         selected = time.perf_counter() - selecting
         has_begun = prefix is not None and prefix.metadata.get(TEXT_HAS_BEGUN) == "true"
         ids = self._encode(prompt, has_begun=has_begun)
+        rules = self._rules.rules(options)
+        new_tokens = options.get("max_new_tokens")
         return Request(
             prompt=ids,
             task=task,
             prefix=prefix,
-            max_new_tokens=self._check_length(prefix, len(ids), options.get("max_new_tokens"), least_new_tokens),
-            sampling=as_sampling(options.get("sampling")),
-            stop=stop,
-            end_tokens=() if options.get("ignore_end") else self._end_tokens,
+            max_new_tokens=self._check_length(prefix, len(ids), new_tokens, least_new_tokens, rules),
+            rules=rules,
             task_selection=selected,
             preparation=time.perf_counter() - started,
         )
@@ -374,11 +392,14 @@ class Engine:
         if isinstance(prompt, str):
             if self._codec is None:
                 raise RequestError(f"prompt: {self.bundle.root} has no tokenizer: expected token_ids, found text")
-            ids = tuple(self._codec.encode(prompt, with_special_tokens=not has_begun)) if prompt else ()
+            ids = tuple(self._codec.encode(prompt, with_special_tokens=not has_begun))
         else:
             ids = tuple(int(token_id) for token_id in prompt)
         if not ids:
-            raise RequestError("prompt: expected at least one token, found none")
+            raise RequestError(
+                "prompt: expected at least one token, found none: the tokenizer adds none to this text; give text, or "
+                "give a start token as token_ids"
+            )
         for index, token_id in enumerate(ids):
             if not 0 <= token_id < self._geometry.vocab_size:
                 raise RequestError(
@@ -386,7 +407,7 @@ class Engine:
                 )
         return ids
 
-    def _check_length(self, prefix: Prefix | None, prompt: int, new: Any, least: int) -> int:
+    def _check_length(self, prefix: Prefix | None, prompt: int, new: Any, least: int, rules: GenerationRules) -> int:
         """The new tokens that may be asked for; None stands for the default."""
         if new is not None and not is_whole(new, least):
             raise RequestError(f"max_new_tokens: expected a whole number, {least} or more, found {new!r}")
@@ -398,4 +419,4 @@ class Engine:
                 f"max_length {self._max_length}, prefix {prefix.prefix_length if prefix else 0}), "
                 f"found a prompt of {prompt} and {wanted - prompt} new; shorten the prompt or lower max_new_tokens"
             )
-        return min(DEFAULT_MAX_NEW_TOKENS, room - prompt) if new is None else int(new)
+        return min(rules.new_tokens(prompt, DEFAULT_MAX_NEW_TOKENS), room - prompt) if new is None else int(new)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 
+from .generation_rules import GenerationRules
+from .logits_processors import Step
 from .prefix import Prefix
 from .results import Chunk, GenerationResult, Metrics
-from .sampling import Sampling, make_sampler
+from .sampling import make_sampler
 from .text import TextCodec
 
 
@@ -22,9 +23,7 @@ class Request:
         task: that was asked for, or None.
         prefix: the task's.
         max_new_tokens: at the most.
-        sampling: how tokens are chosen.
-        stop: strings that end the text.
-        end_tokens: that end it.
+        rules: how tokens are chosen and what ends the text.
         task_selection: seconds that it took to find the prefix.
         preparation: seconds that all of this took.
     """
@@ -33,9 +32,7 @@ class Request:
     task: str | None
     prefix: Prefix | None
     max_new_tokens: int
-    sampling: Sampling
-    stop: tuple[str, ...]
-    end_tokens: Collection[int]
+    rules: GenerationRules
     task_selection: float
     preparation: float
 
@@ -57,10 +54,12 @@ class GrowingAnswer:
     def __init__(self, request: Request, codec: TextCodec | None, lease: float) -> None:
         self.prompt = request.prompt
         self._request, self._lease = request, lease
-        self._sampler = make_sampler(request.sampling)
-        self._text = codec.growing_text(request.stop) if codec else None
+        self._rules = request.rules
+        self._sampler = make_sampler(request.rules.sampling)
+        self._text = codec.growing_text(request.rules.stop, request.prompt) if codec else None
         self._token_ids: list[int] = []
-        self._history = list(request.prompt)  # with the new ones
+        self._history = np.empty(len(request.prompt) + request.max_new_tokens, np.int64)  # prompt and new ones
+        self._history[: len(request.prompt)] = request.prompt
         self._times: list[float] = []  # from the batch's beginning to each token
         self._piece = ""
         self._reason: str | None = None
@@ -77,24 +76,30 @@ class GrowingAnswer:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether it takes the most likely token, whatever else there is."""
-        return self._request.sampling.is_plain_greedy
+        """Whether the next token is the one of the largest logit."""
+        return self._rules.sampling.is_greedy and self._rules.processors.idle(self._step) > 0
 
     @property
     def tokens_left(self) -> int:
-        """That may come at the most."""
-        return self._request.max_new_tokens - len(self._token_ids)
+        """New tokens that may come, at most, before the end or before a rule changes their logits."""
+        left = self._request.max_new_tokens - len(self._token_ids)
+        return min(left, max(1, self._rules.processors.idle(self._step)))
+
+    @property
+    def _step(self) -> Step:
+        length = len(self.prompt) + len(self._token_ids)
+        return Step(self._history[:length], len(self.prompt), self._request.max_new_tokens)
 
     def take(self, logits: np.ndarray) -> None:
         """Choose the next token by its logits [vocab] float32."""
-        self.accept(self._sampler(logits, self._history))
+        self.accept(self._sampler(self._rules.processors(logits, self._step)))
 
     def accept(self, token_id: int) -> None:
         """Go on with a token that was chosen."""
+        self._history[len(self.prompt) + len(self._token_ids)] = token_id
         self._token_ids.append(token_id)
-        self._history.append(token_id)
         self._piece = self._text.push(token_id) if self._text else ""
-        self._reason = self._finish_reason(token_id in self._request.end_tokens)
+        self._reason = self._finish_reason(token_id in self._rules.end_tokens)
         if self._text and self._reason not in (None, "stop"):
             self._piece += self._text.finish()
 

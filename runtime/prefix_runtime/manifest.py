@@ -50,11 +50,19 @@ class TaskEntry:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """The frozen model: as the user named it, its architecture's class and its weights' fingerprint."""
+    """The frozen model.
+
+    Attributes:
+        name: as the user named it, without a revision.
+        architecture: its class.
+        fingerprint: of its weights.
+        revision: the commit or revision of a Hub id, or None.
+    """
 
     name: str
     architecture: str
     fingerprint: str
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,8 @@ class Manifest:
         block_size: weights that share a scale, at most; None for "fp32", and where each output has one.
         quantizer: how weights were rounded, "rtn" or "hqq"; None for "fp32".
         parity: the certificate that `build` wrote, or None where it was told not to verify.
+        generation: "followed": names of the model's generation defaults that the runtime follows; "not_followed": those
+            that it does not, with their values. None in bundles of older versions.
     """
 
     producer: str
@@ -98,6 +108,7 @@ class Manifest:
     block_size: int | None = None
     quantizer: str | None = None
     parity: Mapping[str, Any] | None = None
+    generation: Mapping[str, Any] | None = None
 
     @property
     def graph_files(self) -> list[FileEntry]:
@@ -313,6 +324,7 @@ def _read_manifest(fields: _Fields) -> Manifest:
         block_size=fields.count("block_size", 1, 1 << 16) if fields.optional("block_size", int) else None,
         quantizer=fields.choice("quantizer", "rtn", "hqq") if fields.optional("quantizer", str) else None,
         parity=_read_parity(fields),
+        generation=_read_generation(fields),
     )
 
 
@@ -337,9 +349,20 @@ def _read_parity(fields: _Fields) -> dict[str, Any] | None:
     return parity
 
 
+def _read_generation(fields: _Fields) -> dict[str, Any] | None:
+    generation = fields.optional("generation", dict)
+    if generation is not None:
+        parts = _Fields(generation, f"{fields.where}: generation")
+        parts.get("followed", list)
+        parts.get("not_followed", dict)
+    return generation
+
+
 def _check_result(fields: _Fields) -> None:
     fields.get("reference", str)
-    fields.get("largest_logit_difference", float)
+    # Certificates of earlier versions name the difference from the reference itself.
+    if fields.optional("largest_logit_difference", float) is None:
+        fields.get("error", float)
 
 
 def _read_file(fields: _Fields) -> FileEntry:
@@ -357,7 +380,12 @@ def _read_task(fields: _Fields) -> TaskEntry:
 
 
 def _read_model(fields: _Fields) -> ModelEntry:
-    return ModelEntry(fields.get("name", str), fields.get("architecture", str), fields.get("fingerprint", str))
+    return ModelEntry(
+        fields.get("name", str),
+        fields.get("architecture", str),
+        fields.get("fingerprint", str),
+        fields.optional("revision", str),
+    )
 
 
 def _read_geometry(fields: _Fields) -> Geometry:

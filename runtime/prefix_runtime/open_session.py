@@ -11,8 +11,8 @@ from .errors import ProviderError, RequestError
 from .keeping import discard, find_or_keep
 from .pages import letting_go, on_huge_pages
 from .prepared import make_provider_folder, provider_folder
-from .provider import Cuda
-from .session import Session, check_known, check_provider
+from .provider import Cuda, check_fits
+from .session import Session, check_provider
 from .tensorrt_engine import EngineSession, open_engine
 from .tensorrt_provider import ENGINE, provider_options
 from .tensorrt_provider import PROVIDERS as TENSORRT_PROVIDERS
@@ -42,7 +42,7 @@ def open_session(
         RequestError: what is to be kept would not be opened.
         BundleIntegrityError, OSError: as `prepared.prepare`.
     """
-    _check_provider(bundle, provider)
+    check_fits(provider, bundle)
     if prepares and (provider != "cpu" or only_own):
         found = f"provider {provider!r}" if provider != "cpu" else "verify, which opens the bundle's own graph"
         raise RequestError(f"prepare: expected provider 'cpu' without verify, found {found}; leave it out")
@@ -53,22 +53,6 @@ def open_session(
     if provider in TENSORRT_PROVIDERS:
         return _open_by_tensorrt(bundle, provider, threads, max_batch)
     return _open_on_cpu(bundle, None if only_own else find_or_keep(bundle, prepares), threads)
-
-
-def _check_provider(bundle: Bundle, provider: str | Cuda) -> None:
-    if not isinstance(provider, Cuda):
-        check_known(provider)
-    manifest = bundle.manifest
-    if (provider == "cuda" or isinstance(provider, Cuda)) and manifest.flavour == "fast" and manifest.target != "cuda":
-        raise ProviderError(
-            f"{bundle.root}: provider: expected cpu for a bundle of target {manifest.target}, found cuda; build it "
-            "with --target cuda for a GPU"
-        )
-    if bundle.manifest.cache == "bf16" and provider == "cpu":
-        raise ProviderError(
-            f"{bundle.root}: provider: expected cuda for a bundle in bfloat16, which onnxruntime does not run on a "
-            "CPU, found 'cpu'; build it with --precision fp16 for both"
-        )
 
 
 def _open_on_cpu(bundle: Bundle, kept: Path | None, threads: int | None) -> Session:

@@ -9,9 +9,11 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from .arguments import GenerationOptions
 from .bench_inputs import free_name, random_prefix, random_prompts
 from .bench_plan import Row
 from .errors import BenchError
+from .generation_config import PLAIN
 from .machine import peak_memory, resident_memory
 from .measurements import BenchRequest, Opening
 
@@ -58,7 +60,8 @@ def observe(import_seconds: float, path: str, wanted: str) -> str:
         task = free_name("random", engine.tasks)
         engine.add_task(task, random_prefix(engine.bundle, row.prefix_length))
     prompts = random_prompts(engine.bundle, row)
-    engine.generate(token_ids=prompts, task=task, max_new_tokens=new_tokens, ignore_end=True)
+    options: GenerationOptions = {"max_new_tokens": new_tokens, "ignore_end": True, "generation_config": PLAIN}
+    engine.generate(token_ids=prompts, task=task, **options)
     measured = {
         "import_seconds": import_seconds,
         "open_seconds": open_seconds,

@@ -22,7 +22,7 @@ SITES = ("decoder", "cross", "encoder")
 """Decoder self-attention, decoder-to-encoder attention, encoder self-attention."""
 
 TEXT_HAS_BEGUN = "text_has_begun"
-"""Metadata, "true" where a prefix is a text's own keys and values: what follows begins without special tokens."""
+"""Metadata, "true" if a prefix is, or holds, a text's keys and values: what follows begins without special tokens."""
 
 FORMAT = "prefix-export.prefix"
 FORMAT_VERSION = 1

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .bundle import Bundle
 from .checks import is_whole
 from .errors import ProviderError
+from .tensorrt_provider import ENGINE
+from .tensorrt_provider import PROVIDERS as _TENSORRT
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", **_TENSORRT}
+"""onnxruntime's execution providers, by the names that `load` takes."""
+_MOST_THREADS = 512  # onnxruntime starts any number, which takes minutes
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,48 @@ class Cuda:
         for name in ("memory_limit", "stream"):
             if (value := getattr(self, name)) is not None:
                 _check(name, value, 1)
+
+
+def check_known(provider: object) -> None:
+    """Refuse a name that is no execution provider's; whether it is installed only onnxruntime can say.
+
+    Raises:
+        ProviderError: the message lists the names.
+    """
+    known = [*PROVIDERS, ENGINE]
+    if not isinstance(provider, str) or provider not in known:
+        raise ProviderError(f"provider: expected one of {', '.join(known)}, found {provider!r}")
+
+
+def check_fits(provider: str | Cuda, bundle: Bundle) -> None:
+    """Refuse a provider that is unknown or does not run a bundle's graph.
+
+    Raises:
+        ProviderError
+    """
+    if not isinstance(provider, Cuda):
+        check_known(provider)
+    manifest = bundle.manifest
+    if (provider == "cuda" or isinstance(provider, Cuda)) and manifest.flavour == "fast" and manifest.target != "cuda":
+        raise ProviderError(
+            f"{bundle.root}: provider: expected cpu for a bundle of target {manifest.target}, found cuda; build it "
+            "with --target cuda for a GPU"
+        )
+    if manifest.cache == "bf16" and provider == "cpu":
+        raise ProviderError(
+            f"{bundle.root}: provider: expected cuda for a bundle in bfloat16, which onnxruntime does not run on a "
+            "CPU, found 'cpu'; build it with --precision fp16 for both"
+        )
+
+
+def check_threads(threads: int) -> None:
+    """Refuse a number of threads that no session can be given.
+
+    Raises:
+        ProviderError
+    """
+    if not is_whole(threads, 1, _MOST_THREADS):
+        raise ProviderError(f"threads: expected 1 to {_MOST_THREADS}, found {threads!r}")
 
 
 def _check(name: str, value: object, least: int) -> None:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from statistics import median
 
 from .measurements import BenchReport, Cell, Comparison, Opening, Quartiles, Ratio, Switch, quartiles
+from .text_table import as_table, folded
 
 WIDTH = 100
 """Characters that a table takes on a terminal, at the most, where its first column can be cut to that."""
 
-_LEAST_FIRST_COLUMN = 8
 _OPENING_SECONDS = ("import_seconds", "open_seconds")
 _OPENING_BYTES = ("opened_bytes", "generated_bytes", "resident_bytes")
 _LATENCIES = (("time_to_first_token", "to first token"), ("inter_token_latency", "a token"))
@@ -26,13 +26,25 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def as_text(report: BenchReport, comparison: Comparison | None = None) -> str:
-    """A report for a terminal, and what it is compared with."""
-    blocks = ["\n".join(headline(report))]
-    blocks += [_render(table) for table in tables(report)]
-    if comparison:
-        blocks += [_render(table) for table in comparison_tables(comparison)]
-    blocks.append("\n".join(notes(report, comparison)))
+def as_text(
+    report: BenchReport,
+    comparison: Comparison | None = None,
+    *,
+    line_width: int | None = None,
+    table_width: int | None = None,
+) -> str:
+    """A report for a terminal, and what it is compared with.
+
+    Args:
+        report: what was measured.
+        comparison: with another report.
+        line_width: characters after which lines of text are folded; None folds none.
+        table_width: characters that a table may take; at most, and by default, `WIDTH`.
+    """
+    blocks = ["\n".join(folded(line, line_width) for line in headline(report))]
+    found = [*tables(report), *(comparison_tables(comparison) if comparison else ())]
+    blocks += [_render(table, min(table_width or WIDTH, WIDTH)) for table in found]
+    blocks.append("\n".join(folded(line, line_width) for line in notes(report, comparison)))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -227,15 +239,5 @@ def _digits(value: float) -> int:
     return 1 if value >= 100 else 2 if value >= 1 else 3
 
 
-def _render(table: Table) -> str:
-    widths = [max(map(len, column)) for column in zip(table.header, *table.rows, strict=True)]
-    room = WIDTH - sum(widths[1:]) - 2 * len(widths[1:])
-    widths[0] = min(widths[0], max(room, _LEAST_FIRST_COLUMN))
-    lines = [table.title, _line(table.header, widths), "─" * (sum(widths) + 2 * len(widths[1:]))]
-    return "\n".join([*lines, *(_line(row, widths) for row in table.rows)])
-
-
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    first = row[0] if len(row[0]) <= widths[0] else f"{row[0][: widths[0] - 1]}…"
-    cells = [f"{first:<{widths[0]}}", *(f"{text:>{width}}" for text, width in zip(row[1:], widths[1:], strict=True))]
-    return "  ".join(cells).rstrip()
+def _render(table: Table, width: int) -> str:
+    return f"{table.title}\n{as_table(table.header, table.rows, width)}"

@@ -22,19 +22,18 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 try:
     import onnxruntime as ort
 except ImportError as error:
-    raise ImportError("prefix-runtime needs onnxruntime: pip install 'prefix-runtime[cpu]'") from error
+    message = "prefix-runtime needs onnxruntime: pip install 'prefix-runtime[cpu]'"
+    raise ImportError(message, name="onnxruntime") from error
 
-from .checks import is_whole
 from .errors import ProviderError
+from .os_errors import write_error
 from .pages import opening
-from .provider import Cuda
+from .provider import PROVIDERS, Cuda, check_known, check_threads
 from .tensorrt_provider import ENGINE, add_plugin
-from .tensorrt_provider import PROVIDERS as _TENSORRT
 
 if TYPE_CHECKING:
     from .device import Device
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", **_TENSORRT}
 _NEEDS = {
     "cuda": "CUDA 13 and cuDNN 9: pip install 'prefix-runtime[gpu]'",
     "tensorrt": "onnxruntime-gpu and the TensorRT that it was built with: pip install onnxruntime-gpu tensorrt",
@@ -43,7 +42,6 @@ _NEEDS = {
 _ERROR_SEVERITY = 3
 # The accuracy levels of MatMulNBits, which onnxruntime makes of a blockwise DequantizeLinear and a MatMul.
 _FLOAT_ACTIVATIONS, _ROUNDED_ACTIVATIONS = "1", "4"
-_MOST_THREADS = 512  # onnxruntime makes as many as it is told, for minutes
 _WITHOUT_GRAPH = -1  # a run that is neither captured nor replayed
 _Result = TypeVar("_Result")
 _environment_lock = threading.Lock()
@@ -261,7 +259,7 @@ def save_adapter(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     try:
         adapter.export_adapter(str(path.absolute()))
     except Exception as error:  # as above
-        raise OSError(f"{path}: cannot be written: {error}") from error
+        raise write_error(path, error) from error
 
 
 def run_with_adapter(session: Session, adapter: Path, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -280,16 +278,6 @@ def run_with_adapter(session: Session, adapter: Path, inputs: Mapping[str, np.nd
             f"{adapter}: onnxruntime {ort.__version__} cannot run the graph with it: {error}"
         ) from error
     return found
-
-
-def check_threads(threads: int) -> None:
-    """Refuse a number of threads that no session can be given.
-
-    Raises:
-        ProviderError
-    """
-    if not is_whole(threads, 1, _MOST_THREADS):
-        raise ProviderError(f"threads: expected 1 to {_MOST_THREADS}, found {threads!r}")
 
 
 def check_provider(provider: str) -> None:
@@ -376,20 +364,9 @@ def _provider_options(device: Device | None) -> dict[str, str]:
     return chosen if limit is None else chosen | {"gpu_mem_limit": str(limit)}
 
 
-def check_known(provider: object) -> None:
-    """Refuse what names no execution provider.
-
-    Raises:
-        ProviderError: the message lists those that there are.
-    """
-    known = [*_PROVIDERS, ENGINE]
-    if not isinstance(provider, str) or provider not in known:
-        raise ProviderError(f"provider: expected one of {', '.join(known)}, found {provider!r}")
-
-
 def _provider_name(provider: str) -> str:
     check_known(provider)
-    name = _PROVIDERS[provider]
+    name = PROVIDERS[provider]
     available: Sequence[Any] = ort.get_available_providers()
     if name not in available and provider != "tensorrt-rtx":  # which may come as a plug-in
         hint = f"; it needs {_NEEDS[provider]}" if provider in _NEEDS else ""

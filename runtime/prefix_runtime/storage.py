@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
+import re
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import BundleIntegrityError
 
+_HASHED_AT_ONCE = 4 << 20
+_PLENTY = 1 << 30
 _PIECE = 1 << 30
 """Bytes that are read at once; Linux gives at most 2 GiB."""
 
@@ -97,14 +102,18 @@ def identity(path: Path) -> FileIdentity:
     return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def sha256_of_file(path: Path) -> str:
-    """The SHA-256 of a regular file's bytes, in hexadecimal.
+def sha256_of_file(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> str:
+    """The SHA-256 of a regular file's bytes, in hexadecimal; the listener is told how many bytes more were read.
 
     Raises:
         OSError: as `open_regular`.
     """
+    digest = hashlib.sha256()
     with open(open_regular(path), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(_HASHED_AT_ONCE):
+            digest.update(part)
+            on_bytes(len(part))
+    return digest.hexdigest()
 
 
 def check_sha256(path: Path, found: str, expected: str) -> None:
@@ -127,6 +136,79 @@ def partial_name(path: Path) -> Path:
 
 PARTIAL_NAMES = ".*.partial"
 """The pattern of what `partial_name` makes."""
+_PARTIAL_NAME = re.compile(r"(?<![^/\\'\"\s])\.([^/\\]+)\.[0-9a-f]{8}\.partial(?![^/\\'\":,;\s])")
+
+
+def without_partial_names(text: str) -> str:
+    """A path or a message in which names of `partial_name` are the names that the user gave."""
+    return _PARTIAL_NAME.sub(r"\1", text)
+
+
+@contextmanager
+def blaming(path: Path, partial: Path) -> Iterator[None]:
+    """Let errors of the operating system name the path that the user gave, not its partial sibling or nothing."""
+    try:
+        yield
+    except OSError as error:
+        named = error.filename
+        if error.errno is None or (named is not None and not _is_within(named, partial)):
+            raise
+        inside = Path(os.fsdecode(named)).relative_to(partial) if named is not None else Path()
+        # The room is measured before what is half-written is removed.
+        text = no_space(path) if error.errno == errno.ENOSPC and _is_plain(error) else error.strerror
+        raise OSError(error.errno, text, str(path / inside)) from error
+
+
+def _is_plain(error: OSError) -> bool:
+    """Whether an error has the operating system's own text, not a better one."""
+    return error.errno is not None and error.strerror == os.strerror(error.errno)
+
+
+def _is_within(named: object, folder: Path) -> bool:
+    return isinstance(named, str | bytes) and Path(os.fsdecode(named)).is_relative_to(folder)
+
+
+def check_room(path: Path, needed: int) -> None:
+    """Refuse to write so many bytes at a path if the disk has no room for them.
+
+    Raises:
+        OSError: of the number ENOSPC, naming both sizes.
+    """
+    free = free_bytes(path)
+    if free < needed:
+        text = f"disk full: needs {shown_size(needed)}, {shown_size(free)} free; make room, or write elsewhere"
+        raise OSError(errno.ENOSPC, text, str(path))
+
+
+def no_space(path: Path | None) -> str:
+    """What a full disk means for whoever wrote to a path on it; None if the path is not known."""
+    free = math.inf if path is None else free_bytes(path)
+    if free == math.inf:
+        return "disk full; make room, or write elsewhere"
+    if free > _PLENTY:
+        return f"the disk takes no more, although {shown_size(free)} are free; look at its number of files (df -i)"
+    return f"disk full: {shown_size(free)} free; make room, or write elsewhere"
+
+
+def shown_size(size: float) -> str:
+    """Bytes as a person reads them, in units of 1000."""
+    if size < 1000:
+        return f"{size:.0f} bytes"
+    unit, scale = next(each for each in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if size >= each[1])
+    shown = size / scale
+    return f"{shown:.0f} {unit}" if shown >= 100 else f"{shown:.1f} {unit}"
+
+
+def free_bytes(path: Path) -> float:
+    """Free bytes where a path is, or would be; infinite if the file system does not say."""
+    place = path.absolute()
+    while not os.path.exists(place) and place != place.parent:  # noqa: PTH110  # Path's raises if a name is too long
+        place = place.parent
+    try:
+        usage = shutil.disk_usage(place)
+    except OSError:
+        return math.inf
+    return usage.free if usage.total else math.inf
 
 
 def write_file_atomically(path: Path, content: bytes) -> None:
@@ -136,14 +218,17 @@ def write_file_atomically(path: Path, content: bytes) -> None:
         OSError: the disk is full or the folder cannot be written; the old file is as it was.
     """
     partial = partial_name(path)
+    check_room(path, len(content))
     try:
-        with partial.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with blaming(path, partial):
+            with partial.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # what is wrong with the place was said
+            partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 

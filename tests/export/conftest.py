@@ -83,3 +83,20 @@ def edit():
         return folder
 
     return edit
+
+
+class RecordedProgress:
+    """A progress that keeps what it is told: the phases in order, and how many steps of each total were done."""
+
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+        self.totals: dict[str, int | None] = {}
+        self.steps: dict[str, float] = {}
+
+    def phase(self, name, total=None, **_):
+        self.phases.append(name)
+        self.totals[name] = None if total is None else (self.totals.get(name) or 0) + total
+        self.steps.setdefault(name, 0)
+
+    def advance(self, steps=1):
+        self.steps[self.phases[-1]] += steps

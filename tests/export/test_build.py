@@ -19,13 +19,13 @@ import prefix_export
 from prefix_export import build as build_module
 from prefix_export import export, verification
 from prefix_export.build import BuildRequest, build, verify_against
-from prefix_export.errors import ExportError, ModelError, ParityError, UnsupportedArchitectureError
+from prefix_export.errors import CheckpointError, ExportError, ModelError, ParityError, UnsupportedArchitectureError
 from prefix_export.models import load_base_model
 from prefix_export.parity import TaskParity
 from prefix_export.verification import certificate
 from prefix_runtime import BundleError, DuplicateTaskError, PrefixMismatchError, TaskNameError
 from prefix_runtime import bundle as bundle_module
-from tests.export.conftest import Trap, read_prefix
+from tests.export.conftest import RecordedProgress, Trap, read_prefix
 
 GRAPH = ("model.onnx", "model.onnx.data")
 
@@ -45,9 +45,9 @@ def built(workshop, model, tmp_path_factory):
     file = Path(shutil.copytree(workshop.adapter(model, 20), root / "other")) / "adapter_model.safetensors"
     read_prefix(folder, load_base_model(str(model)).shape).save(root / "own.safetensors")
     prefixes = {"folder": folder, "file": file, "own": root / "own.safetensors"}
-    steps = []
-    result = build(BuildRequest(str(model), prefixes, root / "out"), steps.append)
-    return SimpleNamespace(root=root / "out", prefixes=prefixes, steps=steps, result=result, trap=trap)
+    progress = RecordedProgress()
+    result = build(BuildRequest(str(model), prefixes, root / "out"), progress)
+    return SimpleNamespace(root=root / "out", prefixes=prefixes, progress=progress, result=result, trap=trap)
 
 
 @pytest.fixture
@@ -106,6 +106,7 @@ def test_the_manifest_says_what_the_model_is(built, model):
         "name": model.name,
         "architecture": "GPT2LMHeadModel",
         "fingerprint": base.fingerprint,
+        "revision": None,  # of a folder
     }
     assert manifest["geometry"] == {
         "layers": [{"key_value_heads": 4, "head_dim": 16}] * 3,
@@ -154,23 +155,35 @@ def test_nothing_of_the_machine_is_in_any_file_of_the_bundle(built, workshop):
             assert path.is_dir() or str(trace).encode() not in path.read_bytes(), f"{trace} in {path}"
 
 
-def test_each_step_is_announced(built, model):
-    assert built.steps == [
-        f"loading {model}",
-        "folding prefixes",
-        "running the source framework: the bare model",
-        "running the source framework: folder",
-        "running the source framework: file",
-        "running the source framework: own",
-        "exporting the graph",
-        "hashing",
-        "opening the bundle",
-        "comparing the bare model",
-        "comparing folder",
-        "comparing file",
-        "comparing own",
-        "writing the bundle",
+def test_phases_are_told_in_their_order(built):
+    told = built.progress
+    assert list(dict.fromkeys(told.phases)) == [
+        "load",
+        "fold",
+        "run the source framework",
+        "export",
+        "simplify the graph",
+        "save the graph",
+        "check the graph",
+        "hash",
+        "open the bundle",
+        "compare",
+        "write to the disk",
     ]
+    assert list(built.result.phase_seconds) == list(dict.fromkeys(told.phases))
+    assert 0 < sum(built.result.phase_seconds.values()) <= built.result.seconds
+
+
+def test_phases_count_their_steps(built):
+    told, layers, prompts = built.progress, 3, 3
+    assert (told.totals["fold"], told.steps["fold"]) == (3, 3)
+    assert (told.totals["export"], told.steps["export"] >= layers) == (layers, True)
+    assert (told.totals["compare"], told.steps["compare"]) == (4 * prompts, 4 * prompts)
+    assert told.steps["save the graph"] == pytest.approx((built.root / "model.onnx.data").stat().st_size / 1e6, rel=0.1)
+    hashed = [path for path in built.root.rglob("*") if path.is_file() and path.parent.name != "prefixes"]
+    megabytes = sum(path.stat().st_size for path in hashed if path.name != "manifest.json") / 1e6
+    assert told.steps["hash"] == pytest.approx(megabytes)
+    assert told.totals["hash"] == round(megabytes)
 
 
 def test_a_sound_build_has_no_warnings(built):
@@ -217,6 +230,28 @@ def test_a_prefix_for_another_base_model_is_refused_by_fingerprint(model, built,
     with pytest.raises(PrefixMismatchError, match=r"alien\.safetensors: made for another base model: .*sha256:0000"):
         build(BuildRequest(str(model), {"alien": place.parent / "alien.safetensors"}, place / "out", verify=False))
     assert not list(place.iterdir())
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "/nowhere/model", "a/b/c", "my model", "modèle", "x" * 97, "x" * 5000 + "/y/z"]
+)
+def test_a_model_that_can_only_be_a_path_is_refused_before_any_work(place, name):
+    with pytest.raises(ModelError, match=r"expected a Hub id or a folder with a config.json, found no such folder$"):
+        build(BuildRequest(name, {}, place / "out"))
+
+
+@pytest.mark.usefixtures("no_work")
+def test_an_adapter_given_as_the_model_is_named(adapter, place):
+    with pytest.raises(ModelError, match=r"found a folder without; it holds an adapter: name it with --prefix"):
+        build(BuildRequest(str(adapter), {}, place / "out"))
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("name", ["nowhere", "/nowhere", "a/b/c", "x" * 5000])
+def test_a_checkpoint_that_can_only_be_a_path_is_refused_before_any_work(place, name):
+    with pytest.raises(CheckpointError, match=r"expected a trained prefix, a file or a folder, found nothing there$"):
+        build(BuildRequest("gpt2", {"task": Path(name)}, place / "out"))
 
 
 @pytest.fixture
@@ -267,10 +302,16 @@ def test_names_that_differ_in_case_alone_are_refused_before_any_work(place):
         build(BuildRequest("gpt2", {"E2E": place, "e2e": place}, place / "out"))
 
 
-@pytest.mark.parametrize("max_length", [-1, 0, 1, 321])
-def test_a_max_length_that_is_out_of_range_is_refused(model, place, max_length):
-    with pytest.raises(ModelError, match=rf"max_length: expected 2 to the context .*, 320, found {max_length}$"):
-        build(BuildRequest(str(model), {}, place / "out", max_length=max_length))
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("max_length", [-1, 0, 1])
+def test_a_max_length_without_room_for_text_is_refused_before_any_work(place, max_length):
+    with pytest.raises(ModelError, match=rf"max_length: expected 2 or more, found {max_length}$"):
+        build(BuildRequest("gpt2", {}, place / "out", max_length=max_length))
+
+
+def test_a_max_length_beyond_the_context_is_refused(model, place):
+    with pytest.raises(ModelError, match=r"max_length: expected 2 to the context .*, 320, found 321$"):
+        build(BuildRequest(str(model), {}, place / "out", max_length=321))
     assert not list(place.iterdir())
 
 
@@ -333,7 +374,7 @@ def test_a_failure_at_any_stage_leaves_nothing_behind(model, built, place, monke
 
     if name not in ("observe", "compare"):  # those take seconds
         agreement = TaskParity("script", 0.0, 1e-4, greedy_tokens_equal=True, ties=0, prompts=1)
-        monkeypatch.setattr(verification, "observe", lambda *_: None)
+        monkeypatch.setattr(verification, "observe", lambda *_: SimpleNamespace(prompts=()))
         monkeypatch.setattr(verification, "compare", lambda *_: agreement)
     monkeypatch.setattr(module, name, fail)
     with pytest.raises(type(error)):

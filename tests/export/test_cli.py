@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prefix_export
 from prefix_export import build as build_module
 from prefix_export import cli
+from prefix_export import request as request_module
 from prefix_export.errors import PrefixExportError
 from prefix_export.models import load_base_model
 from prefix_runtime import Bundle
@@ -97,7 +98,7 @@ def test_a_build_in_a_pipe_prints_a_summary_and_nothing_else(built):
     assert header.startswith(
         "bundle: gpt2-0-text (GPT2LMHeadModel), 3 layers, 4 key/value heads of 16, context 320; fp32"
     )
-    rows = {re.split(r"\s{2,}", line)[1]: line for line in table if line.rstrip().endswith("equal")}
+    rows = {re.split(r"\s{2,}", line)[0]: line for line in table if line.rstrip().endswith("equal")}
     assert set(rows) == {"(no prefix)", "e2e", "own"}
     assert "transformers" in rows["(no prefix)"]
     assert "peft" in rows["e2e"]
@@ -199,11 +200,13 @@ def captured_request(monkeypatch, *arguments):
     """The request that `build` was called with."""
     requests = []
 
-    def capture(request, _on_step):
+    def capture(request, _progress):
         requests.append(request)
         raise PrefixExportError("that is enough")
 
     monkeypatch.setattr(build_module, "build", capture)
+    for check in ("check_request", "check_sources"):  # of files that are not there
+        monkeypatch.setattr(request_module, check, lambda _: None)
     assert fail("build", *arguments) == "Error: that is enough\n"
     return requests[0]
 
@@ -342,14 +345,45 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize(("stream", "shown"), [(Terminal(), True), (io.StringIO(), False)], ids=["terminal", "pipe"])
-def test_progress_is_shown_on_a_terminal_and_not_in_a_pipe(monkeypatch, stream, shown):
+def shown_on(stream, monkeypatch, **environment):
+    """What a terminal or a pipe gets of two phases, one that counts layers."""
     monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setenv("TERM", "xterm")
-    with cli.showing_progress() as on_step:
-        on_step("exporting the graph")
-    assert ("exporting the graph" in stream.getvalue()) is shown
-    assert bool(stream.getvalue()) is shown
+    for name, value in ({"TERM": "xterm", "COLUMNS": "100"} | environment).items():
+        monkeypatch.setenv(name, value)
+    with cli.showing_progress() as progress:
+        progress.phase("load", detail="[bold]model")
+        progress.phase("export", 30, unit="layers")
+        for _ in range(31):  # a trace may run a layer twice
+            progress.advance()
+        progress.phase("check the graph")
+    return stream.getvalue()
+
+
+def test_progress_on_a_terminal_shows_phase_steps_and_time(monkeypatch):
+    written = shown_on(Terminal(), monkeypatch)
+    assert "load: [bold]model" in written
+    assert "export" in written
+    assert "30/30 layers" in written
+    assert "31/30" not in written
+    assert "0:00:0" in written
+
+
+@pytest.mark.parametrize(("stream", "term"), [(io.StringIO(), "xterm"), (Terminal(), "dumb")], ids=["pipe", "dumb"])
+def test_progress_is_silent_where_no_line_can_be_written_over(monkeypatch, stream, term):
+    assert shown_on(stream, monkeypatch, TERM=term) == ""
+
+
+def test_progress_has_no_colour_where_none_is_wanted(monkeypatch):
+    assert re.search(r"\x1b\[[0-9;]*3[0-9]", shown_on(Terminal(), monkeypatch))
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", shown_on(Terminal(), monkeypatch, NO_COLOR="1"))
+
+
+@pytest.mark.parametrize("columns", [20, 40])
+def test_a_line_of_progress_never_wraps(monkeypatch, columns):
+    written = shown_on(Terminal(), monkeypatch, COLUMNS=str(columns))
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written))
+    assert any("30/30" in line for line in lines)
+    assert max(map(len, lines)) <= columns
 
 
 HEAVY = {"torch", "transformers", "peft", "optimum", "onnx", "onnx_ir", "onnxscript", "rich"}

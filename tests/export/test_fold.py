@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prefix_runtime
 from prefix_export.build import BuildRequest, build
 from prefix_export.errors import CheckpointError, PrefixExportError
-from prefix_export.fold import fold, fold_for_bundle, fold_soft_prompt, fold_text
+from prefix_export.fold import fold, fold_for_bundle, fold_soft_prompt, fold_text, located
+from prefix_export.hub import split_revision
 from prefix_export.models import load_base_model
-from prefix_export.parity import CacheReference, PrefixSource, reference
+from prefix_export.reference import CacheReference, PrefixSource, reference
 from prefix_export.shape import Shape
 from prefix_runtime import Bundle, Prefix, PrefixMismatchError
 
@@ -300,7 +302,8 @@ def test_a_hub_id_is_fetched_once_and_read_offline(causal, workshop, tmp_path, m
     adapter = save_adapter(model, KINDS["prefix tuning"]("CAUSAL_LM"), tmp_path / "adapter")
     asked = []
 
-    def download(name, allow_patterns):
+    def download(name, revision, allow_patterns):
+        assert revision is None
         asked.append((name, allow_patterns))
         return str(adapter)
 
@@ -312,6 +315,48 @@ def test_a_hub_id_is_fetched_once_and_read_offline(causal, workshop, tmp_path, m
     assert {"*.json", "*.safetensors", "*.bin"} <= set(patterns)
 
 
+@pytest.mark.parametrize(
+    ("asked", "repository", "revision", "inside"),
+    [
+        ("somebody/adapter@v1.0", "somebody/adapter", "v1.0", ""),
+        ("somebody/adapter@refs/pr/3", "somebody/adapter", "refs/pr/3", ""),
+        ("somebody/adapter/support", "somebody/adapter", None, "support"),
+        ("somebody/adapter/runs/checkpoint-9@main", "somebody/adapter", "main", "runs/checkpoint-9"),
+        ("somebody/adapter/runs/own.npy", "somebody/adapter", None, "runs/own.npy"),
+    ],
+)
+def test_a_revision_and_a_place_in_a_repository_are_fetched(tmp_path, monkeypatch, asked, repository, revision, inside):
+    def download(name, revision, allow_patterns):
+        fetched.append((name, revision))
+        (tmp_path / inside).mkdir(parents=True, exist_ok=True)
+        patterns.extend(allow_patterns)
+        return str(tmp_path)
+
+    fetched, patterns = [], []
+    monkeypatch.setattr("prefix_export.fold.snapshot_download", download)
+    assert located(Path(asked)) == tmp_path / inside
+    assert fetched == [(repository, revision)]
+    wanted = f"{inside}/adapter_model.safetensors" if inside else "adapter_model.safetensors"
+    assert any(fnmatch(wanted, pattern) for pattern in patterns)
+    assert not any(fnmatch("elsewhere/model.safetensors", pattern) for pattern in patterns) or not inside
+
+
+def test_a_place_that_a_repository_has_not_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("prefix_export.fold.snapshot_download", lambda name, **_: str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"^a/b/c@main: expected c in the repository a/b, found none there$"):
+        located(Path("a/b/c@main"))
+
+
+def test_a_path_with_an_at_sign_that_is_there_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/a@b").mkdir(parents=True)
+    assert split_revision("runs/a@b") == ("runs/a@b", None)
+    assert located(Path("runs/a@b")) == Path("runs/a@b")
+    assert split_revision("runs/other@b") == ("runs/other", "b")
+    for name in ("/absolute@b", "../up@b", "a/b@", "@b", "a/b"):
+        assert split_revision(name) == (name, None)
+
+
 def test_a_hub_id_that_is_nowhere_is_told(causal, monkeypatch):
     def download(name, **_):
         raise LocalEntryNotFoundError(f"cannot find {name}\nand more")
@@ -319,6 +364,58 @@ def test_a_hub_id_that_is_nowhere_is_told(causal, monkeypatch):
     monkeypatch.setattr("prefix_export.fold.snapshot_download", download)
     with pytest.raises(CheckpointError, match=r"^somebody/nothing: .* of the Hub: cannot find"):
         fold(Path("somebody/nothing"), causal.shape, pytest.fail)
+
+
+NARROW = {
+    "hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 128, "do_layer_norm_before": False, "vocab_size": 96,
+}  # fmt: skip
+
+
+class TestNarrowEmbeddings:
+    """OPT-350m's embeddings are half as wide as its layers."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def folder(cls, tmp_path_factory):
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp("opt-350m")
+        model = AutoModelForCausalLM.from_config(transformers.OPTConfig(**NARROW))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(folder)
+        return folder
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def narrow(cls, folder):
+        return load_base_model(str(folder))
+
+    def configs(self):
+        return {
+            "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, token_dim=16),
+            "p-tuning": PromptEncoderConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, token_dim=16, encoder_hidden_size=8
+            ),
+            "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH),
+        }
+
+    @pytest.mark.parametrize("kind", ["prompt", "p-tuning", "prefix"])
+    def test_logits_and_tokens_are_pefts(self, folder, narrow, tmp_path, kind):
+        adapter = save_adapter(AutoModelForCausalLM.from_pretrained(folder), self.configs()[kind], tmp_path / "adapter")
+        (prefix,) = fold(adapter, Shape.of_config("opt", narrow.model.config), lambda: narrow).prefixes.values()
+        ours = CacheReference(narrow.model, prefix)
+        with reference(narrow, prefix, PrefixSource(adapter)) as peft:
+            ids = prompt(narrow)
+            expected = peft.logits(ids)
+            assert np.ptp(expected) > 1
+            np.testing.assert_allclose(ours.logits(ids), expected, atol=1e-4)
+            assert ours.greedy(ids, 10) == peft.greedy(ids, 10)
+
+    def test_a_prompt_as_wide_as_the_layers_is_refused(self, narrow, tmp_path):
+        np.save(tmp_path / "prompt.npy", np.ones((4, 32), np.float32))
+        with pytest.raises(PrefixMismatchError, match=r"expected a width of 16 .* or 128 .* found shape"):
+            fold(tmp_path / "prompt.npy", narrow.shape, lambda: narrow)
 
 
 def test_embeddings_that_were_trained_too_are_refused(causal, workshop, tmp_path):

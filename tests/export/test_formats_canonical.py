@@ -91,7 +91,7 @@ def test_what_holds_no_checkpoint_is_refused(tmp_path, base, content):
         read_prefix(path, base.shape)
 
 
-@pytest.mark.parametrize("kept", [0, 7, 100, -1])
+@pytest.mark.parametrize("kept", [7, 100, -1])
 def test_a_truncated_prefix_file_is_called_damaged(file, base, kept):
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(PrefixError, match=r"e2e\.safetensors: expected a whole safetensors file"):

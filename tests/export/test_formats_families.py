@@ -421,7 +421,7 @@ class TestSoftPrompts:
 
     def test_a_prompt_of_another_width_is_refused(self, tmp_path):
         np.save(tmp_path / "prompt.npy", np.zeros((LENGTH, HIDDEN + 8), np.float32))
-        with pytest.raises(PrefixMismatchError, match=r"expected \[prefix_length, 64\] as the embeddings of 'gpt2'"):
+        with pytest.raises(PrefixMismatchError, match=r"width of 64 \(a soft prompt for 'gpt2'\) or 384"):
             read(tmp_path / "prompt.npy", GPT2)
 
     def test_an_embedding_table_is_none(self, tmp_path):
@@ -463,7 +463,7 @@ class TestFormatNamed:
             ("p-tuning-v2", "expected a tensor 'prefix_encoder.embedding.weight', found tensors"),
             ("unified-skg", "expected a tensor 'wte_dec.weight', found tensors"),
             ("control-prefixes", "expected a tensor|an MLP control_trans2.0"),
-            ("soft-prompt", r"expected one array alone, \[length, hidden size\], found 'wte.weight' \[5, 64\]"),
+            ("soft-prompt", r"expected one array alone, \[length, width\], found 'wte.weight' \[5, 64\]"),
         ],
     )
     def test_what_it_cannot_read_is_its_own_error(self, tmp_path, name, message):

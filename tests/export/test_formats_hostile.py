@@ -183,7 +183,7 @@ def test_a_hole_in_a_file_is_refused_before_it_is_read(tmp_path):
         file.write(header.getvalue())
         file.truncate(len(header.getvalue()) + (8 << 30))
     before = peak_memory()
-    with pytest.raises(PrefixMismatchError, match=r"expected \[prefix_length, 4\]"):
+    with pytest.raises(PrefixMismatchError, match=r"expected a width of 4 \(a soft prompt"):
         formats.read(tmp_path / "hole.npy", GPT2)
     assert peak_memory() - before < MOST_BYTES
 
@@ -213,6 +213,13 @@ def reparameterised(lead="", *ends):
     return found
 
 
+def state_dict():
+    """PEFT's own modules, with a projection."""
+    lead = "prompt_encoder.default."
+    layers = {f"{lead}{name.replace('control_trans', 'transform')}": each for name, each in reparameterised().items()}
+    return {name.replace("wte", "embedding"): each for name, each in layers.items()}
+
+
 def seeds():
     """A small checkpoint of each family: what it holds, its configurations, the model that it is for."""
     torch.manual_seed(0)
@@ -235,6 +242,8 @@ def seeds():
             GPT2,
         ),
         "soft-prompt": (torch.randn(LENGTH, HIDDEN), {}, GPT2),
+        "peft, state dict": (state_dict(), {}, GPT2),
+        "keys-values": ({f"past.0.{name}": torch.randn(1, 2, LENGTH, 2) for name in ("key", "value")}, {}, GPT2),
     }
 
 
@@ -290,11 +299,13 @@ def mutated(whole, random):
 
 
 STORED = ("zip", "legacy", "safetensors")
+FEWER = {"li-liang": 6, "li-liang, BART": 6, "peft, state dict": 30, "keys-values": 30}
+"""Of families with several seeds, and of those that others' mutations show almost all of."""
 FILES = [
     ("canonical", "safetensors", MUTATED),
     ("soft-prompt", "npy", MUTATED),
     *(
-        (name, how, MUTATED // (6 if name.startswith("li-liang") else 3) + 1)  # which has two
+        (name, how, MUTATED // FEWER.get(name, 3) + 1)
         for name in sorted(SEEDS.keys() - {"canonical"})
         for how in STORED
     ),

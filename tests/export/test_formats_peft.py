@@ -131,6 +131,16 @@ def test_an_adapter_without_a_config_is_refused(adapter, base):
         refused(CheckpointError, path, base.shape, WEIGHTS, "expected adapter_config.json beside a PEFT adapter")
 
 
+def test_a_config_in_the_folder_above_is_taken_and_said(adapter, base):
+    expected = read_prefix(adapter, base.shape)
+    (adapter / "checkpoint-3").mkdir()
+    (adapter / WEIGHTS).rename(adapter / "checkpoint-3" / WEIGHTS)
+    trained = formats.read(adapter, base.shape)
+    assert trained.parts[""] == expected
+    found = adapter / "adapter_config.json"
+    assert trained.warnings[-1].endswith(f"no adapter_config.json is beside it; {found} is taken for its own")
+
+
 def test_an_adapter_without_weights_is_refused(adapter, base):
     (adapter / WEIGHTS).unlink()
     refused(CheckpointError, adapter, base.shape, str(adapter), "found no file of tensors")
@@ -242,7 +252,7 @@ def test_numbers_that_are_not_finite_are_refused(adapter, base, edit, number):
     refused(PrefixError, adapter, base.shape, str(adapter / WEIGHTS), *place)
 
 
-@pytest.mark.parametrize("kept", [0, 4, 8, 50, -1, -400])
+@pytest.mark.parametrize("kept", [4, 8, 50, -1, -400])
 def test_a_truncated_weights_file_is_refused(adapter, base, kept):
     path = adapter / WEIGHTS
     path.write_bytes(path.read_bytes()[:kept])
@@ -274,7 +284,7 @@ def test_a_flipped_bit_is_refused_or_changes_the_recorded_hash(adapter, base):
 @pytest.mark.parametrize(
     ("tensors", "parts"),
     [
-        (lambda t: {"prompt_encoder": t}, ["PEFT adapter (peft)", "'PREFIX_TUNING'"]),
+        (lambda t: {"prompt_encoder": t, "other": t.clone()}, ["PEFT adapter (peft)", "'PREFIX_TUNING'"]),
         (lambda t: {"prompt_embeddings": t.flatten()}, ["expected shape [prefix_length", "found [1152]"]),
         (lambda t: {"prompt_embeddings": t[None]}, ["expected shape [prefix_length", "found [1, 3, 384]"]),
         (lambda t: {"prompt_embeddings": t[:0]}, ["expected shape [prefix_length", "found [0, 384]"]),

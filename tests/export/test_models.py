@@ -208,10 +208,14 @@ def offline(workshop, tmp_path_factory):
     shutil.copytree(workshop.model("gpt2"), cache / "snapshots" / "0123abc")
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("0123abc")
+    shutil.copytree(workshop.model("gpt2", seed=1), cache / "snapshots" / "4567def")
+    (cache / "refs" / "v1").write_text("4567def")
     script = (
         "from prefix_export.models import load_base_model\n"
-        "base = load_base_model('org/tiny')\n"
-        "print(base.name, base.fingerprint, base.tokenizer)\n"
+        "for name in ('org/tiny', 'org/tiny@v1', 'org/tiny@4567def'):\n"
+        "    base = load_base_model(name)\n"
+        "    print(base.name, base.revision, base.fingerprint, base.tokenizer)\n"
+        "try:\n    load_base_model('org/tiny@v2')\nexcept Exception as error:\n    print(type(error).__name__, error)\n"
         "try:\n    load_base_model('org/nothing')\nexcept Exception as error:\n    print(type(error).__name__, error)\n"
     )
     run = subprocess.run(
@@ -226,12 +230,21 @@ def offline(workshop, tmp_path_factory):
 
 
 def test_a_hub_id_in_the_cache_is_loaded_offline(offline, base):
-    assert offline[0] == f"org/tiny {base.fingerprint} None"
+    assert offline[0] == f"org/tiny 0123abc {base.fingerprint} None"
+
+
+def test_a_revision_in_the_cache_is_loaded_offline_and_its_commit_is_known(offline, workshop):
+    other = load_base_model(str(workshop.model("gpt2", seed=1)))
+    assert offline[1] == offline[2] == f"org/tiny 4567def {other.fingerprint} None"
+
+
+def test_a_revision_that_is_not_in_the_cache_is_refused_in_one_line(offline):
+    assert offline[3].startswith("ModelError model 'org/tiny@v2': expected a Hub id or a folder with a config.json")
 
 
 def test_an_unknown_hub_id_is_refused_offline_in_one_line(offline):
-    assert len(offline) == 2
-    assert offline[1].startswith("ModelError model 'org/nothing': expected a Hub id or a folder with a config.json")
+    assert len(offline) == 5
+    assert offline[4].startswith("ModelError model 'org/nothing': expected a Hub id or a folder with a config.json")
 
 
 def test_rotary_positions_that_depend_on_the_length_are_refused_by_name(workshop):

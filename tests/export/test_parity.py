@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -15,10 +16,14 @@ import transformers
 
 import prefix_runtime
 from prefix_export import parity
-from prefix_export.errors import ParityError, PrefixExportError
+from prefix_export.build import BuildRequest, build
+from prefix_export.errors import ExportError, ParityError, PrefixExportError
 from prefix_export.models import load_base_model
-from prefix_export.parity import CacheReference, Expectation, PrefixSource, compare, observe
+from prefix_export.parity import Expectation, PromptTruth, compare, measured, observe
+from prefix_export.reference import CacheReference, PrefixSource, reference
+from prefix_export.yardstick import Arithmetic, cache_error, own_error
 from prefix_runtime import LayerPrefix
+from prefix_runtime.generation_config import GenerationDefaults
 from tests.export.conftest import read_prefix
 
 PROMPT = np.random.default_rng(1).integers(1, 384, size=20).tolist()
@@ -51,7 +56,8 @@ def engine(shared_bundle):
 
 def certified(base, engine, task, prefix=None, path=None):
     source = PrefixSource(path) if path else None
-    return compare(observe(base, prefix, source, max_length=320), engine, task)
+    expected = observe(base, prefix, source, None, max_length=320)
+    return compare(measured(expected, base, prefix, source, Arithmetic()), engine, task)
 
 
 def nudged(prefix):
@@ -82,13 +88,13 @@ def test_a_wrong_prefix_is_caught(base, engine, adapter, prefix, spoil):
         certified(base, engine, "wrong", prefix, adapter)
     message = str(caught.value)
     assert message.startswith("task 'wrong': expected the exported graph to agree with peft ")
-    assert "within 1.0e-04" in message
-    assert "found logits " in message
+    assert "with double precision within 1.0e-04" in message
+    assert " tokens" in message.partition(", found ")[2]
 
 
 def test_a_wrong_base_model_is_caught(workshop, engine):
     other = load_base_model(str(workshop.model("gpt2", seed=1)))
-    with pytest.raises(ParityError, match=r"^the bare model: .* different tokens$"):
+    with pytest.raises(ParityError, match=r"^the bare model: .* and different tokens$"):
         certified(other, engine, None)
 
 
@@ -108,18 +114,20 @@ def test_the_right_prefix_is_certified_against_peft_and_transformers(base, engin
     }
     for result in results.values():
         assert result.agrees
-        assert 0 < result.largest_logit_difference <= result.tolerance == 1e-4
-        assert result.prompts == 3
+        assert 0 < result.error <= result.limit == 1e-4
+        assert 0 < result.yardstick < 2.5e-5
+        assert (result.prompts, result.text_prompts) == (3, 0)
 
 
 @pytest.mark.parametrize(("max_length", "prompts"), [(5, 1), (9, 2), (11, 2), (12, 3), (320, 3)])
 def test_prompts_are_as_long_as_there_is_room_for_them_and_a_new_token(base, prefix, max_length, prompts):
-    expectation = observe(base, prefix, None, max_length)
-    assert len(expectation.prompts) == prompts
-    assert len(expectation.prompts[-1]) == min(33, max_length - 3 - 1)
-    for prompt, logits, tokens in zip(expectation.prompts, expectation.logits, expectation.tokens, strict=True):
-        assert logits.shape == (len(prompt), 384)
-        assert 1 <= len(tokens) <= min(12, max_length - 3 - len(prompt))
+    found = observe(base, prefix, None, None, max_length=max_length).prompts
+    assert len(found) == prompts
+    assert len(found[-1].token_ids) == min(33, max_length - 3 - 1)
+    for prompt in found:
+        assert prompt.logits.shape == (len(prompt.token_ids), 384)
+        assert prompt.logits.dtype == np.float64
+        assert 1 <= len(prompt.tokens) <= prompt.new_tokens == min(12, max_length - 3 - len(prompt.token_ids))
 
 
 def test_the_certificate_is_in_the_manifest(shared_bundle):
@@ -129,13 +137,13 @@ def test_the_certificate_is_in_the_manifest(shared_bundle):
     for result in parity["tasks"].values():
         assert result["reference"] == f"peft {peft.__version__}"
         assert result["greedy_tokens_equal"] is True
-        assert 0 < result["largest_logit_difference"] <= result["tolerance"] == 1e-4
-        assert result["prompts"] == 3
+        assert 0 < result["error"] <= result["limit"] == 1e-4
+        assert 0 < result["yardstick"] < 2.5e-5
 
 
 def test_transformers_with_the_prefix_as_its_cache_is_pefts_model(base, adapter, prefix):
     ours = CacheReference(base.model, prefix)
-    with parity._reference(base, prefix, PrefixSource(adapter)) as pefts:
+    with reference(base, prefix, PrefixSource(adapter)) as pefts:
         np.testing.assert_allclose(ours.logits(PROMPT), pefts.logits(PROMPT), rtol=0, atol=1e-5)
         assert ours.greedy(PROMPT, 12) == pefts.greedy(PROMPT, 12)
 
@@ -147,27 +155,33 @@ def test_transformers_without_a_prefix_is_the_model_itself(base):
         tokens = base.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
         )
-    reference = CacheReference(base.model, None)
-    np.testing.assert_allclose(reference.logits(PROMPT), logits, rtol=0, atol=1e-6)
-    assert reference.greedy(PROMPT, 12) == tokens[0, len(PROMPT) :].tolist()
+    ours = CacheReference(base.model, None)
+    np.testing.assert_allclose(ours.logits(PROMPT), logits, rtol=0, atol=1e-6)
+    assert ours.greedy(PROMPT, 12) == tokens[0, len(PROMPT) :].tolist()
 
 
-def test_the_models_own_generation_defaults_neither_disturb_the_comparison_nor_change(base, engine, adapter, prefix):
-    defaults = transformers.GenerationConfig(
-        do_sample=True, temperature=5.0, repetition_penalty=3.0, suppress_tokens=list(range(2, 384)), eos_token_id=0
-    )
-    before, base.model.generation_config = base.model.generation_config, defaults
-    try:
-        certified(base, engine, "p3", prefix, adapter)
-        assert base.model.generation_config is defaults
-    finally:
-        base.model.generation_config = before
+@pytest.mark.parametrize("kind", ["peft", "transformers"])
+def test_the_models_own_generation_defaults_are_compared(workshop, tmp_path, kind):
+    """Tokens under rules that change them agree; the same bundle under other rules does not."""
+    model = shutil.copytree(workshop.model("gpt2", tokenizer=True), tmp_path / "model")
+    path = workshop.adapter(model, 3)
+    prefix = read_prefix(path, load_base_model(str(model)).shape)
+    prefix.save(tmp_path / "mine.safetensors")
+    source = path if kind == "peft" else tmp_path / "mine.safetensors"
+    defaults = {"suppress_tokens": list(range(2, 300)), "repetition_penalty": 3.0, "eos_token_id": 0}
+    (model / "generation_config.json").write_text(json.dumps(defaults))
+    built = build(BuildRequest(str(model), {"t": source}, tmp_path / "bundle"))
+    assert built.parity["t"].greedy_tokens_equal
+    base = load_base_model(str(model))
+    base.model.generation_config.suppress_tokens = list(range(300, 384))
+    with pytest.raises(ParityError, match="different tokens"):
+        certified(base, prefix_runtime.load(built.bundle.root, threads=1), "t", prefix, source)
 
 
 def test_without_peft_the_error_names_the_extra(base, adapter, prefix, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(PrefixExportError, match=r"not installed; pip install 'prefix-export\[peft\]'.*--no-verify"):
-        observe(base, prefix, PrefixSource(adapter), max_length=320)
+        observe(base, prefix, PrefixSource(adapter), None, max_length=320)
 
 
 def test_peft_is_not_needed_for_prefix_files(base, engine, prefix, tmp_path, monkeypatch):
@@ -183,14 +197,18 @@ class Scripted:
     row: list[float]
     tokens: list[int]
     together: list[int] | None = None  # where they differ in a batch
-    bundle = SimpleNamespace(manifest=SimpleNamespace(cache="fp32", precision="fp32", target="cpu"))
+    bundle = SimpleNamespace(manifest=SimpleNamespace(cache="fp32", geometry=SimpleNamespace(vocab_size=3)))
+
+    def generation_defaults(self):
+        return GenerationDefaults.of_config({}, 3)
 
     def logits(self, token_ids, task):
         assert task == "t"
         return np.tile(np.array(self.row, np.float32), (len(token_ids), 1))
 
-    def generate(self, *, token_ids, task, max_new_tokens):
+    def generate(self, *, token_ids, task, max_new_tokens, sampling):
         assert task == "t"
+        assert sampling == prefix_runtime.Sampling()
         if (tuple(token_ids), max_new_tokens) == ((7,), 3):
             return SimpleNamespace(token_ids=tuple(self.tokens))
         assert (set(token_ids), set(max_new_tokens)) == ({(7,)}, {3})
@@ -198,17 +216,22 @@ class Scripted:
         return [SimpleNamespace(token_ids=tuple(tokens)) for _ in token_ids]
 
 
-def compared(row, tokens, expected_row=None):
+def expectation(*rows, yardstick=0.0):
+    prompts = tuple(PromptTruth((7,), np.array([row]), (0, 1, 2), 3, yardstick) for row in rows)
+    return Expectation("script", prompts)
+
+
+def compared(row, tokens, expected_row=None, yardstick=0.0):
     """The comparison of what is expected, tokens 0, 1, 2, with what an engine answers."""
-    logits = np.array([row if expected_row is None else expected_row], np.float32)
-    return compare(Expectation("script", ((7,),), (logits,), ((0, 1, 2),)), Scripted(row, tokens), "t")
+    return compare(expectation(row if expected_row is None else expected_row, yardstick=yardstick),
+                   Scripted(row, tokens), "t")  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("row", "tokens"),
     [
         ([1.0, 0.9998, 0.0], [0, 1, 2]),
-        ([1.0, 0.9999, 0.0], [0, 0, 2]),  # 1e-4 apart, twice the tolerance is accepted
+        ([1.0, 0.9999, 0.0], [0, 0, 2]),  # 1e-4 apart, twice the limit is accepted
         ([1.0, 1.0, 0.0], [1, 0, 0]),  # after a tie the rest is another text
     ],
     ids=["the same", "a tie", "another text behind a tie"],
@@ -229,22 +252,26 @@ def test_tokens_that_are_equal_or_tied_agree(row, tokens):
     ids=["no tie", "another token", "fewer", "more", "no number"],
 )
 def test_other_tokens_do_not_agree(row, tokens):
-    with pytest.raises(ParityError, match=r"^task 't': expected .* agree with script within .*, different tokens$"):
+    with pytest.raises(ParityError, match=r"^task 't': expected .* agree with script .* and different tokens$"):
         compared(row, tokens, expected_row=[1.0, 0.9999, 0.0])
 
 
-@pytest.mark.parametrize(("largest", "difference"), [(1, 0.9e-4), (1000, 0.9e-2)])
-def test_the_tolerance_grows_with_the_largest_logit(largest, difference):
-    result = compared([largest, difference, 0.0], [0, 1, 2], expected_row=[largest, 0.0, 0.0])
-    assert result.largest_logit_difference == pytest.approx(difference, rel=1e-3)
-    assert result.tolerance == pytest.approx(max(1e-4, 1e-5 * largest))
+@pytest.mark.parametrize(("yardstick", "limit"), [(0.0, 1e-4), (2e-5, 1e-4), (1e-3, 4e-3)])
+def test_the_limit_is_four_times_the_yardstick_or_the_floor(yardstick, limit):
+    within, beyond = 0.9 * limit, 1.1 * limit
+    result = compared([1.0, within, 0.0], [0, 1, 2], expected_row=[1.0, 0.0, 0.0], yardstick=yardstick)
+    assert result.error == pytest.approx(within, rel=1e-3)
+    assert (result.yardstick, result.limit) == (yardstick, pytest.approx(limit))
+    with pytest.raises(
+        ParityError, match=rf"within {limit:.1e} \(script itself: {yardstick:.1e}\), found {beyond:.1e}"
+    ):
+        compared([1.0, beyond, 0.0], [0, 1, 2], expected_row=[1.0, 0.0, 0.0], yardstick=yardstick)
 
 
-@pytest.mark.parametrize(("largest", "difference"), [(1, 1.2e-4), (1000, 1.2e-2)])
-def test_a_difference_beyond_the_tolerance_is_refused_with_both_numbers(largest, difference):
-    message = rf"within {max(1e-4, 1e-5 * largest):.1e} .* found logits {difference:.1e} apart, equal tokens"
-    with pytest.raises(ParityError, match=message):
-        compared([largest, difference, 0.0], [0, 1, 2], expected_row=[largest, 0.0, 0.0])
+def test_the_largest_yardstick_of_all_prompts_counts():
+    prompts = (*expectation([1.0, 0.0, 0.0], yardstick=1e-2).prompts, *expectation([1.0, 0.01, 0.0]).prompts)
+    result = compare(Expectation("script", prompts), Scripted([1.0, 0.0, 0.0], [0, 1, 2]), "t")
+    assert (result.error, result.yardstick, result.limit) == (pytest.approx(0.01), 1e-2, 4e-2)
 
 
 @pytest.mark.parametrize("place", range(3))
@@ -253,19 +280,56 @@ def test_logits_that_are_not_numbers_never_agree(side, place):
     sound, broken = [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]
     broken[place] = float("nan")
     rows = {"reference": (sound, broken), "graph": (broken, sound), "both": (broken, broken)}[side]
-    with pytest.raises(ParityError, match="nan apart, equal tokens"):
+    with pytest.raises(ParityError, match="found nan and equal tokens"):
         compared(rows[0], [0, 1, 2], expected_row=rows[1])
 
 
 def test_logits_that_are_not_numbers_never_agree_on_a_later_prompt_either():
-    logits = [np.array([[1.0, 0.0, 0.0]], np.float32), np.array([[1.0, np.nan, 0.0]], np.float32)]
-    expectation = Expectation("script", ((7,), (7,)), tuple(logits), ((0, 1, 2),) * 2)
-    with pytest.raises(ParityError, match="nan apart"):
-        compare(expectation, Scripted([1.0, 0.0, 0.0], [0, 1, 2]), "t")
+    with pytest.raises(ParityError, match="found nan"):
+        compare(expectation([1.0, 0.0, 0.0], [1.0, np.nan, 0.0]), Scripted([1.0, 0.0, 0.0], [0, 1, 2]), "t")
 
 
 def test_tokens_that_differ_in_a_batch_alone_are_refused():
     row = [3.0, 2.0, 1.0]
-    expected = Expectation("script", ((7,),), (np.array([row], np.float32),), ((0, 1, 2),))
     with pytest.raises(ParityError, match="different tokens"):
-        compare(expected, Scripted(row, [0, 1, 2], together=[0, 2, 2]), "t")
+        compare(expectation(row), Scripted(row, [0, 1, 2], together=[0, 2, 2]), "t")
+
+
+def test_a_model_that_leaves_what_a_type_holds_is_refused(base, monkeypatch):
+    monkeypatch.setattr(parity, "own_error", lambda *_: float("inf"))
+    with pytest.raises(ParityError, match=r"in float16: expected finite logits.*take another --precision"):
+        measured(observe(base, None, None, None, max_length=320), base, None, None, Arithmetic(torch.float16))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: you tried")])
+def test_a_double_precision_run_that_does_not_fit_in_memory_is_one_line(base, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(CacheReference, "logits", fail)
+    with pytest.raises(
+        ExportError, match=r"expected memory for the comparison in double precision, 0\.0 GB.*--no-verify"
+    ):
+        observe(base, None, None, None, max_length=320)
+
+
+def test_the_largest_error_of_several_runs_is_the_yardstick(base, prefix):
+    truth = observe(base, prefix, None, None, max_length=320).prompts[-1]
+    reference = CacheReference(base.model, prefix)
+    plain = np.abs(reference.logits(truth.token_ids) - truth.logits).max()
+    own = own_error(reference, base.model, truth.token_ids, truth.logits, torch.float32)
+    assert plain <= own < 20 * plain
+    # Without noise left behind.
+    assert np.abs(reference.logits(truth.token_ids) - truth.logits).max() == plain
+
+
+def test_rounding_a_cache_adds_to_the_yardstick_what_it_changes(base, prefix):
+    truth = observe(base, prefix, None, None, max_length=320).prompts[-1]
+    halves = cache_error(base.model, prefix, truth.token_ids, Arithmetic(cache=torch.float16))
+    assert 1e-5 < halves < 1e-2
+    assert cache_error(base.model, prefix, truth.token_ids, Arithmetic()) == 0.0
+
+
+def test_prompts_are_text_and_random_tokens(workshop):
+    parity = json.loads((workshop.bundle() / "manifest.json").read_text())["parity"]
+    assert {(result["prompts"], result["text_prompts"]) for result in parity["tasks"].values()} == {(5, 2)}

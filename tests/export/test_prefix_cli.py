@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from peft import MultitaskPromptTuningConfig
+from peft import MultitaskPromptTuningConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -142,6 +142,35 @@ class TestCompose:
         assert not (tmp_path / "x").exists()
 
 
+class TestTrainingRuns:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def state_dict(cls, model, tmp_path_factory):
+        """A state dict of the adapters `default` and `support`, in a checkpoint of a run."""
+        config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
+        wrapped.add_adapter("support", config)
+        out = tmp_path_factory.mktemp("out")
+        (out / "checkpoint-7").mkdir()
+        torch.save(wrapped.state_dict(), out / "checkpoint-7/pytorch_model.bin")
+        return out
+
+    def test_a_part_of_a_state_dict_is_folded(self, model, state_dict, tmp_path):
+        one = run("fold", state_dict, "--model", model, "--part", "support", "--output", tmp_path / "one")
+        assert "prefix of length 4 for decoder (3 layers)" in one.output
+        assert f"warning: {state_dict}: read checkpoint-7, the only trained prefix in it" in one.stderr
+        run("fold", state_dict, "--model", model, "--output", tmp_path / "all")
+        assert names(tmp_path / "all") == ["default.safetensors", "support.safetensors"]
+        assert Prefix.load(tmp_path / "all/support.safetensors") == Prefix.load(tmp_path / "one")
+        line = fail("fold", state_dict, "--model", model, "--part", "none", "--output", tmp_path / "x")
+        assert "part 'none': expected one of default, support" in line
+
+    def test_inspect_says_which_file_it_read(self, state_dict):
+        told = json.loads(run("inspect", state_dict, "--json").output)
+        assert (told["file"], told["adapters"]) == ("checkpoint-7/pytorch_model.bin", "default, support")
+        assert told["support: kind"] == "PREFIX_TUNING or PROMPT_TUNING"
+
+
 class TestInspect:
     def test_a_checkpoint_and_how_it_would_fold(self, model, multitask):
         plain = json.loads(run("inspect", multitask, "--json").output)
@@ -182,7 +211,7 @@ class TestInspect:
     def test_a_soft_prompt_is_told_and_folded_by_its_model(self, model, tmp_path):
         np.save(tmp_path / "prompt.npy", np.ones((5, 64), np.float32))
         shown = json.loads(run("inspect", tmp_path / "prompt.npy", "--model", model, "--json").output)
-        assert (shown["format"], shown["prefix length"], shown["hidden size"]) == ("soft prompt array", "5", "64")
+        assert (shown["format"], shown["prefix length"], shown["width"]) == ("one array alone", "5", "64")
         assert shown["folds to"].startswith("prefix of length 5 for decoder (3 layers); text from position 5")
 
     def test_a_format_that_is_named_overrules(self, adapter):

@@ -68,3 +68,24 @@ def test_layers_that_were_found_by_running_the_model_are_not_asked_of_its_config
     layers = (LayerGeometry(4, 16),) * 2
     config = transformers.DeepseekV3Config(**_LATENT)
     assert Shape.of_config("base", config, layers).sites == {"decoder": layers}
+
+
+NARROW = {
+    "OPT": (transformers.OPTConfig, {**SIZES, "word_embed_proj_dim": 16, "ffn_dim": 32}, 16),
+    "OPT, none said": (transformers.OPTConfig, {**SIZES, "ffn_dim": 32}, 64),
+    "ELECTRA": (transformers.ElectraConfig, {**SIZES, "embedding_size": 16}, 16),
+    "ALBERT": (transformers.AlbertConfig, {**SIZES, "embedding_size": 16}, 16),
+    "RemBERT": (transformers.RemBertConfig, {**SIZES, "input_embedding_size": 16}, 16),
+    "RoFormer": (transformers.RoFormerConfig, {**SIZES, "embedding_size": None}, 64),
+    "BERT": (transformers.BertConfig, SIZES, 64),
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_the_width_of_embeddings_is_the_models_own(name):
+    config_class, sizes, expected = NARROW[name]
+    config = config_class(**sizes)
+    shape = Shape.of_config(name, config)
+    model = transformers.AutoModel.from_config(config)
+    assert shape.embedding_size == model.get_input_embeddings().weight.shape[1] == expected
+    assert shape.hidden_size == 64

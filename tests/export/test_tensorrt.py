@@ -22,9 +22,10 @@ from prefix_export.tensorrt.engine import build_engine, find_engine
 from prefix_export.tensorrt.request import EngineRequest
 from prefix_runtime import Bundle, BundleError, BundleIntegrityError, ProviderError, RequestError
 from prefix_runtime.bundle import MANIFEST_NAME, describe_file
-from prefix_runtime.cli import cleaning_up_when_terminated
 from prefix_runtime.engine_file import engines_folder, read_engines
+from prefix_runtime.interrupts import ending_when_stopped
 from prefix_runtime.tensorrt_library import Library
+from tests.export.conftest import RecordedProgress
 
 pytestmark = pytest.mark.tensorrt
 SMALL = {"max_batch": 2, "max_prompt": 8}
@@ -129,9 +130,9 @@ def test_it_lies_in_the_bundle_which_opens_as_before(own):
 def test_what_was_built_is_not_built_again_and_other_choices_take_its_place(fed, tmp_path):
     folder = tmp_path / "engines"
     first = build_engine(EngineRequest(fed, folder, compute_capabilities=("8.9",), **SMALL))
-    steps = []
-    again = build_engine(EngineRequest(fed, folder, compute_capabilities=("8.9",), **SMALL), steps.append)
-    assert (again.record, again.seconds, steps) == (first.record, 0.0, [])
+    told = RecordedProgress()
+    again = build_engine(EngineRequest(fed, folder, compute_capabilities=("8.9",), **SMALL), told)
+    assert (again.record, again.seconds, told.phases) == (first.record, 0.0, [])
     other = build_engine(EngineRequest(fed, folder, compute_capabilities=("8.9",), max_batch=3, max_prompt=8))
     assert read_engines(folder) == [other.record]
     assert {path.name for path in folder.iterdir()} == {"engines.json", other.record.file.path}
@@ -144,36 +145,35 @@ def test_what_was_built_is_not_built_again_and_other_choices_take_its_place(fed,
 
 
 def test_phases_are_told_while_it_builds(fed, tmp_path):
-    steps = []
-    build_engine(EngineRequest(fed, tmp_path / "engines", **SMALL), steps.append)
-    assert steps[0] == "parsing the graph"
-    assert "TensorRT: building engine" in steps
-    assert steps[-1] == "writing the engine"
-    assert len(steps) < 40, "a person could not follow"
+    told = RecordedProgress()
+    build_engine(EngineRequest(fed, tmp_path / "engines", **SMALL), told)
+    assert told.phases[0] == "parse the graph"
+    assert "TensorRT: building engine" in told.phases
+    assert told.phases[-1] == "write the engine"
+    assert len(told.phases) < 40, "a person could not follow"
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-@pytest.mark.parametrize(
-    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)], ids=["Ctrl-C", "SIGTERM"]
-)
-def test_an_interrupt_stops_the_build_and_leaves_what_was_there(fed, tmp_path, number, raised, is_first):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupt_stops_the_build_and_leaves_what_was_there(fed, tmp_path, number, is_first):
     if not is_first:
         build_engine(EngineRequest(fed, tmp_path / "engines", **SMALL | {"max_batch": 3}))
     before = contents(tmp_path)
-    steps = []
 
-    def interrupt(step):
-        steps.append(step)
-        if step == "TensorRT: building engine":
-            os.kill(os.getpid(), number)
+    class Interrupting(RecordedProgress):
+        def phase(self, name, total=None, **options):
+            super().phase(name, total, **options)
+            if name == "TensorRT: building engine":
+                os.kill(os.getpid(), number)
 
+    told = Interrupting()
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with cleaning_up_when_terminated(), pytest.raises(raised):
-            build_engine(EngineRequest(fed, tmp_path / "engines", **SMALL), interrupt)
+        with ending_when_stopped(), pytest.raises(SystemExit):
+            build_engine(EngineRequest(fed, tmp_path / "engines", **SMALL), told)
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert "writing the engine" not in steps
+    assert "write the engine" not in told.phases
     assert contents(tmp_path) == before
 
 
@@ -284,10 +284,10 @@ def test_a_timing_cache_of_a_builder_that_measures_nothing_is_refused_and_left_a
 
 @pytest.mark.parametrize("option", ["output", "timing_cache"])
 def test_a_place_that_cannot_be_written_is_refused_at_once(fed, tmp_path, option):
-    steps = []
+    told = RecordedProgress()
     with pytest.raises(EngineError, match=r"nowhere: expected a folder to write into, found none"):
-        build_engine(EngineRequest(fed, **{option: tmp_path / "nowhere" / "x"}, **SMALL), steps.append)
-    assert not steps
+        build_engine(EngineRequest(fed, **{option: tmp_path / "nowhere" / "x"}, **SMALL), told)
+    assert not told.phases
 
 
 def test_an_engine_is_the_same_however_its_gpus_are_listed():

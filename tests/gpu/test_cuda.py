@@ -66,7 +66,7 @@ def test_a_build_agrees_with_peft_on_the_gpu(workshop, architecture, precision):
     opened = Bundle.open(workshop.bundle(architecture, (20,), tokenizer=False, target="cuda", precision=precision))
     (parity,) = opened.manifest.parity["tasks"].values()
     assert parity["greedy_tokens_equal"]
-    assert 0 < parity["largest_logit_difference"] <= parity["tolerance"]
+    assert 0 < parity["error"] <= parity["limit"]
 
 
 def test_with_and_without_cuda_graphs_answers_are_alike(bundle):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import prefix_runtime
 from prefix_runtime import LayerPrefix, Prefix, session
@@ -56,6 +57,15 @@ def rewrite():
         (bundle / MANIFEST_NAME).write_text(json.dumps(manifest))
 
     return rewrite_file
+
+
+@pytest.fixture
+def starting_bundle(bundle, rewrite):
+    """A copy of the shared bundle whose tokenizer puts the start token `<|end|>`, id 0, before every text."""
+    tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing("<|end|> $A", special_tokens=[("<|end|>", 0)])
+    rewrite(bundle, "tokenizer.json", tokenizer.to_str().encode())
+    return bundle
 
 
 @pytest.fixture(scope="session")

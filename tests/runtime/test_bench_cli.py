@@ -63,6 +63,35 @@ def test_every_output_is_of_the_same_report(cli, shared_bundle, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in files.values())
 
 
+@pytest.mark.parametrize("kind", ["json", "csv", "html", "png"])
+def test_an_output_to_standard_output_has_nothing_else_there(cli, shared_bundle, tmp_path, kind):
+    files = [flag for other in OUTPUTS if other != kind for flag in (f"--{other}", tmp_path / f"r.{other}")]
+    result = cli(shared_bundle, *SMALL, "--prefix-length", "0", f"--{kind}", "-", *files)
+    assert (result.exit_code, result.stderr) == (0, "")
+    match kind:
+        case "json":
+            assert [cell.label for cell in from_json(result.stdout, "-").cells] == ["0", "p20", "p3"]
+        case "csv":
+            assert [row["prefix_length"] for row in csv.DictReader(io.StringIO(result.stdout))] == ["0", "20", "3"]
+        case "html":
+            assert result.stdout.startswith("<!DOCTYPE html>")
+            assert result.stdout.rstrip().endswith("</html>")
+        case _:
+            assert result.stdout_bytes[:4] == b"\x89PNG"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        f"r.{other}" for other in OUTPUTS if other != kind
+    )
+
+
+def test_a_narrow_terminal_gets_blocks_without_a_broken_number(cli, shared_bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    result = cli(shared_bundle, *SMALL, "--prefix-length", "0", "--json", tmp_path / "r.json")
+    tables = result.stdout.partition("latency\n")[2].partition("floor: the time")[0]
+    assert "prefix 0\n  ms to first token: " in tables
+    assert max(map(len, tables.splitlines())) <= 80  # titles are not folded in a pipe
+    assert all(len(line) <= 40 for line in tables.splitlines() if line.startswith(" "))
+
+
 def test_the_report_has_the_command_without_folders(cli, shared_bundle, tmp_path):
     result = cli(shared_bundle, *SMALL, "--prefix-length", 0, "--json", tmp_path / "r.json", "--prefix-length", "5,6")
     assert result.exit_code == 0
@@ -118,9 +147,12 @@ def test_a_report_is_shown_beside_a_new_one(cli, shared_bundle, tmp_path):
         ),
         (["--threads", "100000"], "Error: threads: expected 1 to 512, found 100000"),
         (["--json", "{tmp}/./r.csv"], "r.csv: expected a file of its own, found that of --json"),
-        (["--json", "{tmp}/no/r.json"], "expected a file in a folder that exists, found no folder {tmp}/no"),
-        (["--html", "/dev/null"], "expected a file in a folder that exists, found something of that name that is no"),
-        (["--html", "{tmp}"], "expected a file in a folder that exists, found a folder of that name"),
+        (["--json", "{tmp}/no/r.json"], "expected a file in a folder that exists, or -, found no folder {tmp}/no"),
+        (
+            ["--html", "/dev/null"],
+            "expected a file in a folder that exists, or -, found something of that name that is no",
+        ),
+        (["--html", "{tmp}"], "expected a file in a folder that exists, or -, found a folder of that name"),
         (["--against", "{tmp}/nowhere"], "expected a bundle folder or a report that `bench --json` wrote, found none"),
         (["--against", "{tmp}"], "expected a bundle (a folder with manifest.json), found none"),
         (["--against", "{bundle}/config.json"], "of format 'prefix-export.bench', found None"),
@@ -160,7 +192,8 @@ def test_a_disk_that_is_full_leaves_the_old_file(cli, shared_bundle, tmp_path, m
     monkeypatch.setattr(storage.os, "fsync", full)
     result = cli(shared_bundle, *SMALL, "--prefix-length", 0, "--json", tmp_path / "r.json")
     assert result.exit_code == 1
-    assert "No space left on device" in result.stderr
+    assert result.stderr.startswith(f"Error: {tmp_path}/r.json: ")
+    assert ".partial" not in result.stderr
     assert "prompt 4, batch 1: latency" in result.stdout, "what was measured is shown all the same"
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("r.json", "old")]
 
@@ -170,9 +203,14 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize(("stream", "shown"), [(Terminal(), True), (io.StringIO(), False)], ids=["terminal", "pipe"])
-def test_progress_is_shown_on_a_terminal_and_not_in_a_pipe(monkeypatch, stream, shown):
+@pytest.mark.parametrize(
+    ("stream", "term", "shown"),
+    [(Terminal(), "xterm", True), (io.StringIO(), "xterm", False), (Terminal(), "dumb", False)],
+    ids=["terminal", "pipe", "dumb terminal"],
+)
+def test_progress_is_shown_on_a_terminal_that_can_write_over_a_line(monkeypatch, stream, term, shown):
     monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", term)
     with bench_cli.progress() as on_step:
         on_step(0, 0, "exporting")
         on_step(0, 20, "opening")
@@ -218,5 +256,5 @@ def test_an_interruption_ends_in_a_line_and_leaves_nothing(shared_bundle, tmp_pa
         process.stdout.readline()
         process.send_signal(signal.SIGINT)
         output, error = process.communicate(timeout=60)
-    assert (process.returncode, output.strip(), error.strip()) == (1, "", "Aborted!")
+    assert (process.returncode, output.strip(), error) == (130, "", "Aborted!\n")
     assert not list(tmp_path.iterdir())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import signal
+import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import click
 import pytest
@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 import prefix_runtime
 from prefix_runtime import Bundle, Prefix, Sampling
-from prefix_runtime.cli import cleaning_up_when_terminated, main, split_task
+from prefix_runtime.cli import main, split_task
 
 PROMPT = "the lazy dog"
 COMMANDS = [[], ["inspect"], ["verify"], ["tasks"], ["tasks", "list"], ["tasks", "add"], ["tasks", "remove"]]
@@ -83,6 +83,16 @@ class TestInspect:
         }
         assert told["fingerprint"] == Bundle.open(shared_bundle).manifest.model.fingerprint
         assert "p20 (prefix length 20, agrees with peft" in told["tasks"]
+
+    def test_generation_defaults_are_told_and_what_is_not_followed(self, printed, bundle, rewrite):
+        rewrite(bundle, "generation_config.json", b'{"eos_token_id": [0, 5], "suppress_tokens": [3], "min_length": 7}')
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        manifest["generation"]["not_followed"] = {"num_beams": 4}
+        (bundle / "manifest.json").write_text(json.dumps(manifest))
+        told = dict(line.split("  ", 1) for line in printed("inspect", bundle).splitlines())
+        assert told["generation"].strip() == "greedy, min_length 7, suppress_tokens [3]"
+        assert told["end tokens"].strip() == "0, 5"
+        assert told["not followed"].strip() == "num_beams 4"
 
     def test_a_task_that_was_added_is_told_as_not_compared(self, printed, bundle, prefix_file):
         printed("tasks", "add", bundle, prefix_file)
@@ -186,7 +196,9 @@ class TestTasks:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("os.fsync", full)
-        assert "No space left on device" in refused("tasks", "add", bundle, prefix_file)
+        line = refused("tasks", "add", bundle, prefix_file)
+        assert line.startswith(f"Error: {bundle}/prefixes/new.safetensors: ")
+        assert ".partial" not in line
         assert Bundle.open(bundle).tasks == ("p20", "p3")
 
     @pytest.mark.parametrize(
@@ -197,6 +209,8 @@ class TestTasks:
             ("e2e=some=path", "e2e", "some=path"),
             ("dir/e2e/adapter_model.safetensors", "e2e", "dir/e2e/adapter_model.safetensors"),
             ("v1.2.safetensors", "v1.2", "v1.2.safetensors"),
+            ("owner/adapter@v1.0", "adapter", "owner/adapter@v1.0"),
+            ("owner/adapter/support@refs/pr/3", "support", "owner/adapter/support@refs/pr/3"),
         ],
     )
     def test_the_name_is_the_given_one_or_the_files(self, text, name, path):
@@ -271,6 +285,50 @@ class TestGenerate:
         told = json.loads(printed("generate", shared_bundle, PROMPT, "--task", "p3", *flags, "--json"))
         assert (told["text"], told["token_ids"]) == (expected.text, list(expected.token_ids))
 
+    @pytest.fixture
+    def sampling_bundle(self, bundle, rewrite):
+        """A bundle whose model samples by default, from two tokens, and never takes those of an even id."""
+        config = {"do_sample": True, "top_k": 2, "temperature": 5.0, "suppress_tokens": list(range(0, 384, 2))}
+        rewrite(bundle, "generation_config.json", json.dumps(config).encode())
+        return bundle
+
+    def test_the_models_own_defaults_are_the_flags_defaults(self, printed, sampling_bundle):
+        engine = prefix_runtime.load(sampling_bundle, threads=1)
+        own = engine.generation_defaults().sampling
+        for flags, sampling in (
+            (["--seed", 3], replace(own, seed=3)),
+            (["--seed", 3, "--temperature", 2], replace(own, seed=3, temperature=2.0)),
+            (["--temperature", 0], Sampling()),
+            (["--temperature", 0, "--repetition-penalty", 3], Sampling(repetition_penalty=3.0)),
+        ):
+            line = printed("generate", sampling_bundle, PROMPT, "--max-new-tokens", 9, "--json", *flags)
+            expected = engine.generate(PROMPT, max_new_tokens=9, sampling=sampling)
+            assert json.loads(line)["token_ids"] == list(expected.token_ids)
+            assert all(token_id % 2 for token_id in expected.token_ids)
+
+    def test_settings_lie_on_top_of_the_models(self, printed, sampling_bundle, engine):
+        flags = ["--set", "do_sample=false", "--set", "suppress_tokens=null", "--set", "no_repeat_ngram_size=1"]
+        line = printed("generate", sampling_bundle, PROMPT, "--max-new-tokens", 20, "--json", *flags)
+        expected = engine.generate(PROMPT, max_new_tokens=20, generation_config={"no_repeat_ngram_size": 1})
+        assert json.loads(line)["token_ids"] == list(expected.token_ids)
+
+    def test_an_end_token_is_an_id_or_a_token(self, printed, engine, tokenizer, shared_bundle):
+        free = engine.generate(PROMPT, task="p3", max_new_tokens=20).token_ids
+        end = free[3]
+        for given in (str(end), tokenizer.id_to_token(end)):
+            flags = ["--task", "p3", "--max-new-tokens", 20, "--end-token", "383", "--end-token", given, "--json"]
+            told = json.loads(printed("generate", shared_bundle, PROMPT, *flags))
+            assert told["token_ids"] == list(free[: free.index(end) + 1])
+            assert told["finish_reason"] == "end_token"
+
+    @pytest.mark.parametrize(
+        "setting", ["min_new_tokens", "min_new_tokens=", "min_new_tokens=five", "=", "a=" + "[" * 9999]
+    )
+    def test_a_setting_that_is_no_json_is_a_usage_error(self, cli, shared_bundle, setting):
+        result = cli("generate", shared_bundle, PROMPT, "--set", setting)
+        assert result.exit_code == 2
+        assert "--set: expected NAME=VALUE with a value in JSON, found" in result.stderr
+
     def test_metrics_go_to_standard_error_when_they_are_asked_for(self, cli, shared_bundle):
         options = [shared_bundle, PROMPT, "--task", "p3", "--max-new-tokens", 4]
         result = cli("generate", *options, "--metrics")
@@ -287,6 +345,13 @@ class TestGenerate:
             ([PROMPT, "--max-new-tokens", "999"], "expected at most 320 tokens"),
             ([PROMPT, "--temperature", "-1"], "temperature: expected 0 or more, found -1.0"),
             ([PROMPT, "--top-p", "2"], "top_p: expected above 0 and at most 1, found 2.0"),
+            (
+                [PROMPT, "--end-token", "<|no|>"],
+                "token '<|no|>': expected one of the tokenizer's vocabulary, found none",
+            ),
+            ([PROMPT, "--end-token", "384"], "end_tokens: expected token ids of 0 to 383, found [384]"),
+            ([PROMPT, "--set", "num_beams=4"], "generation_config: expected some of max_length, "),
+            ([PROMPT, "--set", "min_new_tokens=-1"], "min_new_tokens: expected a whole number, 0 or more, found -1"),
             ([PROMPT, "--stop", ""], "stop: expected strings of at least one character"),
             ([PROMPT, "--provider", "tpu"], "provider: expected one of cpu"),
             ([PROMPT, "--threads", "0"], "threads: expected 1 to 512, found 0"),
@@ -302,6 +367,13 @@ class TestGenerate:
 
     def test_an_empty_standard_input_is_refused(self, refused, shared_bundle):
         assert "prompt: expected at least one token" in refused("generate", shared_bundle, input="")
+
+    @pytest.mark.parametrize("given_as", [{}, {"input": ""}])
+    def test_an_empty_prompt_is_the_start_token_that_the_tokenizer_adds(self, printed, starting_bundle, given_as):
+        expected = prefix_runtime.load(starting_bundle, threads=1).generate(token_ids=[0], max_new_tokens=4).text
+        prompt = [] if given_as else [""]
+        output = printed("generate", starting_bundle, *prompt, "--max-new-tokens", 4, **given_as)
+        assert output == f"{expected}\n"
 
     def test_a_standard_input_that_is_no_text_is_refused(self, refused, shared_bundle):
         assert "standard input: expected UTF-8 text" in refused("generate", shared_bundle, input=b"\xff\xfe")
@@ -405,30 +477,61 @@ class TestProcess:
         assert process.returncode == 1
 
 
-def test_a_library_that_makes_an_error_of_an_exit_does_not_change_what_ended_the_process():
-    def trace():
-        try:
-            signal.raise_signal(signal.SIGTERM)
-        except SystemExit as error:
-            raise ValueError("cannot trace") from error
+class TestTerminal:
+    """What the environment asks of text; `no-color.org` and `bixense.com/clicolors`."""
 
-    with pytest.raises(SystemExit) as caught, cleaning_up_when_terminated():
-        trace()
-    assert caught.value.code == 128 + signal.SIGTERM
+    @pytest.fixture
+    def headed(self, shared_bundle):
+        """The output of a command that prints a bold heading."""
 
+        def run(color, **environment):
+            arguments = ["generate", shared_bundle, PROMPT, "--max-new-tokens", 1, "--task", "p3", "--task", "p20"]
+            clean = dict.fromkeys(("NO_COLOR", "CLICOLOR", "FORCE_COLOR", "TERM"))
+            result = CliRunner().invoke(main, [*map(str, arguments)], color=color, env={**clean, **environment})
+            assert result.exit_code == 0
+            return result.stdout
 
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
-def test_who_ignores_the_end_of_a_terminal_goes_on():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    try:
-        with cleaning_up_when_terminated():
-            signal.raise_signal(signal.SIGHUP)
-            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+        return run
 
+    def test_a_terminal_has_styles_and_a_pipe_has_none(self, headed):
+        assert "\x1b[1m── p3" in headed(True)
+        assert "\x1b" not in headed(False)
 
-def test_an_error_without_a_signal_stays_what_it_is():
-    with pytest.raises(ValueError, match="cannot trace"), cleaning_up_when_terminated():
-        raise ValueError("cannot trace")
+    @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"CLICOLOR": "0"}, {"TERM": "dumb"}], ids=str)
+    def test_who_wants_none_gets_none(self, headed, environment):
+        assert "\x1b" not in headed(True, **environment)
+
+    def test_an_empty_no_color_counts_for_nothing(self, headed):
+        assert "\x1b[1m" in headed(True, NO_COLOR="")
+
+    def test_styles_may_be_forced_into_a_pipe(self, headed):
+        assert "\x1b[1m" in headed(False, FORCE_COLOR="1")
+        assert "\x1b" not in headed(False, FORCE_COLOR="1", NO_COLOR="1")
+
+    @pytest.mark.parametrize(
+        ("encoding", "heading", "path"),
+        [
+            ("latin-1", b"-- p3\n", r"größe\u2192.safetensors".encode("latin-1")),
+            # click takes such a stream for one that is set up wrongly, and writes UTF-8.
+            ("ascii", "── p3\n".encode(), "größe→.safetensors".encode()),
+        ],
+    )
+    def test_a_stream_that_lacks_characters_gets_plain_ones(
+        self, shell, shared_bundle, tmp_path, encoding, heading, path
+    ):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C.UTF-8"}
+        ran = shell(
+            "generate", shared_bundle, PROMPT, "--max-new-tokens", 1, "--task", "p3", "--task", "p20", env=environment
+        )
+        assert (ran.returncode, ran.stderr) == (0, b"")
+        assert ran.stdout.startswith(heading)
+        odd = shell("inspect", tmp_path / "größe→.safetensors", env=environment)
+        assert odd.returncode == 1
+        assert path + b": expected a bundle" in odd.stderr
+
+    def test_a_home_folder_is_found_where_no_shell_expands_it(self, shell, shared_bundle, tmp_path):
+        (tmp_path / "b").symlink_to(shared_bundle)
+        environment = {**os.environ, "HOME": str(tmp_path)}
+        assert shell("tasks", "list", "~/b", env=environment).returncode == 0
+        ran = shell("tasks", "add", "~/b", "new=~/nothing", env=environment)
+        assert f"{tmp_path}/nothing: expected a whole safetensors file".encode() in ran.stderr

@@ -12,6 +12,7 @@ import pytest
 import prefix_runtime
 from prefix_runtime import CompositionError, PrefixMismatchError, Source, UnknownTaskError, tasks
 from prefix_runtime.composition import GENERAL, PLACE, TABLE, concatenated
+from prefix_runtime.prefix import TEXT_HAS_BEGUN
 from prefix_runtime.tasks import MOST_COMPOSED, TaskStore
 
 
@@ -28,6 +29,12 @@ class TestConcatenation:
         for layer, first, second in zip(*(each.sites["decoder"] for each in (found, left, right)), strict=True):
             np.testing.assert_array_equal(layer.key, np.concatenate([first.key, second.key], 1))
             np.testing.assert_array_equal(layer.value, np.concatenate([first.value, second.value], 1))
+
+    @pytest.mark.parametrize("places", [(0,), (1,), (2,), (0, 2), ()])
+    def test_text_has_begun_behind_any_part_that_is_a_text(self, make_prefix, places):
+        metadata = [{TEXT_HAS_BEGUN: "true"} if place in places else {} for place in range(3)]
+        found = concatenated([replace(make_prefix(3), metadata=each) for each in metadata])
+        assert found.metadata == ({TEXT_HAS_BEGUN: "true"} if places else {})
 
     def test_text_at_position_0_stays_there(self, make_prefix):
         prefixes = [replace(make_prefix(length), position_base=0) for length in (3, 5)]
@@ -148,6 +155,17 @@ class TestTasks:
         rows = engine.generate(token_ids=[[5, 6, 7]] * 4, task=tasks, max_new_tokens=9)
         alone = [engine.generate(token_ids=[5, 6, 7], task=task, max_new_tokens=9) for task in tasks]
         assert [row.token_ids for row in rows] == [row.token_ids for row in alone]
+
+    @pytest.mark.parametrize("tasks", ["text", "text+p3", "p3+text", "p3+text+p20"])
+    def test_a_prompt_behind_a_text_gets_no_second_start_token(self, starting_bundle, make_prefix, tasks):
+        engine = prefix_runtime.load(starting_bundle, threads=1)
+        engine.add_task("text", replace(make_prefix(3), metadata={TEXT_HAS_BEGUN: "true"}))
+        ids = engine._codec.encode("the dog")
+        assert ids[0] == 0
+        found = engine.generate("the dog", task=tasks, max_new_tokens=6)
+        assert found.metrics.prompt_length == len(ids) - 1
+        assert found.token_ids == engine.generate(token_ids=ids[1:], task=tasks, max_new_tokens=6).token_ids
+        assert engine.generate("the dog", task="p3+p20", max_new_tokens=6).metrics.prompt_length == len(ids)
 
     def test_a_part_that_is_not_there_is_named(self, engine):
         for task in ("p3+nothing", "+", "p3+", "+p3"):

@@ -173,7 +173,7 @@ class TestPrompts:
             engine.generate(token_ids=[IDS, [999]])
 
     def test_an_unknown_option_is_refused(self, engine):
-        with pytest.raises(TypeError, match=r"options max_new_tokens, sampling, stop, ignore_end, found .*max_tokens"):
+        with pytest.raises(TypeError, match=r"options max_new_tokens, sampling, stop, .*, found .*max_tokens"):
             engine.generate("a", max_tokens=3)
 
 
@@ -266,18 +266,21 @@ class TestEndings:
         result = engine_ending_with(free[6]).generate(token_ids=IDS, max_new_tokens=first + 1)
         assert (len(result.token_ids), result.finish_reason) == (first + 1, "end_token")
 
-    @pytest.mark.parametrize("removed", [None, "file"])
-    def test_where_the_generation_config_names_none_the_models_config_does(
-        self, engine, engine_ending_with, bundle, rewrite, removed
+    def test_without_a_generation_config_the_models_config_names_the_end_token(
+        self, engine, engine_ending_with, bundle
     ):
         free = tokens(engine)
-        if removed:
-            manifest = json.loads((bundle / "manifest.json").read_text())
-            manifest["files"] = [entry for entry in manifest["files"] if entry["path"] != "generation_config.json"]
-            (bundle / "manifest.json").write_text(json.dumps(manifest))
-        else:
-            rewrite(bundle, "generation_config.json", b"{}")
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        manifest["files"] = [entry for entry in manifest["files"] if entry["path"] != "generation_config.json"]
+        (bundle / "manifest.json").write_text(json.dumps(manifest))
         assert tokens(engine_ending_with(free[2], "config.json")) == free[: free.index(free[2]) + 1]
+
+    def test_a_generation_config_that_names_none_means_that_there_is_none(
+        self, engine, engine_ending_with, bundle, rewrite
+    ):
+        free = tokens(engine)
+        rewrite(bundle, "generation_config.json", b"{}")
+        assert tokens(engine_ending_with(free[2], "config.json")) == free
 
     def test_the_generation_config_goes_before_the_models(self, engine, engine_ending_with):
         free = tokens(engine)
@@ -327,10 +330,69 @@ class TestEndings:
         stop = "the lazy dog"
         assert engine.generate(stop, max_new_tokens=5, stop=stop).finish_reason == "length"
 
+    @pytest.mark.parametrize("place", [0, 3])
+    def test_a_special_token_may_be_a_stop_string(self, engine, bundle, rewrite, place):
+        free = tokens(engine, "p3")
+        tokenizer = json.loads((bundle / "tokenizer.json").read_text())
+        vocab = tokenizer["model"]["vocab"]
+        name = next(token for token, token_id in vocab.items() if token_id == free[place])
+        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": free[place], "content": name})
+        rewrite(bundle, "tokenizer.json", json.dumps(tokenizer).encode())
+        marked = prefix_runtime.load(bundle, threads=1)
+        stop = marked._codec._detokenizer.token_bytes(free[place]).decode()
+        result = marked.generate(token_ids=IDS, task="p3", max_new_tokens=20, stop=stop)
+        assert (result.token_ids, result.finish_reason) == (free[: free.index(free[place]) + 1], "stop")
+        assert stop not in result.text
+
+    def test_a_stop_string_that_begins_in_the_prompt_ends_the_text(self, engine, tokenizer):
+        free = engine.generate("the lazy dog", task="p3", max_new_tokens=30)
+        shown = [tokenizer.decode([token_id]) for token_id in free.token_ids]
+        place = next(place for place in range(1, 30) if "".join(shown[place - 1 : place + 1]).isascii())
+        prompt = [*tokenizer.encode("the lazy dog").ids, *free.token_ids[:place]]
+        stop = shown[place - 1][-1] + shown[place]
+        options = {"task": "p3", "max_new_tokens": 5, "stop": stop}
+        result = engine.generate(token_ids=prompt, **options)
+        assert (result.token_ids, result.text, result.finish_reason) == (free.token_ids[place : place + 1], "", "stop")
+
+    @pytest.mark.parametrize(
+        ("stop", "message"),
+        [
+            (["a"] * 65, "stop: expected at most 64 strings, found 65"),
+            (["a", "b" * 257], r"stop\[1\]: expected at most 256 characters, found 257"),
+            ("\ud800", r"stop\[0\]: expected Unicode text, found '\\ud800'"),
+        ],
+    )
+    def test_stop_strings_beyond_the_bounds_are_refused(self, engine, stop, message):
+        with pytest.raises(RequestError, match=f"^{message}"):
+            engine.generate("a", stop=stop)
+
+    def test_as_many_and_as_long_stop_strings_as_are_allowed_are_taken(self, engine):
+        stop = [f"{place:02}" * 128 for place in range(64)]
+        free = engine.generate("the lazy dog", max_new_tokens=5)
+        assert engine.generate("the lazy dog", max_new_tokens=5, stop=stop).token_ids == free.token_ids
+
     @pytest.mark.parametrize("stop", [[""], "", ["a", ""], [3], [None], [b"a"], 3, True])
     def test_an_empty_stop_string_or_none_is_refused(self, engine, stop):
         with pytest.raises(RequestError, match="stop: expected strings of at least one character, found"):
             engine.generate("a", stop=stop)
+
+
+class TestEmptyPrompts:
+    @pytest.mark.parametrize("task", TASKS)
+    def test_one_is_the_start_token_that_the_tokenizer_adds(self, starting_bundle, task):
+        engine = prefix_runtime.load(starting_bundle, threads=1)
+        found = engine.generate("", task=task, max_new_tokens=9)
+        assert found.token_ids == engine.generate(token_ids=[0], task=task, max_new_tokens=9).token_ids
+        assert found.metrics.prompt_length == 1
+        texts = [row.text for row in engine.generate(["", "the"], task=task, max_new_tokens=9)]
+        assert texts[0] == found.text == "".join(chunk.text for chunk in engine.stream("", task=task, max_new_tokens=9))
+
+    def test_one_is_refused_if_the_tokenizer_adds_none(self, engine):
+        message = (
+            "^prompt: expected at least one token, found none: the tokenizer adds none to this text; give text, or"
+        )
+        with pytest.raises(RequestError, match=message):
+            engine.generate("")
 
 
 class TestWithoutTokenizer:

@@ -23,6 +23,8 @@ PUBLIC = [
     "Cuda",
     "DuplicateTaskError",
     "Engine",
+    "GenerationConfig",
+    "GenerationDefaults",
     "GenerationOptions",
     "GenerationResult",
     "Geometry",
@@ -93,6 +95,14 @@ import sys
 
 sys.modules["onnxruntime"] = None
 import prefix_runtime
+from prefix_runtime.__main__ import main
+
+bundle, sys.argv = sys.argv[1], ["prefix-runtime", "generate", sys.argv[1], "hi"]
+try:
+    prefix_runtime.load(bundle)
+except ImportError as error:
+    print(error)
+main()
 """
 
 
@@ -136,10 +146,19 @@ def test_the_help_loads_none_of_the_exporters_modules(python):
     assert set(FOREIGN).isdisjoint(json.loads(python(COMMAND_LINE).stdout))
 
 
-def test_without_onnxruntime_the_message_says_what_to_install(python):
-    run = python(WITHOUT_ONNXRUNTIME)
-    assert run.returncode == 1
-    assert "ImportError: prefix-runtime needs onnxruntime: pip install 'prefix-runtime[cpu]'" in run.stderr
+def test_without_onnxruntime_the_message_says_what_to_install(python, shared_bundle):
+    run = python(WITHOUT_ONNXRUNTIME, shared_bundle)
+    needed = "prefix-runtime needs onnxruntime: pip install 'prefix-runtime[cpu]'\n"
+    assert (run.returncode, run.stdout, run.stderr) == (1, needed, f"Error: {needed}")
+
+
+def test_public_names_are_imported_when_they_are_used(python):
+    assert set(prefix_runtime._MODULES) == set(PUBLIC)
+    assert set(PUBLIC) <= set(dir(prefix_runtime))
+    loaded = set(json.loads(python(LOADED).stdout))
+    assert loaded.isdisjoint({"numpy", "onnxruntime", "safetensors", "tokenizers"})
+    with pytest.raises(AttributeError, match="module 'prefix_runtime' has no attribute 'nothing'"):
+        prefix_runtime.nothing  # noqa: B018
 
 
 def test_its_version_is_a_version():

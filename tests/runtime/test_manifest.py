@@ -146,9 +146,14 @@ class TestReading:
         entry["file"]["path"] = "prefixes/E2E.safetensors"
         assert "there is already" in message_for("tasks.E2E", entry, DuplicateTaskError)
 
-    @pytest.mark.parametrize("value", ["small", None, 1])
-    def test_a_certificate_whose_figure_is_none_is_refused(self, value):
-        assert "largest_logit_difference" in message_for("parity.tasks.e2e.largest_logit_difference", value)
+    @pytest.mark.parametrize("value", ["small", 1])
+    @pytest.mark.parametrize("name", ["error", "largest_logit_difference"])
+    def test_a_certificate_whose_figure_is_none_is_refused(self, name, value):
+        result = {"reference": "peft", name: value}
+        assert f"parity: tasks.e2e: {name}: expected float" in message_for("parity.tasks.e2e", result)
+
+    def test_a_certificate_without_a_figure_is_refused(self):
+        assert "error: expected float, found nothing" in message_for("parity.tasks.e2e", {"reference": "peft"})
 
     @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 99])
     def test_a_newer_format_version_is_refused(self, version):

@@ -95,7 +95,7 @@ def test_a_bundle_that_is_not_what_it_says_is_not_kept(bundle, cache):
 @pytest.mark.parametrize(
     ("error", "free", "expected"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), 0, "No space left"),
+        (OSError(errno.ENOSPC, "No space left on device"), 0, "disk full; make room"),
         (
             "cannot write to STAGING",
             0,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer
 
 from prefix_runtime import BundleError, RequestError
+from prefix_runtime.detokenizer import Detokenizer
 from prefix_runtime.text import GrowingText, TextCodec
 
 TEXTS = [
@@ -27,7 +30,7 @@ ENDED = 0  # the tokenizer's special token
 
 def grown(tokenizer, ids, stop=()):
     """The chunks of a text, one for each token until it is stopped and one for its end, and the text."""
-    text, chunks = GrowingText(tokenizer, stop), []
+    text, chunks = GrowingText(Detokenizer(tokenizer, Path("tokenizer.json")), stop), []
     for token_id in ids:
         chunks.append(text.push(token_id))
         if text.stopped:
@@ -192,9 +195,11 @@ def test_special_tokens_are_left_out(tokenizer):
     assert tokenizer.decode([ENDED], skip_special_tokens=False) == "<|end|>"
 
 
-def test_a_special_tokens_text_does_not_stop(tokenizer):
-    _, text = grown(tokenizer, [*tokenizer.encode("ab").ids, ENDED], ["<|end|>"])
-    assert (text.text, text.stopped) == ("ab", False)
+@pytest.mark.parametrize("stop", ["<|end|>", "b<|end|>", "|end|"])
+def test_a_special_tokens_text_stops(tokenizer, stop):
+    chunks, text = grown(tokenizer, [*tokenizer.encode("ab").ids, ENDED, *tokenizer.encode("cd").ids], [stop])
+    assert (text.text, text.stopped) == ("a" if stop[0] == "b" else "ab", True)
+    assert "".join(chunks) == text.text
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "<|end|>x"])

@@ -1,0 +1,108 @@
+"""Where the files of a base model are: a folder, a repository on the Hub, or a GGUF file."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.hub import cached_file
+
+from prefix_export.errors import ModelError
+from prefix_export.hub import commit_of, split_revision
+
+_GGUF = ".gguf"
+_HUB_GGUF = re.compile(r"([\w.-]+/[\w.-]+)/([\w./-]+\.gguf)", re.IGNORECASE)
+_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the files of a base model are.
+
+    Attributes:
+        name: as the user named it.
+        root: a folder or a Hub id.
+        revision: of a Hub id, or None.
+        gguf: the GGUF file that holds everything, or None; then `root` is its folder.
+    """
+
+    name: str
+    root: str
+    revision: str | None = None
+    gguf: Path | None = None
+
+    @classmethod
+    def of(cls, name: str) -> ModelSource:
+        """The place that a name means.
+
+        Raises:
+            ModelError: it is a file of another kind, a GGUF file that is not there, or a folder of several.
+        """
+        path = Path(name)
+        if path.is_dir():
+            return cls._of_folder(name, path)
+        if path.exists():
+            return cls._of_file(name, path)
+        root, revision = split_revision(name)
+        if not root.lower().endswith(_GGUF):
+            return cls(name, root, revision)
+        match = _HUB_GGUF.fullmatch(root)
+        found = _cached(match[1], match[2], revision) if match else None
+        if found is None:
+            raise ModelError(f"model {name!r}: expected a GGUF file, found no such file")
+        return cls(name, str(found.parent), revision, found)
+
+    @classmethod
+    def _of_file(cls, name: str, path: Path) -> ModelSource:
+        if path.is_file() and path.suffix.lower() == _GGUF:
+            return cls(name, str(path.parent), gguf=path)
+        raise ModelError(
+            f"model {name!r}: expected a Hub id, a folder or a file that ends in {_GGUF}, found another file; give the "
+            "folder that holds config.json and the weights"
+        )
+
+    @classmethod
+    def _of_folder(cls, name: str, folder: Path) -> ModelSource:
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() == _GGUF and path.is_file())
+        if not files or any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+            return cls(name, name)
+        if len(files) > 1:
+            listed = ", ".join(path.name for path in files[:6]) + (", …" if len(files) > 6 else "")
+            raise ModelError(
+                f"model {name!r}: expected one GGUF file in the folder, found {len(files)} ({listed}); give the path "
+                "of one"
+            )
+        return cls(name, name, gguf=files[0])
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What transformers' loaders are given beside `root`."""
+        return {"revision": self.revision} if self.revision else {}
+
+    def file(self, name: str) -> Path | None:
+        """A file of a folder or repository, fetched if need be; None if there is none."""
+        return _cached(self.root, name, self.revision)
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of a repository, if Hugging Face's cache tells it; else the revision as the user named it."""
+        if Path(self.root).is_dir() and self.gguf is None:
+            return None
+        found = self.gguf if self.gguf is not None else self.file("config.json")
+        return (commit_of(found) if found is not None else None) or self.revision
+
+
+def _cached(root: str, name: str, revision: str | None) -> Path | None:
+    try:
+        found = cached_file(
+            root,
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError):  # no such repository or revision: transformers' loader says which
+        return None
+    return Path(found) if found is not None else None
