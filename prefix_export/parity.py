@@ -20,6 +20,7 @@ from prefix_runtime.logits_processors import LogitsProcessors, Step
 from .double_precision import DoublePrecision
 from .errors import ExportError, ParityError
 from .models import BaseModel
+from .models.experts import traceable_experts
 from .progress import SILENT, Progress
 from .quality import HeldOut
 from .reference import PrefixSource, reference
@@ -149,7 +150,8 @@ def observe(
     truths = []
     with reference(base, prefix, source) as found:
         for prompt in (*texts, *random_prompts(base.geometry.vocab_size, room)):
-            with _enough_memory(base), DoublePrecision():
+            # The default implementation of experts has no kernel for double precision.
+            with _enough_memory(base), traceable_experts(base.model), DoublePrecision():
                 logits = _on_disk(found.logits(prompt))
             count = min(_NEW_TOKENS, room - len(prompt))
             truths.append(PromptTruth(prompt, logits, tuple(found.greedy(prompt, count)), count))

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from .errors import CheckpointError, ModelError
 
-_HUB_MODEL = re.compile(r"(?=[^@]{1,96}(?:@|$))[A-Za-z0-9][\w.-]*(?:/[\w.-]+)*(?:@\S+)?", re.ASCII)
+_HUB_MODEL = re.compile(
+    r"(?=[^@]{1,96}(?:@|$))(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*(?:(?:/[\w.-]+)+\.gguf)?(?:@\S+)?", re.ASCII
+)
 _HUB_CHECKPOINT = re.compile(r"(?=[^@]{1,96}(?:@|$))[A-Za-z0-9][\w.-]*(?:/[\w.-]+)+(?:@\S+)?", re.ASCII)
 
 

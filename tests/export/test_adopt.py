@@ -230,7 +230,7 @@ def counting_positions(graph):
 
 
 def test_a_graph_whose_padded_rows_would_be_wrong_is_refused(changed, request_of, tmp_path):
-    with pytest.raises(ParityError, match=r"expected the exported graph to agree with .*, different tokens"):
+    with pytest.raises(ParityError, match=r"expected the exported graph to agree with .* and different tokens"):
         build(request_of(changed(counting_positions)))
     assert not (tmp_path / "out").exists()
 

@@ -167,9 +167,15 @@ def test_where_there_is_little_room_none_is_kept_until_there_is(large, cache, mo
     assert suffixes(cache) == ["", ".kept"]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ProviderError("cannot write")])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), "[Errno 28] the disk takes no more"),
+        (ProviderError("cannot write"), "cannot write; it"),
+    ],
+)
 def test_what_goes_wrong_is_said_stops_no_engine_and_is_tried_again_a_day_later(
-    large, cache, monkeypatch, caplog, error
+    large, cache, monkeypatch, caplog, error, said
 ):
     tried, save = [], prepared.save_opened
 
@@ -184,7 +190,7 @@ def test_what_goes_wrong_is_said_stops_no_engine_and_is_tried_again_a_day_later(
     assert len(tried) == 1
     assert suffixes(cache) == [".kept"]
     (warning,) = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
-    assert warning.startswith(f"{large.root}: its graph could not be kept, and is packed at every opening: {error}; it")
+    assert warning.startswith(f"{large.root}: its graph could not be kept, and is packed at every opening: {said}")
     later, now = PAUSE + 1, time.time
     monkeypatch.setattr(time, "time", lambda: now() + later)
     load(large)
