@@ -36,6 +36,8 @@ MANIFEST_NAME = "manifest.json"
 ADAPTER_SUFFIX = ".onnx_adapter"
 # A manifest lists tasks by the thousand, not by the million; a larger file is not one.
 _MAX_MANIFEST_BYTES = 64 << 20
+# It was removed meanwhile, or is no regular file any more; other errors say themselves what is wrong.
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL)
 
 
 class Bundle:
@@ -332,6 +334,8 @@ def _missing_named(path: Path, size: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
         raise BundleIntegrityError(f"{path}: expected a file of {size} bytes, found {error}") from error
 
 
