@@ -245,7 +245,7 @@ class Interrupter:
         while time.monotonic() < self.ends:
             for number, dealt_with in list(self._is_due.items()):
                 self._interrupt(number, dealt_with)
-            time.sleep(0.02 * chance.random() ** 2)
+            time.sleep(0.008 * chance.random() ** 2)
 
     def _interrupt(self, number, dealt_with):
         # Also after a while: what is raised in a finaliser is lost.
