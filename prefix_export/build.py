@@ -14,7 +14,7 @@ from prefix_runtime import Bundle, LayerPrefix, Manifest, Prefix
 from prefix_runtime.bundle import MANIFEST_NAME, describe_file, staged, write_prefix
 from prefix_runtime.cache_format import CACHE_TYPES, CacheFormat
 from prefix_runtime.geometry import LEAST_TEXT
-from prefix_runtime.manifest import FileEntry, ModelEntry, check_new_task_name
+from prefix_runtime.manifest import FileEntry, ModelEntry, check_free_task_name, task_key
 from prefix_runtime.storage import check_room, write_file_atomically
 
 from . import __version__, targets
@@ -170,6 +170,7 @@ def _fold_all(
 ) -> tuple[SourcedPrefixes, tuple[str, ...]]:
     """Every prefix of every source, checked against the model and marked as made for it, and what to warn of."""
     prefixes: dict[str, Prefix] = {}
+    taken: dict[str, str] = {}
     sources: dict[str, PrefixSource | None] = {}
     warnings: list[str] = []
     for task, named in request.prefixes.items():
@@ -178,7 +179,8 @@ def _fold_all(
         warnings += [f"task {task!r}: {line}" for line in folded.warnings]
         for part, prefix in folded.prefixes.items():
             name = f"{task}-{part}" if part else task
-            check_new_task_name(name, prefixes)
+            check_free_task_name(name, taken)
+            taken[task_key(name)] = name
             base.geometry.check_prefix(prefix, f"{path}{f', {part}' if part else ''}", base.fingerprint, max_length)
             own = replace(prefix, base_fingerprint=base.fingerprint)
             prefixes[name] = _in_float16(own) if plan.cache == "fp16" else own

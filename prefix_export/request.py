@@ -11,7 +11,7 @@ from pathlib import Path
 
 from prefix_runtime.bundle import check_output
 from prefix_runtime.geometry import LEAST_TEXT
-from prefix_runtime.manifest import check_new_task_name
+from prefix_runtime.manifest import check_free_task_name, task_key
 
 from . import targets
 from .errors import ExportError, ModelError
@@ -130,10 +130,10 @@ def _plan(request: BuildRequest) -> targets.Plan:
 
 
 def _check_names(prefixes: Mapping[str, Path]) -> None:
-    taken: list[str] = []
+    taken: dict[str, str] = {}
     for name in prefixes:
-        check_new_task_name(name, taken)
-        taken.append(name)
+        check_free_task_name(name, taken)
+        taken[task_key(name)] = name
 
 
 def _check_graph(request: BuildRequest, plan: targets.Plan) -> None:

@@ -25,6 +25,7 @@ RUNTIME_ERRORS = [
     "BenchError",
     "BundleError",
     "BundleIntegrityError",
+    "BusyError",
     "CompositionError",
     "ContextOverflowError",
     "DuplicateTaskError",

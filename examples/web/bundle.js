@@ -83,7 +83,8 @@ export class Bundle {
 
   /** A file's address names its content, so that what is kept is never stale. */
   #address(entry) {
-    return new URL(`${entry.path}?sha256=${entry.sha256}`, this.url).href;
+    const path = entry.path.split("/").map(encodeURIComponent).join("/");
+    return new URL(`${path}?sha256=${entry.sha256}`, this.url).href;
   }
 
   async #prune() {
@@ -100,7 +101,7 @@ export class Bundle {
 async function get(url, path, advice) {
   let response;
   try {
-    response = await fetch(url);
+    response = await fetch(url, { mode: "same-origin" });
   } catch {
     throw new PageError(`${path}: expected it from the server, found no connection, and it was not kept before`);
   }
@@ -147,7 +148,13 @@ function checkManifest(manifest) {
 }
 
 function isFile(entry) {
-  return typeof entry?.path === "string" && isCount(entry.size) && /^[0-9a-f]{64}$/.test(entry.sha256);
+  return isInside(entry?.path) && isCount(entry.size) && /^[0-9a-f]{64}$/.test(entry.sha256);
+}
+
+/** Whether a path stays inside the bundle: neither another origin nor a folder above. */
+function isInside(path) {
+  if (typeof path !== "string" || /[\\:\0]/.test(path) || !path.isWellFormed()) return false;
+  return path.split("/").every((part) => !["", ".", ".."].includes(part));
 }
 
 function isTask(task) {

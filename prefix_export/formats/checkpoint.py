@@ -7,6 +7,7 @@ storages and dictionaries. Sparse tensors, whose indices torch does not check (C
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import pickletools
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prefix_export.errors import CheckpointError
-from prefix_runtime.storage import sha256_of_file
+from prefix_runtime.storage import read_regular, sha256_of_file
 from prefix_runtime.tensor_file import TensorFile
 
 from .folder import find_weights
@@ -190,6 +191,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: expected a trained prefix, a file or a folder, found nothing there")
     if path.is_file():
         return Checkpoint(path, path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: expected a trained prefix, a file or a folder, found a pipe or a device")
     found = find_weights(path)
     return Checkpoint(path, found.weights, found.notes)
 
@@ -201,10 +204,13 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: it is too large, or no JSON object.
     """
     try:
-        if path.stat().st_size > _MOST_CONFIG_BYTES:
-            raise CheckpointError(f"{path}: expected at most {_MOST_CONFIG_BYTES} bytes of JSON, found a larger file")
-        content = json.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows put a mark before it
+        text = read_regular(path, _MOST_CONFIG_BYTES).decode("utf-8-sig")  # editors on Windows put a mark before it
+        content = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            raise CheckpointError(
+                f"{path}: expected at most {_MOST_CONFIG_BYTES} bytes of JSON, found a larger file"
+            ) from error
         raise CheckpointError(f"{path}: expected JSON, found {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")

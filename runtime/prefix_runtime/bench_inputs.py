@@ -8,7 +8,7 @@ import numpy as np
 
 from .bench_plan import Row
 from .bundle import Bundle
-from .cache_format import LARGEST, CacheFormat
+from .cache_format import LARGEST
 from .prefix import LayerPrefix, Prefix
 
 
@@ -18,7 +18,7 @@ def random_prefix(bundle: Bundle, length: int, seed: int | None = None) -> Prefi
     manifest = bundle.manifest
     shapes = [(2, layer.key_value_heads, length, layer.head_dim) for layer in manifest.geometry.layers]
     pairs = [LayerPrefix(*random.standard_normal(shape, np.float32)) for shape in shapes]
-    if scales := CacheFormat.of_bundle(bundle.root, manifest.cache, manifest.geometry).scales:
+    if scales := bundle.cache_format.scales:
         # Within what 8 bits reach, each channel by its own scale.
         layers = zip(pairs, scales, strict=True)
         pairs = [LayerPrefix(_within(pair.key, scale.key), _within(pair.value, scale.value)) for pair, scale in layers]

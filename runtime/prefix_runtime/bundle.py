@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import posixpath
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 from .cache_format import CacheFormat
+from .checks import quoted
 from .errors import BundleError, BundleIntegrityError, PrefixError
+from .external_files import external_files
 from .manifest import FileEntry, Manifest, TaskEntry, check_new_task_name, prefix_path, unknown_task
 from .prefix import Prefix
 from .storage import (
+    FileIdentity,
     blaming,
+    check_sha256,
+    identity,
     locked,
     partial_name,
+    read_regular,
     sha256_of_file,
     sync_folder,
     sync_tree,
@@ -26,6 +36,8 @@ MANIFEST_NAME = "manifest.json"
 ADAPTER_SUFFIX = ".onnx_adapter"
 # A manifest lists tasks by the thousand, not by the million; a larger file is not one.
 _MAX_MANIFEST_BYTES = 64 << 20
+# It was removed meanwhile, or is no regular file any more; other errors say themselves what is wrong.
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL)
 
 
 class Bundle:
@@ -39,6 +51,8 @@ class Bundle:
     def __init__(self, root: Path, manifest: Manifest) -> None:
         self.root = root
         self.manifest = manifest
+        self._verified: dict[str, FileIdentity] = {}
+        self._verifies_prefixes = False
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
@@ -50,8 +64,7 @@ class Bundle:
         """
         root = Path(path)
         bundle = cls(root, read_manifest(root))
-        for entry in bundle.entries():
-            bundle._check_size(entry)
+        check_sizes(root, bundle.entries())
         return bundle
 
     def entries(self) -> list[FileEntry]:
@@ -59,48 +72,72 @@ class Bundle:
         return [*self.manifest.files.values(), *(task.file for task in self.manifest.tasks.values())]
 
     def verify(self) -> None:
-        """Compare every file with its SHA-256.
+        """Compare every file with its SHA-256; from then on, each prefix again when it is read.
+
+        Other files are read by those that use them, so `check_unchanged` belongs behind that.
 
         Raises:
-            BundleIntegrityError: naming the first file that differs.
+            BundleIntegrityError: naming the first file that differs, or weights that the manifest does not list.
         """
         self._verify(self.entries())
+        self._external_files()
+        self._verifies_prefixes = True
 
     def verify_graph(self) -> None:
-        """Compare the graph and its weights with their SHA-256.
+        """Compare the graph and its weights with their SHA-256; see `verify`.
 
         Raises:
             BundleIntegrityError: as `verify`.
         """
-        self._verify(self.manifest.graph_files)
+        graph_files = self.manifest.graph_files
+        self._verify(graph_files)
+        self._verify([entry for entry in self._external_files() if entry not in graph_files])
 
-    def _verify(self, entries: Iterable[FileEntry]) -> None:
+    def _verify(self, entries: Sequence[FileEntry]) -> None:
+        check_sizes(self.root, entries)
         for entry in entries:
-            self._check_size(entry)
-            found = sha256_of_file(self.root / entry.path)
-            if found != entry.sha256:
-                raise BundleIntegrityError(
-                    f"{self.root / entry.path}: expected SHA-256 {entry.sha256}, found {found}; "
-                    "the file was changed or damaged: build or copy the bundle again"
-                )
+            path = self.root / entry.path
+            with _missing_named(path, entry.size):
+                if entry.path in self.manifest.files:
+                    self._verified[entry.path] = identity(path)
+                check_sha256(path, sha256_of_file(path), entry.sha256)
 
-    def _check_size(self, entry: FileEntry) -> None:
-        path = self.root / entry.path
+    def _external_files(self) -> list[FileEntry]:
+        """The files of weights that the graph names; each must be listed, or nothing would tell which it should be."""
+        graph, listed = self.graph_path, self.manifest.files
+        with _missing_named(graph, listed[self.manifest.graph].size):
+            content = read_regular(graph)
         try:
-            resolved, is_file = path.resolve(), path.is_file()
-        except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, no name at all
-            raise BundleIntegrityError(f"{path}: expected a file of {entry.size} bytes, found {error}") from error
-        if not resolved.is_relative_to(self.root.resolve()):
-            raise BundleError(f"{path}: expected a file inside the bundle, found a link to {resolved}")
-        if not is_file:
-            raise BundleIntegrityError(
-                f"{path}: expected a file of {entry.size} bytes, found none; copy the bundle again"
-            )
-        size = path.stat().st_size
-        if size != entry.size:
-            raise BundleIntegrityError(
-                f"{path}: expected {entry.size} bytes, found {size}; the copy is incomplete or the file was changed"
-            )
+            named = sorted(external_files(content))
+        except ValueError as error:
+            raise BundleIntegrityError(f"{graph}: expected an ONNX graph, found {error}") from error
+        folder = self.manifest.graph.rpartition("/")[0]
+        entries = []
+        for name in named:
+            path = posixpath.normpath(posixpath.join(folder, name))
+            if path not in listed:
+                raise BundleIntegrityError(
+                    f"{graph}: expected weights in files that the manifest lists, found {quoted(name)}, which it does "
+                    "not; build or copy the bundle again"
+                )
+            entries.append(listed[path])
+        return entries
+
+    def check_unchanged(self) -> None:
+        """Refuse files that were replaced or written to since `verify` read them.
+
+        Raises:
+            BundleIntegrityError: naming the first.
+        """
+        for name, before in self._verified.items():
+            path = self.root / name
+            with _missing_named(path, before.size):
+                is_same = identity(path) == before
+            if not is_same:
+                raise BundleIntegrityError(
+                    f"{path}: expected the file that was verified, found that it was changed meanwhile; open the "
+                    "bundle again when nothing writes to it"
+                )
 
     @property
     def graph_path(self) -> Path:
@@ -118,12 +155,13 @@ class Bundle:
         Raises:
             UnknownTaskError: there is no such task; the message lists those that there are.
             PrefixError: its file is damaged or holds another prefix than the manifest says.
+            BundleIntegrityError: the bundle was verified, and the file was changed since.
         """
         entry = self.manifest.tasks.get(task)
         if entry is None:
             raise unknown_task(task, self.manifest.tasks)
         path = self.root / entry.file.path
-        prefix = Prefix.load(path)
+        prefix = Prefix.load(path, entry.file.sha256 if self._verifies_prefixes else None)
         self.check_prefix(prefix, str(path))
         if (prefix.prefix_length, prefix.position_base) != (entry.prefix_length, entry.position_base):
             raise PrefixError(
@@ -140,7 +178,26 @@ class Bundle:
         """
         manifest = self.manifest
         manifest.geometry.check_prefix(prefix, where, manifest.model.fingerprint, manifest.max_length)
-        CacheFormat.of_bundle(self.root, manifest.cache, manifest.geometry).check(prefix, where)
+        self.cache_format.check(prefix, where)
+
+    @cached_property
+    def cache_format(self) -> CacheFormat:
+        """What the keys and values of the graph's past and present are kept in.
+
+        Raises:
+            BundleError: the file of scales is damaged or does not fit the model.
+        """
+        return CacheFormat.of_bundle(self.root, self.manifest.cache, self.manifest.geometry)
+
+    def check_length(self, prefixes: Sequence[Prefix], where: str) -> None:
+        """Refuse prefixes that together leave no room for text; `where` names them in the message.
+
+        Raises:
+            PrefixMismatchError
+        """
+        manifest, length = self.manifest, sum(prefix.prefix_length for prefix in prefixes)
+        position_base = length if prefixes[0].position_base else 0
+        manifest.geometry.check_length(length, position_base, where, manifest.max_length)
 
     def check_tasks_may_change(self) -> None:
         """Refuse to add or remove tasks where the graph holds their prefixes.
@@ -222,16 +279,64 @@ def read_manifest(root: Path) -> Manifest:
     """
     path = root / MANIFEST_NAME
     try:
-        if path.stat().st_size > _MAX_MANIFEST_BYTES:
-            raise BundleError(f"{path}: expected a manifest of at most {_MAX_MANIFEST_BYTES} bytes")
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, _MAX_MANIFEST_BYTES).decode()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BundleError(
             f"{root}: expected a bundle (a folder with {MANIFEST_NAME}), found none; make one with: prefix-export build"
         ) from error
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            raise BundleError(f"{path}: expected a manifest of at most {_MAX_MANIFEST_BYTES} bytes") from error
         raise BundleError(f"{path}: cannot be read: {error}") from error
     return Manifest.from_json(text, str(path))
+
+
+def check_sizes(root: Path, entries: Iterable[FileEntry]) -> None:
+    """Refuse a bundle folder whose files are not all there, regular, inside of it and of their sizes.
+
+    Raises:
+        BundleError: a link that leads outside.
+        BundleIntegrityError: a file is missing or of another size.
+    """
+    inside: dict[str, bool] = {}  # by folder: each is looked at once
+    for entry in entries:
+        folder = entry.path.rpartition("/")[0]
+        path = f"{root}/{entry.path}"
+        try:
+            if folder not in inside:
+                inside[folder] = _is_inside(root, root / folder)
+            status = os.lstat(path)
+            is_link = stat.S_ISLNK(status.st_mode)
+            if not inside[folder] or (is_link and not _is_inside(root, Path(path))):
+                raise BundleError(f"{path}: expected a file inside the bundle, found a link to {Path(path).resolve()}")
+            status = Path(path).stat() if is_link else status
+        except FileNotFoundError:
+            status = None
+        except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, no name at all
+            raise BundleIntegrityError(f"{path}: expected a file of {entry.size} bytes, found {error}") from error
+        if status is None or not stat.S_ISREG(status.st_mode):
+            raise BundleIntegrityError(
+                f"{path}: expected a file of {entry.size} bytes, found none; copy the bundle again"
+            )
+        if status.st_size != entry.size:
+            raise BundleIntegrityError(
+                f"{path}: expected {entry.size} bytes, found {status.st_size}; the copy is incomplete or the file was "
+                "changed"
+            )
+
+
+def _is_inside(root: Path, path: Path) -> bool:
+    return path.resolve().is_relative_to(root.resolve())
+
+
+@contextmanager
+def _missing_named(path: Path, size: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
+        raise BundleIntegrityError(f"{path}: expected a file of {size} bytes, found {error}") from error
 
 
 def write_prefix(root: Path, name: str, prefix: Prefix) -> TaskEntry:

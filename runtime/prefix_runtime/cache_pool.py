@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from .cache import Cache
+from .errors import BusyError
 from .prefix import Prefix
 
 CAPACITY_STEP = 64
@@ -17,6 +18,21 @@ CacheMaker = Callable[[int, int], Cache]
 """Rows and capacity to a cache."""
 
 
+class _Lease:
+    """A cache that a request has, or that is being made for it. Only the request refers to it.
+
+    Attributes:
+        cache: None until it is made, and after it was given back.
+        nbytes: that it takes.
+    """
+
+    __slots__ = ("__weakref__", "cache", "nbytes")
+
+    def __init__(self, nbytes: int) -> None:
+        self.cache: Cache | None = None
+        self.nbytes = nbytes
+
+
 class CachePool:
     """Caches that are lent to one batch at a time and remember which prefixes they hold.
 
@@ -24,24 +40,37 @@ class CachePool:
     the least recently used first, while all caches together take more than `budget` bytes; the caches of running
     requests are never dropped.
 
+    An interrupt may come at any moment, and a stream may be collected in a thread that holds the lock. So:
+
+    1. The lock is taken by `with` alone, and only by those that take a cache.
+    2. Giving back and forgetting take no lock: each is one operation of a list at a time.
+    3. What is lent is not counted but looked up: a lease is in the books for as long as its request has it.
+    4. A cache that a request left with an error is not used again.
+
     Args:
         make: makes a cache of so many rows and so many positions of each.
         position_bytes: that the keys and values of one position take.
         max_length: positions that a row may take.
         budget: bytes of keys and values, of all caches together.
         step: positions by which caches grow.
+        limit: bytes that the caches of running requests may take together. Default: no limit.
     """
 
     def __init__(
-        self, make: CacheMaker, position_bytes: int, max_length: int, budget: int, step: int = CAPACITY_STEP
+        self,
+        make: CacheMaker,
+        position_bytes: int,
+        max_length: int,
+        budget: int,
+        step: int = CAPACITY_STEP,
+        *,
+        limit: int | None = None,
     ) -> None:
         self._make, self._position_bytes, self._step = make, position_bytes, step
-        self._max_length, self._budget = max_length, budget
+        self._max_length, self._budget, self._limit = max_length, budget, limit
         self._lock = threading.Lock()
         self._idle: list[Cache] = []  # the least recently used first
-        self._lent: list[Cache] = []
-        self._returned: deque[Cache] = deque()  # by their requests, and not taken in yet
-        self._lent_bytes = 0  # with those that are being made
+        self._leases: set[weakref.ref[_Lease]] = set()
 
     @contextmanager
     def lease(self, prefixes: Sequence[Prefix | None], length: int) -> Iterator[tuple[Cache, list[int]]]:
@@ -50,49 +79,68 @@ class CachePool:
         Args:
             prefixes: one for each row of the batch.
             length: positions that the longest row needs in all.
+
+        Raises:
+            BusyError: with it, running requests would take more than the limit.
         """
-        cache = self._take(prefixes, self._capacity(length))
+        lease = self._take(prefixes, self._capacity(length))
+        assert lease.cache is not None
         try:
-            yield cache, _seeded(cache, prefixes)
-        finally:
-            self._give_back(cache)
+            yield lease.cache, _seeded(lease.cache, prefixes)
+        except GeneratorExit:  # a stream that is left, between two runs
+            self._give_back(lease)
+            raise
+        except BaseException:  # maybe in the middle of a run or a copy
+            lease.cache, lease.nbytes = None, 0
+            raise
+        self._give_back(lease)
 
     def forget(self, prefix: Prefix) -> None:
-        """Drop the caches that hold a prefix, those of running requests as soon as they end."""
-        with self._lock:
-            self._settle()
-            self._idle = [cache for cache in self._idle if not _holds(cache, prefix) or cache.let_go(prefix)]
-            for cache in self._lent:
-                cache.is_wanted = cache.is_wanted and not _holds(cache, prefix)
+        """Drop the caches that hold a prefix, those of running requests as soon as they end. Takes no lock."""
+        # In this order, as one may be given back meanwhile.
+        for lease in self._running():
+            cache = lease.cache
+            if cache is not None and _holds(cache, prefix):
+                cache.is_wanted = False
+        for cache in list(self._idle):
+            if _holds(cache, prefix) and self._claimed(cache) and cache.let_go(prefix):
+                self._idle.append(cache)
+
+    @property
+    def lent_bytes(self) -> int:
+        """Bytes that the caches of running requests take, those that are being made among them."""
+        return sum(lease.nbytes for lease in self._running())
+
+    def _running(self) -> list[_Lease]:
+        return [lease for reference in self._leases.copy() if (lease := reference()) is not None]
 
     def _capacity(self, length: int) -> int:
         steps = -(-length // self._step)
         return max(length, min(steps * self._step, self._max_length))
 
-    def _take(self, prefixes: Sequence[Prefix | None], capacity: int) -> Cache:
+    def _take(self, prefixes: Sequence[Prefix | None], capacity: int) -> _Lease:
         needed = len(prefixes) * capacity * self._position_bytes
         with self._lock:
-            self._settle()
-            cache = self._find(prefixes, capacity, needed)
-            if cache is not None:
-                self._idle.remove(cache)
-                self._lent.append(cache)
-                self._lent_bytes += cache.nbytes
-                return cache
-            self._lent_bytes += needed
+            cache = self._found(prefixes, capacity, needed)
+            self._check_limit(needed if cache is None else cache.nbytes)
+            lease = _Lease(needed if cache is None else cache.nbytes)
+            self._leases.add(weakref.ref(lease, self._leases.discard))
+        lease.cache = cache
+        if cache is None:
             self._shrink()
-        try:
-            cache = self._make(len(prefixes), capacity)
-        except BaseException:
-            with self._lock:
-                self._lent_bytes -= needed
-            raise
-        with self._lock:
-            self._lent.append(cache)
-        return cache
+            lease.cache = self._make(len(prefixes), capacity)
+        return lease
+
+    def _found(self, prefixes: Sequence[Prefix | None], capacity: int, needed: int) -> Cache | None:
+        """An idle cache that suits, taken out of the idle ones."""
+        while (cache := self._find(prefixes, capacity, needed)) is not None:
+            if self._claimed(cache):  # else it was dropped meanwhile
+                return cache
+        return None
 
     def _find(self, prefixes: Sequence[Prefix | None], capacity: int, needed: int) -> Cache | None:
-        fitting = [cache for cache in self._idle if cache.capacity >= capacity and _fits(cache, len(prefixes))]
+        idle = list(self._idle)
+        fitting = [cache for cache in idle if cache.capacity >= capacity and _fits(cache, len(prefixes))]
         if not fitting:
             return None
         # The last one of those that hold most: the most recently used.
@@ -104,33 +152,44 @@ class CachePool:
         # one of each combination.
         if len(prefixes) > 1 or best.is_seeded_at_once:
             return best
-        in_use = self._lent_bytes + sum(cache.nbytes for cache in self._idle)
+        in_use = self.lent_bytes + sum(cache.nbytes for cache in idle)
         return fitting[0] if in_use + needed > self._budget else None
 
-    def _give_back(self, cache: Cache) -> None:
-        # Without waiting for the lock: a stream that nobody reads on may be collected in this very thread while it is
-        # held, and would wait for itself. Who holds it next settles.
-        self._returned.append(cache)
-        if self._lock.acquire(blocking=False):
-            try:
-                self._settle()
-            finally:
-                self._lock.release()
+    def _claimed(self, cache: Cache) -> bool:
+        """Take a cache out of the idle ones; returns whether it was there: one caller gets it."""
+        try:
+            self._idle.remove(cache)
+        except ValueError:
+            return False
+        return True
 
-    def _settle(self) -> None:
-        """Take in what was given back; with the lock held."""
-        while self._returned:
-            cache = self._returned.popleft()
-            self._lent.remove(cache)
-            self._lent_bytes -= cache.nbytes
-            if cache.is_wanted:
-                self._idle.append(cache)
-            self._shrink()
+    def _check_limit(self, nbytes: int) -> None:
+        if self._limit is not None and self.lent_bytes + nbytes > self._limit:
+            raise BusyError(
+                f"expected running requests to take at most {self._limit} bytes of buffers, found {self.lent_bytes} in "
+                f"use and {nbytes} more to be taken; wait for a request to end, close a stream, or raise "
+                "max_cache_bytes"
+            )
+
+    def _give_back(self, lease: _Lease) -> None:
+        cache = lease.cache
+        assert cache is not None
+        lease.nbytes = 0
+        if cache.is_wanted:
+            self._idle.append(cache)
+        lease.cache = None
+        if not cache.is_wanted:  # a prefix was forgotten meanwhile
+            self._claimed(cache)
+        self._shrink()
 
     def _shrink(self) -> None:
-        total = self._lent_bytes + sum(cache.nbytes for cache in self._idle)
-        while self._idle and total > self._budget:
-            total -= self._idle.pop(0).nbytes
+        """Drop idle caches until all together keep to the budget. Takes no lock."""
+        excess = self.lent_bytes + sum(cache.nbytes for cache in list(self._idle)) - self._budget
+        while excess > 0:
+            try:
+                excess -= self._idle.pop(0).nbytes
+            except IndexError:  # none is left
+                return
 
 
 def _fits(cache: Cache, rows: int) -> bool:

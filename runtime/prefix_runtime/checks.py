@@ -7,6 +7,9 @@ from typing import TypeGuard
 
 import numpy as np
 
+MOST_QUOTED = 80
+"""Characters of a value from outside that a message repeats."""
+
 
 def is_whole(value: object, least: float = 0, most: float = math.inf) -> TypeGuard[int]:
     """Whether it is a whole number in a range; True and False are none."""
@@ -30,3 +33,11 @@ def is_finite(value: object) -> bool:
         return math.isfinite(value)
     except OverflowError:  # a whole number beyond what floating point reaches
         return False
+
+
+def quoted(value: object) -> str:
+    """A value as a message shows it: of a text at most `MOST_QUOTED` characters, then an ellipsis."""
+    if isinstance(value, str):
+        return repr(value) if len(value) <= MOST_QUOTED else f"{value[:MOST_QUOTED]!r}…"
+    shown = repr(value)
+    return shown if len(shown) <= MOST_QUOTED else f"{shown[:MOST_QUOTED]}…"

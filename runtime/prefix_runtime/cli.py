@@ -71,7 +71,8 @@ def prepare(bundle: Path, remove: bool) -> None:
     """Keep BUNDLE's graph as onnxruntime packs it for this processor, so that it opens faster from now on.
 
     It is kept in the user's cache folder, or in PREFIX_RUNTIME_CACHE, and takes about twice the bundle's size. Of a
-    bundle of a gigabyte or more the first opening does so by itself, unless its weights have 4 bits.
+    bundle of a gigabyte or more the first opening does so by itself, unless its weights have 4 bits. What was kept
+    before is compared with its SHA-256.
     """
     from .bundle import Bundle
 
@@ -81,7 +82,7 @@ def prepare(bundle: Path, remove: bool) -> None:
     if remove:
         click.echo(f"removed what was kept of {bundle}" if keeping.discard(opened) else "nothing was kept")
         return
-    graph = keeping.keep(opened)
+    graph = keeping.keep(opened, compares=True)
     size = sum(path.stat().st_size for path in graph.parent.iterdir())
     click.echo(f"{graph.parent}: {size / 1e6:.1f} MB")
 

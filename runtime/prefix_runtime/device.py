@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -124,7 +126,7 @@ class Device:
         if not 0 <= self.index < count:
             raise ProviderError(f"cuda: device: expected 0 to {count - 1}, found {self.index}")
         self.name: str = _value(cuda.cudaGetDeviceProperties(self.index), "ask what GPU it is").name.decode()
-        self._lock = threading.RLock() if options.stream is None else _lock_of(options.stream)
+        self._turns = _Turns(self.index) if options.stream is None else _turns_of(options.stream, self.index)
         self.stream = self._new_stream() if options.stream is None else Stream(options.stream)
         self.uploads = self._new_stream()
         self._pool = self._new_pool()
@@ -137,13 +139,15 @@ class Device:
         While a thread captures a CUDA graph, no other may use its stream: engines that were given one share their
         turns. All else is allowed beside a capture. Turns nest; the thread is left with the GPU that it used before.
         """
-        with self._lock, _beside_captures():
+        with self._turns.lock, _beside_captures():
             before = _value(cuda.cudaGetDevice(), "find the GPU in use")
             if before == self.index:
+                self._turns.free()
                 yield
                 return
-            _check(cuda.cudaSetDevice(self.index), f"use GPU {self.index}")
             try:
+                _check(cuda.cudaSetDevice(self.index), f"use GPU {self.index}")
+                self._turns.free()
                 yield
             finally:
                 cuda.cudaSetDevice(before)
@@ -151,7 +155,8 @@ class Device:
     def allocate(self, nbytes: int, stream: Stream | None = None) -> Memory:
         """Memory on the GPU, of any content.
 
-        What is freed may be taken again at once, without waiting for what runs: CUDA orders one after the other.
+        What is freed may be taken again at once, without waiting for what runs: CUDA orders one after the other. Memory
+        whose object is collected is freed at the next turn.
 
         Args:
             nbytes: how much.
@@ -165,7 +170,7 @@ class Device:
             lambda: cuda.cudaMallocFromPoolAsync(max(nbytes, 1), self._pool, handle),
             f"take {nbytes} bytes of GPU {self.index}",
         )
-        return Memory(int(address), nbytes, self._free)
+        return Memory(int(address), nbytes, partial(self._turns.retire, self.stream, self.uploads, self._brought))
 
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """An array in page-locked memory of the host, of any content."""
@@ -199,11 +204,6 @@ class Device:
         _check(cuda.cudaMemPoolSetAttribute(pool, attribute, cuuint64_t(2**64 - 1)), "keep freed memory")
         return pool
 
-    def _free(self, address: int) -> None:
-        with self.turn():
-            self.await_uploads()  # what is freed may be on its way still
-            cuda.cudaFreeAsync(address, self.stream.handle)
-
     def _made(self, make: Callable[[], tuple[Any, ...]], what: str) -> Any:
         """What CUDA makes on this GPU."""
         with self.turn():
@@ -218,14 +218,56 @@ class _LockedBuffer:
         weakref.finalize(self, _free_host, address).atexit = False
 
 
-_locks: weakref.WeakValueDictionary[int, threading.RLock] = weakref.WeakValueDictionary()
-_locks_lock = threading.Lock()
+class _Turns:
+    """The turns at a stream: its lock, and memory that is freed in the next turn.
+
+    A finaliser runs in any thread at any moment, also in one that holds a lock, so it takes none: it queues.
+
+    Args:
+        index: the GPU's number.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.lock = threading.RLock()
+        self._unused: deque[Callable[[], object]] = deque()
+        weakref.finalize(self, _free_last, self._unused, index).atexit = False
+
+    def retire(self, stream: Stream, uploads: Stream, uploaded: Event, address: int) -> None:
+        """Queue memory of a stream and its uploads to be freed."""
+        self._unused.append(partial(_free, stream, uploads, uploaded, address))
+
+    def free(self) -> None:
+        """Free what is queued; in a turn."""
+        while self._unused:
+            self._unused.popleft()()
 
 
-def _lock_of(stream: int) -> threading.RLock:
-    """The lock of a stream that engines were given, for as long as one of them is there."""
-    with _locks_lock:
-        return _locks.setdefault(stream, threading.RLock())
+def _free(stream: Stream, uploads: Stream, uploaded: Event, address: int) -> None:
+    uploads.record(uploaded)
+    stream.wait_for(uploaded)  # what is freed may be on its way still
+    cuda.cudaFreeAsync(address, stream.handle)
+
+
+def _free_last(unused: deque[Callable[[], object]], index: int) -> None:
+    """Free what is queued when nobody takes turns any more."""
+    if not unused:
+        return
+    with _beside_captures():
+        before = _value(cuda.cudaGetDevice(), "find the GPU in use")
+        cuda.cudaSetDevice(index)
+        while unused:
+            unused.popleft()()
+        cuda.cudaSetDevice(before)
+
+
+_turns: weakref.WeakValueDictionary[int, _Turns] = weakref.WeakValueDictionary()
+_turns_lock = threading.Lock()
+
+
+def _turns_of(stream: int, index: int) -> _Turns:
+    """The turns at a stream that engines were given, for as long as one of them is there."""
+    with _turns_lock:
+        return _turns.setdefault(stream, _Turns(index))
 
 
 _BESIDE = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed

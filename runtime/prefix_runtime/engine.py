@@ -19,7 +19,6 @@ from .arguments import (
     options_of_each,
 )
 from .bundle import Bundle
-from .cache_format import CacheFormat
 from .cache_pool import CAPACITY_STEP, CacheMaker, CachePool
 from .checks import is_whole
 from .decoding import decode
@@ -55,6 +54,7 @@ def load(
     threads: int | None = None,
     max_length: int | None = None,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
+    max_cache_bytes: int | None = None,
     max_batch: int = DEFAULT_MAX_BATCH,
     verify: bool = False,
     prepare: bool | None = None,
@@ -68,8 +68,10 @@ def load(
         threads: of one run on a CPU; None leaves the choice to onnxruntime.
         max_length: positions that prefix and text may take together; at most, and by default, the bundle's own.
         cache_bytes: that key/value buffers may take before idle ones are dropped.
+        max_cache_bytes: bytes that the key/value buffers of running requests may take together; a request beyond that
+            raises `BusyError` when it begins, a stream with its first step. Default: no limit.
         max_batch: prompts of a list that are answered together; more are taken in turns.
-        verify: compare every file's SHA-256 first, and open the bundle's own graph.
+        verify: compare every file's SHA-256 first, each prefix again when it is read, and open the bundle's own graph.
         prepare: keep the graph as onnxruntime packs it, if it was not kept before, and open that: once this takes
             several times as long, and the disk twice the graph's size; see `prefix-runtime prepare`. None does so where
             the bundle is of a gigabyte or more, not of 4 bits, and half of the free disk holds it; False never does,
@@ -78,8 +80,8 @@ def load(
     Raises:
         BundleError, BundleIntegrityError: the folder is not a bundle, or not whole.
         ProviderError: onnxruntime cannot open the graph with this provider.
-        RequestError: `max_length`, `cache_bytes` or `max_batch` is out of range; `prepare` beside another provider or
-            `verify`.
+        RequestError: `max_length`, `cache_bytes`, `max_cache_bytes` or `max_batch` is out of range; `prepare` beside
+            another provider or `verify`.
         OSError: the graph cannot be kept, as where the disk is full; nothing is left behind.
 
     >>> engine = load("bundle")  # doctest: +SKIP
@@ -93,6 +95,8 @@ def load(
         raise RequestError(f"max_length: expected 1 to the bundle's {limit}, found {max_length!r}")
     if not is_whole(cache_bytes):
         raise RequestError(f"cache_bytes: expected a whole number, 0 or more, found {cache_bytes!r}")
+    if max_cache_bytes is not None and not is_whole(max_cache_bytes):
+        raise RequestError(f"max_cache_bytes: expected a whole number, 0 or more, or None, found {max_cache_bytes!r}")
     if not is_whole(max_batch, 1):
         raise RequestError(f"max_batch: expected a whole number, 1 or more, found {max_batch!r}")
     if prepare is not None and not isinstance(prepare, bool):
@@ -100,7 +104,10 @@ def load(
     session = open_session(bundle, provider, threads, max_batch, only_own=verify, prepares=prepare)
     if isinstance(session, EngineSession):
         max_batch = min(max_batch, session.limits.batch)
-    return Engine(bundle, session, max_length or limit, cache_bytes, max_batch)
+    engine = Engine(bundle, session, max_length or limit, cache_bytes, max_batch, max_cache_bytes=max_cache_bytes)
+    if verify:
+        bundle.check_unchanged()
+    return engine
 
 
 class Engine:
@@ -117,12 +124,14 @@ class Engine:
         max_length: int,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         max_batch: int = DEFAULT_MAX_BATCH,
+        *,
+        max_cache_bytes: int | None = None,
     ) -> None:
         self.bundle, self._session = bundle, session
         self._geometry = bundle.manifest.geometry
         self._max_length, self._max_batch = max_length, max_batch
         self._store = TaskStore(bundle)
-        cache_format = CacheFormat.of_bundle(bundle.root, bundle.manifest.cache, self._geometry)
+        cache_format = bundle.cache_format
         task_id = self._store.place if bundle.manifest.mode == "bake" else None
         make: CacheMaker
         step = CAPACITY_STEP
@@ -142,7 +151,7 @@ class Engine:
         else:
             make = partial(KeyValueCache, session, self._geometry, cache_format=cache_format)
         position_bytes = cache_format.dtype.itemsize * self._geometry.values_per_position
-        self._pool = CachePool(make, position_bytes, max_length, cache_bytes, step)
+        self._pool = CachePool(make, position_bytes, max_length, cache_bytes, step, limit=max_cache_bytes)
         self._codec = TextCodec.of_bundle(bundle)
         self._rules = RuleBook(bundle)
 
@@ -300,11 +309,10 @@ class Engine:
         """
         check_ids(token_ids)
         request = self._request(token_ids, task, {"max_new_tokens": 0}, least_new_tokens=0)
-        try:
-            with self._pool.lease([request.prefix], request.length) as (cache, _):
-                return cache.prefill(0, request.prompt, keep_all_logits=True)
-        finally:
+        with self._pool.lease([request.prefix], request.length) as (cache, _):
+            logits = cache.prefill(0, request.prompt, keep_all_logits=True)
             self._forget_removed([request])
+        return logits
 
     def _run(self, requests: Sequence[Request]) -> list[GenerationResult]:
         answers: list[GrowingAnswer] = []
@@ -321,16 +329,19 @@ class Engine:
         """Decode requests together; appends their answers, in order, and returns after each token of each."""
         started = time.perf_counter()
         prefixes = [request.prefix for request in requests]
-        try:
-            with self._pool.lease(prefixes, max(request.length for request in requests)) as (cache, rows):
-                lease = time.perf_counter() - started
-                answers += [GrowingAnswer(request, self._codec, lease) for request in requests]
+        with self._pool.lease(prefixes, max(request.length for request in requests)) as (cache, rows):
+            lease = time.perf_counter() - started
+            answers += [GrowingAnswer(request, self._codec, lease) for request in requests]
+            try:
                 yield from decode(cache, rows, answers)
-        finally:
-            self._forget_removed(requests)
+            finally:
+                self._forget_removed(requests)
 
     def _forget_removed(self, requests: Sequence[Request]) -> None:
-        """Let go of the buffers of tasks that were removed after these requests had found them."""
+        """Free the buffers of tasks that were removed after these requests had found them.
+
+        A collected stream calls this in any thread at any moment, so nothing here takes a lock.
+        """
         for request in requests:
             if request.prefix and request.task and not self._store.holds(request.task, request.prefix):
                 self._forget(request.prefix)

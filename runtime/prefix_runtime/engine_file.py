@@ -17,7 +17,7 @@ from .bundle import Bundle, describe_file
 from .engine_profile import Profile, Tensor
 from .errors import BundleError, BundleIntegrityError
 from .manifest import FileEntry, Manifest, check_relative_path
-from .storage import locked, sha256_of_file, write_file_atomically
+from .storage import locked, read_regular, sha256_of_file, write_file_atomically
 
 FOLDER = "tensorrt"
 """Of a bundle's engines."""
@@ -25,6 +25,7 @@ FOLDER = "tensorrt"
 RECORD_NAME = "engines.json"
 FORMAT = "prefix-export.engines"
 FORMAT_VERSION = 1
+_MAX_RECORD_BYTES = 64 << 20
 BACKENDS = ("tensorrt-rtx", "tensorrt")
 
 
@@ -87,7 +88,7 @@ def read_engines(folder: Path) -> list[EngineRecord]:
     """
     path = folder / RECORD_NAME
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, _MAX_RECORD_BYTES).decode()
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
@@ -142,13 +143,30 @@ def add_engine(folder: Path, record: EngineRecord, content: bytes) -> EngineReco
     return record
 
 
-def check_engine(folder: Path, record: EngineRecord, bundle: Bundle) -> Path:
-    """The file of an engine that was built of this bundle's graph and is whole.
+def check_engine(folder: Path, record: EngineRecord, bundle: Bundle) -> None:
+    """Refuse an engine that was not built of this bundle's graph, or is not whole.
 
     Raises:
         BundleError: it was built of another graph.
         BundleIntegrityError: its file is missing or changed.
     """
+    path = _engine_path(folder, record, bundle)
+    _check_content(path, sha256_of_file(path), record, bundle)
+
+
+def read_engine(folder: Path, record: EngineRecord, bundle: Bundle) -> bytes:
+    """A serialized engine that was built of this bundle's graph and is whole; its file is read once.
+
+    Raises:
+        BundleError, BundleIntegrityError: as `check_engine`.
+    """
+    path = _engine_path(folder, record, bundle)
+    content = read_regular(path)
+    _check_content(path, hashlib.sha256(content).hexdigest(), record, bundle)
+    return content
+
+
+def _engine_path(folder: Path, record: EngineRecord, bundle: Bundle) -> Path:
     if record.graph != graph_hash(bundle.manifest):
         raise BundleError(
             f"{folder}: engine {record.name!r}: expected one of this bundle's graph, found one that was built of "
@@ -160,12 +178,15 @@ def check_engine(folder: Path, record: EngineRecord, bundle: Bundle) -> Path:
             f"{path}: expected an engine of {record.file.size} bytes, found none; build it anew with: prefix-export "
             f"tensorrt {bundle.root}"
         )
-    if (found := sha256_of_file(path)) != record.file.sha256:
+    return path
+
+
+def _check_content(path: Path, found: str, record: EngineRecord, bundle: Bundle) -> None:
+    if found != record.file.sha256:
         raise BundleIntegrityError(
             f"{path}: expected SHA-256 {record.file.sha256}, found {found}; the engine was changed or damaged: build "
             f"it anew with: prefix-export tensorrt {bundle.root}"
         )
-    return path
 
 
 def _write(folder: Path, records: Sequence[EngineRecord]) -> None:

@@ -11,6 +11,7 @@ PrefixRuntimeError
 │   ├── UnknownTaskError        no task of this name
 │   └── DuplicateTaskError      the name is taken
 ├── RequestError                what `generate` was asked for cannot be done
+│   ├── BusyError               running requests take all the memory that they may
 │   └── ContextOverflowError    prefix, prompt and new tokens do not fit the context
 ├── ProviderError               onnxruntime cannot open or run the graph
 └── BenchError                  what `bench` was asked for cannot be done, or its report cannot be read or shown
@@ -24,6 +25,7 @@ __all__ = [
     "BenchError",
     "BundleError",
     "BundleIntegrityError",
+    "BusyError",
     "CompositionError",
     "ContextOverflowError",
     "DuplicateTaskError",
@@ -80,6 +82,10 @@ class DuplicateTaskError(TaskError):
 
 class RequestError(PrefixRuntimeError):
     """What `generate` was asked for cannot be done."""
+
+
+class BusyError(RequestError):
+    """Running requests take all the memory that they may; the same request may be answered later."""
 
 
 class ContextOverflowError(RequestError):

@@ -70,11 +70,19 @@ class Geometry:
                 f"{where}: made for another base model: expected fingerprint {fingerprint[:20]}…, "
                 f"found {prefix.base_fingerprint[:20]}…; use the model that the prefix was trained on"
             )
+        self.check_length(prefix.prefix_length, prefix.position_base, where, max_length)
+
+    def check_length(self, length: int, position_base: int, where: str, max_length: int | None = None) -> None:
+        """Refuse a prefix that leaves no room for text, by its length and the position of its first token of text.
+
+        Raises:
+            PrefixMismatchError
+        """
         limit = max_length or self.context_length
-        if self.room(prefix, limit) < LEAST_TEXT:
+        if min(limit - length, self.context_length - position_base) < LEAST_TEXT:
             raise PrefixMismatchError(
                 f"{where}: expected a prefix that leaves {LEAST_TEXT} of {limit} positions for text, "
-                f"found one of length {prefix.prefix_length}"
+                f"found one of length {length}"
             )
 
 

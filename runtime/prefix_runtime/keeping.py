@@ -56,9 +56,9 @@ def find_or_keep(bundle: Bundle, keeps: bool | None = None) -> Path | None:
     return found
 
 
-def keep(bundle: Bundle) -> Path:
-    """Keep a graph for good, if it was not kept before; returns it. Errors as `prepared.prepare`."""
-    graph = prepare(bundle)
+def keep(bundle: Bundle, *, compares: bool = False) -> Path:
+    """Keep a graph for good, if it was not kept before; returns it. Arguments and errors as `prepared.prepare`."""
+    graph = prepare(bundle, compares=compares)
     _unmark(bundle)
     return graph
 

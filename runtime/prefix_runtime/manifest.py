@@ -6,21 +6,27 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
 
 from .cache_format import CACHE_TYPES, SCALES_NAME
+from .checks import MOST_QUOTED, quoted
 from .errors import BundleError, DuplicateTaskError, TaskNameError, UnknownTaskError
 from .geometry import Geometry, LayerGeometry
 
 FORMAT = "prefix-export.bundle"
 FORMAT_VERSION = 1
 _TASK_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,63}")
+# Windows opens a device under these names, whatever the extension.
+_DEVICE_NAME = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # What no model comes near: buffers are made by these numbers, and a manifest may come from anywhere.
 _MOST_HEADS, _MOST_HEAD_DIM, _MOST_POSITIONS, _MOST_TOKENS = 1 << 12, 1 << 13, 1 << 26, 1 << 24
+_MOST_LISTED = 50
+"""Tasks that a message lists."""
+# What no path inside the bundle has: a drive, a backslash, a part that is empty, `.` or `..`.
+_OUTSIDE = re.compile(r"[\\:\0]|(?:^|/)\.{0,2}(?:/|\Z)")
 T = TypeVar("T")
 
 
@@ -169,7 +175,7 @@ def check_task_name(name: str) -> None:
     if not isinstance(name, str) or not _TASK_NAME.fullmatch(name) or ".." in name or name.endswith("."):
         raise TaskNameError(
             f"task name: expected 1 to 64 letters, digits, '_', '-' or '.', beginning with a letter, digit or '_', "
-            f"without '..' and not ending in '.', found {name!r}"
+            f"without '..' and not ending in '.', found {quoted(name)}"
         )
 
 
@@ -179,19 +185,50 @@ def check_new_task_name(name: str, taken: Iterable[str]) -> None:
     Raises:
         TaskNameError, DuplicateTaskError
     """
+    check_free_task_name(name, {task_key(other): other for other in taken})
+
+
+def check_free_task_name(name: str, taken: Mapping[str, str]) -> None:
+    """As `check_new_task_name`, for a caller that keeps the names by their `task_key`, and so looks one up.
+
+    Raises:
+        TaskNameError, DuplicateTaskError
+    """
+    check_usable_task_name(name)
+    if (other := taken.get(task_key(name))) is not None:
+        raise duplicate_task(name, other)
+
+
+def check_usable_task_name(name: str) -> None:
+    """Refuse a name that cannot be a new task's.
+
+    Raises:
+        TaskNameError: as `check_task_name`; or a name that Windows keeps for a device, whatever the extension.
+    """
     check_task_name(name)
-    for other in taken:
-        # Some file systems take both names for one file.
-        if other.lower() == name.lower():
-            raise DuplicateTaskError(
-                f"task {name!r}: there is already {other!r}; remove it first or choose another name"
-            )
+    if _DEVICE_NAME.fullmatch(task_key(name)):
+        raise TaskNameError(
+            f"task name: expected one that a file can have on Windows too, found {name!r}, which names a device there; "
+            "choose another name"
+        )
 
 
-def unknown_task(name: str, known: Iterable[str]) -> UnknownTaskError:
-    """The error for a task that is not there; it lists those that are."""
-    listed = ", ".join(sorted(known)) or "none"
-    return UnknownTaskError(f"task {name!r}: there is none of this name; tasks here: {listed}")
+def task_key(name: str) -> str:
+    """What a task's name has in common with those that some file systems take for the same file."""
+    return name.lower()
+
+
+def duplicate_task(name: str, other: str) -> DuplicateTaskError:
+    """The error for a task whose name is taken by another."""
+    return DuplicateTaskError(f"task {name!r}: there is already {other!r}; remove it first or choose another name")
+
+
+def unknown_task(name: object, known: Iterable[str]) -> UnknownTaskError:
+    """The error for a task that is not there; it lists those that are, the first `_MOST_LISTED` of them."""
+    names = sorted(known)
+    listed = ", ".join(names[:_MOST_LISTED]) or "none"
+    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+    return UnknownTaskError(f"task {quoted(name)}: there is none of this name; tasks here: {listed}{more}")
 
 
 def check_relative_path(path: str, where: str) -> None:
@@ -200,10 +237,8 @@ def check_relative_path(path: str, where: str) -> None:
     Raises:
         BundleError
     """
-    parts = path.split("/")
-    unsafe = "\\" in path or ":" in path or "\0" in path or any(part in ("", ".", "..") for part in parts)
-    if unsafe or PurePosixPath(path).is_absolute():
-        raise BundleError(f"{where}: expected a relative path inside the bundle, found {path!r}")
+    if _OUTSIDE.search(path):
+        raise BundleError(f"{where}: expected a relative path inside the bundle, found {quoted(path)}")
 
 
 class _Fields:
@@ -240,13 +275,13 @@ class _Fields:
 
     def named(self, key: str, read: Callable[[_Fields], T]) -> dict[str, T]:
         items = self.get(key, dict)
-        return {name: read(_Fields(item, f"{self.where}: {key}.{name}")) for name, item in items.items()}
+        return {name: read(_Fields(item, f"{self.where}: {key}.{name[:MOST_QUOTED]}")) for name, item in items.items()}
 
     def choice(self, key: str, *choices: str) -> str:
         value = self.get(key, str)
         if value not in choices:
             raise BundleError(
-                f"{self.where}: {key}: expected {' or '.join(map(repr, choices))}, found {value!r}; "
+                f"{self.where}: {key}: expected {' or '.join(map(repr, choices))}, found {quoted(value)}; "
                 "update prefix-runtime"
             )
         return value
@@ -254,7 +289,7 @@ class _Fields:
 
 def _read_manifest(fields: _Fields) -> Manifest:
     if fields.get("format", str) != FORMAT:
-        raise BundleError(f"{fields.where}: expected format {FORMAT!r}, found {fields.get('format', str)!r}")
+        raise BundleError(f"{fields.where}: expected format {FORMAT!r}, found {quoted(fields.get('format', str))}")
     version = fields.count("format_version", least=1)
     if version > FORMAT_VERSION:
         raise BundleError(
@@ -268,7 +303,7 @@ def _read_manifest(fields: _Fields) -> Manifest:
     _check_tasks(tasks, fields.where)
     graph = fields.get("graph", str)
     if graph not in files:
-        raise BundleError(f"{fields.where}: graph: expected one of the listed files, found {graph!r}")
+        raise BundleError(f"{fields.where}: graph: expected one of the listed files, found {quoted(graph)}")
     cache = fields.choice("cache", *CACHE_TYPES)
     if CACHE_TYPES[cache] == np.int8 and SCALES_NAME not in files:
         raise BundleError(f"{fields.where}: files: expected {SCALES_NAME} among them for cache {cache!r}, found none")
@@ -294,14 +329,15 @@ def _read_manifest(fields: _Fields) -> Manifest:
 
 
 def _check_tasks(tasks: Mapping[str, TaskEntry], where: str) -> None:
-    taken: list[str] = []
+    taken: dict[str, str] = {}
     for name, entry in tasks.items():
-        check_new_task_name(name, taken)
-        taken.append(name)
+        check_task_name(name)
+        if (other := taken.setdefault(task_key(name), name)) != name:
+            raise duplicate_task(name, other)
         # Were it another file, removing the task would remove that.
         if entry.file.path != prefix_path(name):
             raise BundleError(
-                f"{where}: tasks.{name}: file: path: expected {prefix_path(name)!r}, found {entry.file.path!r}"
+                f"{where}: tasks.{name}: file: path: expected {prefix_path(name)!r}, found {quoted(entry.file.path)}"
             )
 
 

@@ -10,7 +10,7 @@ from .bundle import Bundle
 from .errors import ProviderError, RequestError
 from .keeping import discard, find_or_keep
 from .pages import letting_go, on_huge_pages
-from .prepared import provider_folder
+from .prepared import make_provider_folder, provider_folder
 from .provider import Cuda, check_fits
 from .session import Session, check_provider
 from .tensorrt_engine import EngineSession, open_engine
@@ -68,10 +68,9 @@ def _open_on_cpu(bundle: Bundle, kept: Path | None, threads: int | None) -> Sess
 
 
 def _open_by_tensorrt(bundle: Bundle, provider: str, threads: int | None, max_batch: int) -> Session:
-    folder = provider_folder(bundle, provider)
-    options = provider_options(provider, bundle, folder, max_batch)
+    options = provider_options(provider, bundle, provider_folder(bundle, provider), max_batch)
     check_provider(provider)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_provider_folder(bundle, provider)
     try:
         return Session(bundle.graph_path, provider, threads, provider_options=options)
     except ProviderError:

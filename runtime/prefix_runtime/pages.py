@@ -50,14 +50,14 @@ def on_huge_pages() -> Iterator[None]:
 @contextmanager
 def opening() -> Iterator[None]:
     """Around all that maps a file of weights and may unmap it again: a session that is opened."""
-    with _openings.lock:
-        _openings.begun += 1
-        _openings.under_way += 1
+    this = object()
     try:
+        with _openings.lock:
+            _openings.begun += 1
+            _openings.under_way.add(this)
         yield
     finally:
-        with _openings.lock:
-            _openings.under_way -= 1
+        _openings.under_way.discard(this)  # in one step, that no interrupt divides
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def letting_go(path: Path) -> Iterator[None]:
         yield
         return
     with _openings.lock:
-        begun, is_alone = _openings.begun, _openings.under_way == 0
+        begun, is_alone = _openings.begun, not _openings.under_way
         before = _spans_of(path)
     yield
     with _openings.lock:
@@ -89,7 +89,8 @@ class _Openings:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.begun = self.under_way = 0
+        self.begun = 0
+        self.under_way: set[object] = set()
 
 
 _openings = _Openings()

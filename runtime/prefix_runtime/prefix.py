@@ -15,8 +15,8 @@ import numpy as np
 from safetensors.numpy import save as serialize
 
 from .errors import PrefixError
-from .storage import write_file_atomically
-from .tensor_file import TensorFile
+from .storage import check_sha256, read_regular, write_file_atomically
+from .tensor_file import TensorFile, reason
 
 SITES = ("decoder", "cross", "encoder")
 """Decoder self-attention, decoder-to-encoder attention, encoder self-attention."""
@@ -218,18 +218,33 @@ class Prefix:
         write_file_atomically(Path(path), serialize(tensors, metadata=self._header()))
 
     @classmethod
-    def load(cls, path: str | Path) -> Prefix:
-        """The prefix in a canonical file; its arrays are views of the mapped file.
+    def load(cls, path: str | Path, sha256: str | None = None) -> Prefix:
+        """The prefix in a canonical file, which is read into memory whole.
+
+        Args:
+            path: the file; a regular one.
+            sha256: of its bytes, in hexadecimal; None does not compare them.
 
         Raises:
             PrefixError: the file is missing, damaged, of another kind or a newer version, or holds what is no prefix.
+            BundleIntegrityError: its bytes have another SHA-256.
         """
-        file = TensorFile(path)
+        content = _content(Path(path))
+        if sha256 is not None:
+            check_sha256(Path(path), hashlib.sha256(content).hexdigest(), sha256)
+        file = TensorFile(path, content)
         try:
             return _from_tensor_file(file)
         except PrefixError as error:
             text = str(error)
             raise PrefixError(text if text.startswith(str(file.path)) else f"{file.path}: {text}") from error
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return read_regular(path)
+    except (OSError, ValueError) as error:  # a path that cannot be one is a ValueError
+        raise PrefixError(f"{path}: expected a whole safetensors file, found {reason(error)}") from error
 
 
 def is_prefix_file(file: TensorFile) -> bool:

@@ -4,12 +4,17 @@ Opening a graph optimises it and packs its weights for the processor, seconds fo
 result by the content of graph and weights, onnxruntime's version and the processor: in the user's cache folder, never
 in the bundle, which may come from anywhere. A kept graph takes about twice the bundle's size; it is mapped, not read,
 and its pages are shared between processes. The folder may be removed at any time.
+
+A kept graph is opened without being hashed, which would take longer than opening it. So nobody else may be able to
+change it: its folders have mode 0700, and a folder or file that another user owns or can write to is refused. Its
+SHA-256 is recorded when it is kept; `prepare` compares it on request, an opening compares sizes and times.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -21,29 +26,43 @@ from pathlib import Path
 from .bundle import Bundle, staged
 from .errors import BundleError, ProviderError
 from .machine import processor_features
+from .private import NotPrivateError, check_private, make_private
 from .session import onnxruntime_version, save_opened
-from .storage import PARTIAL_NAMES, locked
+from .storage import PARTIAL_NAMES, locked, read_regular, sha256_of_file
 
 _PREPARED = "prepared"
 _SECOND = 10**9
 _FULL = 1 << 20
 """Bytes, less than which are left free on a full disk."""
-_SIZES = "sizes.json"
-"""Sizes and times of the kept files: one that was changed is noticed, and the bundle's own graph opened."""
+_RECORD = "kept.json"
+"""Size, time and SHA-256 of each kept file."""
+_MAX_RECORD_BYTES = 1 << 20
+_LAYOUT = 2
+"""Of a kept folder; one of another layout is not looked at."""
+
+_logger = logging.getLogger("prefix_runtime")
 
 
-def prepare(bundle: Bundle, provider: str = "cpu") -> Path:
+def prepare(bundle: Bundle, provider: str = "cpu", *, compares: bool = False) -> Path:
     """Open a bundle's graph once and keep what onnxruntime made of it; returns the kept graph.
+
+    Args:
+        bundle: whose graph.
+        provider: the execution provider.
+        compares: compare what was kept before with its SHA-256, and keep it anew where it differs.
 
     Raises:
         BundleIntegrityError: a file is not the one that the manifest names: nothing is kept under a false name.
         ProviderError: onnxruntime cannot open the graph.
         OSError: the disk is full, or the folder cannot be had; nothing is left behind.
     """
-    if (found := prepared_graph(bundle, provider)) is not None:
+    found = prepared_graph(bundle, provider)
+    if found is not None and (not compares or _is_intact(found.parent)):
         return found
     bundle.verify()
     with writing():
+        if found is not None:
+            remove(found.parent)
         return make(bundle, provider)
 
 
@@ -60,7 +79,10 @@ def writing(*, waits: bool = True) -> Iterator[bool]:
     """
     folder = cache_folder() / _PREPARED
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder.parent)
+        make_private(folder)
+    except NotPrivateError:
+        raise
     except OSError as error:
         raise OSError(
             f"{folder}: expected a folder to keep graphs in, found that it cannot be made: {error.strerror}; "
@@ -71,7 +93,8 @@ def writing(*, waits: bool = True) -> Iterator[bool]:
     with ExitStack() as stack:
         try:
             is_held = stack.enter_context(locked(lock, waits=waits))
-        except BlockingIOError:
+            check_private(lock, is_folder=False)
+        except (BlockingIOError, NotPrivateError):
             raise
         except OSError as error:
             raise OSError(
@@ -92,9 +115,11 @@ def make(bundle: Bundle, provider: str = "cpu") -> Path:
     remove(folder)
     try:
         with staged(folder) as staging:
+            staging.chmod(0o700)
             with _telling_what_cannot_be_written(staging):
                 save_opened(bundle.graph_path, staging / bundle.graph_path.name, provider)
-            (staging / _SIZES).write_text(json.dumps(_sizes(staging)), encoding="utf-8")
+            bundle.check_unchanged()  # else it were kept under another's name
+            _write_record(staging)
     except BundleError:
         if (found := prepared_graph(bundle, provider)) is None:
             raise
@@ -105,13 +130,18 @@ def make(bundle: Bundle, provider: str = "cpu") -> Path:
 def prepared_graph(bundle: Bundle, provider: str = "cpu") -> Path | None:
     """The graph that `prepare` kept for this bundle on this machine, if there is one."""
     try:
-        graph = _folder(bundle, provider) / bundle.graph_path.name
-        kept = json.loads(graph.with_name(_SIZES).read_text(encoding="utf-8"))
-        whole = _sizes(graph.parent) in (kept, _in_whole_seconds(kept))
-    # None was kept, it is damaged, or there can be none.
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        folder = _folder(bundle, provider)
+        for each in (folder.parent.parent, folder.parent, folder):
+            check_private(each)
+        kept = _read_record(folder)
+        whole = _sizes(folder) in (kept, _in_whole_seconds(kept))
+    except NotPrivateError as error:
+        _logger.warning("%s; the bundle's own graph is opened", error)
         return None
-    return graph if whole else None
+    # None was kept, it is damaged, or there can be none.
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        return None
+    return folder / bundle.graph_path.name if whole else None
 
 
 def forget(bundle: Bundle, provider: str = "cpu") -> bool:
@@ -153,6 +183,21 @@ def provider_folder(bundle: Bundle, provider: str) -> Path:
     return _folder(bundle, provider)
 
 
+def make_provider_folder(bundle: Bundle, provider: str) -> Path:
+    """The folder of `provider_folder`, made where there is none; what lies in it is this user's alone.
+
+    Raises:
+        NotPrivateError: another user can write to it, or to a file in it.
+        OSError: it cannot be made.
+    """
+    folder = provider_folder(bundle, provider)
+    for each in (folder.parent.parent, folder.parent, folder):
+        make_private(each)
+    for path in folder.iterdir():
+        check_private(path, is_folder=path.is_dir() and not path.is_symlink())
+    return folder
+
+
 def remove(path: Path) -> bool:
     """Remove a folder, or what is in its place; returns whether there was anything."""
     if path.is_dir() and not path.is_symlink():
@@ -179,8 +224,37 @@ def _telling_what_cannot_be_written(staging: Path) -> Iterator[None]:
         ) from error
 
 
+def _write_record(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.chmod(0o600)  # onnxruntime goes by the umask
+    hashes = {path.name: sha256_of_file(path) for path in folder.iterdir()}
+    entries = {name: [*size, hashes[name]] for name, size in _sizes(folder).items()}
+    path = folder / _RECORD
+    path.touch(0o600)
+    path.write_text(json.dumps(entries), encoding="utf-8")
+
+
+def _read_record(folder: Path) -> dict[str, list[int]]:
+    """Sizes and times of the kept files, as they were recorded."""
+    check_private(folder / _RECORD, is_folder=False)
+    entries = json.loads(read_regular(folder / _RECORD, _MAX_RECORD_BYTES))
+    return {name: [size, time] for name, (size, time, _) in entries.items()}
+
+
+def _is_intact(folder: Path) -> bool:
+    """Whether the kept files have the SHA-256 that was recorded."""
+    entries = json.loads(read_regular(folder / _RECORD, _MAX_RECORD_BYTES))
+    return all(sha256_of_file(folder / name) == sha256 for name, (_, _, sha256) in entries.items())
+
+
 def _sizes(folder: Path) -> dict[str, list[int]]:
-    found = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.name != _SIZES}
+    """Size and time of each file.
+
+    Raises:
+        NotPrivateError: somebody else can write to one.
+    """
+    paths = [path for path in sorted(folder.iterdir()) if path.name != _RECORD]
+    found = {path.name: check_private(path, is_folder=False) for path in paths}
     return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}
 
 
@@ -192,6 +266,7 @@ def _in_whole_seconds(sizes: dict[str, list[int]]) -> dict[str, list[int]]:
 def _folder(bundle: Bundle, provider: str) -> Path:
     manifest = bundle.manifest
     identity = {
+        "layout": _LAYOUT,
         "graph": manifest.graph,
         "files": {name: manifest.files[name].sha256 for name in sorted(manifest.files)},
         "onnxruntime": onnxruntime_version(),

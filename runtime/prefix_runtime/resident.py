@@ -7,7 +7,8 @@ import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,7 +45,6 @@ class ResidentPrefixes:
         self._lock, self._staging_lock = threading.Lock(), threading.Lock()
         # By identity: equality reads all numbers.
         self._held: OrderedDict[int, tuple[Prefix, DeviceBuffer]] = OrderedDict()
-        self._bytes = 0
         self._staging = _Staging(device, cache_format.dtype)
 
     def get(self, prefix: Prefix) -> DeviceBuffer:
@@ -59,38 +59,33 @@ class ResidentPrefixes:
             if (found := self._find(prefix)) is not None:  # another thread was faster
                 return found
             buffer = self._brought_in(prefix)
-            with self._lock:
-                self._held[id(prefix)] = prefix, buffer
-                self._bytes += buffer.nbytes
+            self._held[id(prefix)] = prefix, buffer
         return buffer
 
     def forget(self, prefix: Prefix) -> None:
-        """Let go of a prefix, if it is there."""
-        with self._lock:
-            self._drop(id(prefix))
+        """Drop a prefix, if it is there. Takes no lock: a collected stream may call it in a thread that holds one."""
+        self._held.pop(id(prefix), None)
 
     @property
     def nbytes(self) -> int:
         """Bytes that prefixes take."""
-        with self._lock:
-            return self._bytes
+        return sum(buffer.nbytes for _, buffer in list(self._held.values()))
 
     def _find(self, prefix: Prefix) -> DeviceBuffer | None:
         with self._lock:
             if (found := self._held.get(id(prefix))) is None:
                 return None
-            self._held.move_to_end(id(prefix))
+            with suppress(KeyError):  # it is forgotten at this moment
+                self._held.move_to_end(id(prefix))
             return found[1]
-
-    def _drop(self, key: int) -> None:
-        if (found := self._held.pop(key, None)) is not None:
-            self._bytes -= found[1].nbytes
 
     def _brought_in(self, prefix: Prefix) -> DeviceBuffer:
         needed = prefix.prefix_length * self._format.dtype.itemsize * self._geometry.values_per_position
         with self._lock:
-            while self._held and self._bytes + needed > self._budget:
-                self._drop(next(iter(self._held)))
+            excess = self.nbytes + needed - self._budget
+            with suppress(KeyError):  # none is left
+                while excess > 0:
+                    excess -= self._held.popitem(last=False)[1][1].nbytes
         uploads = self._device.uploads
         buffer = DeviceBuffer(
             self._device, self._geometry, self._format.dtype.itemsize, 1, prefix.prefix_length, first_user=uploads
@@ -117,29 +112,41 @@ class _Staging:
         self._device = device
         size = _PIECE_BYTES // dtype.itemsize
         self._pieces = [(device.pinned((size,), dtype), device.new_event()) for _ in range(_PIECES)]
-        self._pool = ThreadPoolExecutor(_THREADS, "prefix-runtime-staging")
+        self._pool = _filling_threads()
+        self._is_at_rest = True
 
     def bring(self, arrays: Iterable[tuple[int, np.ndarray]]) -> None:
         """Let the GPU copy flat arrays, each to its address."""
+        if not self._is_at_rest:
+            self._come_to_rest()
+        self._is_at_rest = False
         under_way: deque[tuple[int, np.ndarray, Event, Future[int]]] = deque()
         pieces = itertools.cycle(self._pieces)
-        try:
-            for address, parts in _joined(arrays, self._pieces[0][0]):
-                if len(under_way) == len(self._pieces):
-                    self._send(*under_way.popleft())
-                staged, copied = next(pieces)
-                copied.wait()  # what was in it is on the GPU
-                under_way.append((address, staged, copied, self._pool.submit(_fill, staged, parts)))
-            while under_way:
+        for address, parts in _joined(arrays, self._pieces[0][0]):
+            if len(under_way) == len(self._pieces):
                 self._send(*under_way.popleft())
-        finally:
-            wait([filled for *_, filled in under_way])  # of a failure: the pieces are to be used again
+            staged, copied = next(pieces)
+            copied.wait()  # what was in it is on the GPU
+            under_way.append((address, staged, copied, self._pool.submit(_fill, staged, parts)))
+        while under_way:
+            self._send(*under_way.popleft())
+        self._is_at_rest = True
+
+    def _come_to_rest(self) -> None:
+        """After a failure or an interrupt: wait for all threads that fill pieces and for all copies of these."""
+        self._pool.shutdown()
+        self._pool = _filling_threads()
+        self._device.uploads.synchronize()
 
     def _send(self, address: int, staged: np.ndarray, copied: Event, filled: Future[int]) -> None:
         count = filled.result()
         with self._device.turn():
             self._device.uploads.upload(address, staged[:count])
             self._device.uploads.record(copied)
+
+
+def _filling_threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_THREADS, "prefix-runtime-staging")
 
 
 def _joined(arrays: Iterable[tuple[int, np.ndarray]], staged: np.ndarray) -> Iterator[tuple[int, list[np.ndarray]]]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -206,18 +207,20 @@ class _RunningThread:
 
     def __init__(self, device: Device) -> None:
         self._device, self._pool = device, ThreadPoolExecutor(1, "prefix-runtime-cuda")
+        self._for_later: deque[Callable[[], object]] = deque()
 
     def ask(self, work: Callable[[], _Result]) -> _Result:
         """Have something done, and wait for it; without a turn at the GPU, which this thread needs."""
         return self._pool.submit(self._do, work).result()
 
     def ask_for_later(self, work: Callable[[], object]) -> None:
-        """Have something done when there is time; not at all when the process ends."""
-        with suppress(RuntimeError):
-            self._pool.submit(self._do, work)
+        """Have something done before what is asked next. Takes no lock, as finalisers call it: it queues."""
+        self._for_later.append(work)
 
     def _do(self, work: Callable[[], _Result]) -> _Result:
         with self._device.turn():
+            while self._for_later:
+                self._for_later.popleft()()
             return work()
 
 
@@ -310,7 +313,8 @@ def _open(
         ort.preload_dlls()  # CUDA's libraries where pip put them
     try:
         with _decoding_kernels() if provider == "cuda" else nullcontext(), opening():
-            session = ort.InferenceSession(str(path), options, providers=providers)
+            # Else a failure is printed, and the graph opened a second time by other providers.
+            session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's own errors share no base but Exception.
         raise ProviderError(f"{path}: onnxruntime {ort.__version__} cannot open the graph: {error}") from error
     if name not in session.get_providers():
@@ -330,8 +334,8 @@ def _decoding_kernels() -> Iterator[None]:
     name = "ORT_ENABLE_XQA"
     with _environment_lock:
         is_chosen = name in os.environ
-        os.environ.setdefault(name, "0")
         try:
+            os.environ.setdefault(name, "0")
             yield
         finally:
             if not is_chosen:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .bundle import Bundle
-from .engine_file import EngineRecord, check_engine, engines_folder, read_engines
+from .engine_file import EngineRecord, engines_folder, read_engine, read_engines
 from .engine_profile import DECODE, KEPT, PREFILL, Limits, Profile, Shape, tensors
 from .errors import ProviderError
 from .provider import Cuda
@@ -113,7 +113,7 @@ def open_engine(
     """
     expected, folder = tensors(bundle.manifest), engines_folder(bundle)
     record = _fitting(bundle, options.device)
-    content = check_engine(folder, record, bundle).read_bytes()
+    content = read_engine(folder, record, bundle)
     library = library or Library(record.backend)
     _check_version(record, library)
     device = device or _device(options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -76,6 +77,26 @@ def python():
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
 
     return run
+
+
+@pytest.fixture
+def no_hang():
+    """A context that fails where it would wait for ever."""
+
+    @contextmanager
+    def limited():
+        def fail(*_):
+            pytest.fail("still waiting after 30 seconds")
+
+        before = signal.signal(signal.SIGALRM, fail)
+        signal.alarm(30)
+        try:
+            yield
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
+
+    return limited()
 
 
 @pytest.fixture

@@ -6,12 +6,14 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 
+import onnx
 import pytest
 
 from prefix_runtime import (
@@ -25,6 +27,8 @@ from prefix_runtime import (
     PrefixMismatchError,
     TaskNameError,
     UnknownTaskError,
+    engine,
+    load,
 )
 from prefix_runtime.bundle import MANIFEST_NAME, check_output, staged
 from prefix_runtime.storage import sha256_of_file
@@ -249,6 +253,111 @@ class TestOpening:
         edit_manifest(bundle, files=[*files, {**files[0], "path": path}])
         with pytest.raises(BundleIntegrityError, match="expected a file of"):
             Bundle.open(bundle)
+
+
+class TestSpecialFiles:
+    """A pipe is not waited for, and a device is not read."""
+
+    def test_a_manifest_that_is_a_pipe_is_refused(self, bundle, no_hang):
+        (bundle / MANIFEST_NAME).unlink()
+        os.mkfifo(bundle / MANIFEST_NAME)
+        with no_hang, pytest.raises(BundleError, match=f"^{bundle / MANIFEST_NAME}: cannot be read: .*not a regular"):
+            Bundle.open(bundle)
+
+    def test_a_manifest_that_is_a_device_is_refused(self, bundle, no_hang):
+        (bundle / MANIFEST_NAME).unlink()
+        (bundle / MANIFEST_NAME).symlink_to("/dev/zero")
+        with no_hang, pytest.raises(BundleError, match=f"^{bundle / MANIFEST_NAME}: cannot be read: .*not a regular"):
+            Bundle.open(bundle)
+
+    @pytest.mark.parametrize("name", FILES)
+    @pytest.mark.parametrize("when", ["opened", "verified"])
+    def test_a_file_that_is_a_pipe_is_refused(self, bundle, no_hang, name, when):
+        opened = Bundle.open(bundle)
+        (bundle / name).unlink()
+        os.mkfifo(bundle / name)
+        with no_hang, pytest.raises(BundleIntegrityError, match=f"^{bundle / name}: expected a file of .* found none"):
+            opened.verify() if when == "verified" else Bundle.open(bundle)
+
+    def test_a_prefix_that_became_a_pipe_is_refused(self, bundle, no_hang):
+        opened, path = Bundle.open(bundle), bundle / "prefixes/p3.safetensors"
+        path.unlink()
+        os.mkfifo(path)
+        with no_hang, pytest.raises(PrefixError, match=f"^{path}: .*found not a regular file$"):
+            opened.prefix("p3")
+
+
+class TestVerifying:
+    """Every byte that is used is the one that the manifest names, when it is used."""
+
+    def damage(self, path):
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes(content)
+
+    def test_a_prefix_that_is_changed_after_the_opening_is_refused_when_it_is_read(self, bundle):
+        engine = load(bundle, threads=1, verify=True)
+        self.damage(bundle / "prefixes/p3.safetensors")
+        with pytest.raises(BundleIntegrityError, match=r"p3\.safetensors: expected SHA-256"):
+            engine.generate(token_ids=[5], task="p3")
+        assert engine.generate(token_ids=[5], task="p20", max_new_tokens=1).token_ids
+
+    def test_without_verifying_it_is_read(self, bundle):
+        engine = load(bundle, threads=1)
+        self.damage(bundle / "prefixes/p3.safetensors")
+        assert engine.generate(token_ids=[5], task="p3", max_new_tokens=1).token_ids
+
+    @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json", "generation_config.json"])
+    @pytest.mark.parametrize("how", ["replaced", "written to", "removed"])
+    def test_a_file_that_is_changed_while_it_is_opened_is_refused(self, bundle, monkeypatch, name, how):
+        path, open_session = bundle / name, engine.open_session
+
+        def change(*arguments, **options):
+            if how == "replaced":
+                shutil.copy2(path, path.with_name("copy")).replace(path)
+            elif how == "written to":
+                before = path.stat()
+                path.write_bytes(path.read_bytes())
+                os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+            session = open_session(*arguments, **options)
+            if how == "removed":
+                path.rename(path.with_name("moved"))
+            return session
+
+        monkeypatch.setattr(engine, "open_session", change)
+        monkeypatch.setattr(engine, "Engine", lambda *_, **__: None)  # which might miss the file itself
+        with pytest.raises(BundleIntegrityError, match=f"^{path}: expected "):
+            load(bundle, threads=1, verify=True)
+
+    def test_weights_that_the_manifest_does_not_list_are_refused(self, bundle):
+        files = json.loads((bundle / MANIFEST_NAME).read_text())["files"]
+        edit_manifest(bundle, files=[entry for entry in files if entry["path"] != "model.onnx.data"])
+        opened = Bundle.open(bundle)
+        for verify in (opened.verify, opened.verify_graph):
+            with pytest.raises(
+                BundleIntegrityError, match=f"^{bundle}/model.onnx: expected weights .* found 'model.onnx.data', which"
+            ):
+                verify()
+
+    def test_weights_of_any_name_are_compared_before_they_are_kept(self, bundle, rewrite):
+        graph = onnx.load(bundle / "model.onnx", load_external_data=False)
+        for tensor in graph.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = "weights.bin"
+        (bundle / "model.onnx.data").rename(bundle / "weights.bin")
+        text = (bundle / MANIFEST_NAME).read_text().replace('"model.onnx.data"', '"weights.bin"')
+        (bundle / MANIFEST_NAME).write_text(text)
+        rewrite(bundle, "model.onnx", graph.SerializeToString())
+        Bundle.open(bundle).verify_graph()
+        self.damage(bundle / "weights.bin")
+        with pytest.raises(BundleIntegrityError, match=r"weights\.bin: expected SHA-256"):
+            Bundle.open(bundle).verify_graph()
+
+    def test_a_graph_that_is_none_is_refused(self, bundle, rewrite):
+        rewrite(bundle, "model.onnx", b"\xff" * 50)
+        with pytest.raises(BundleIntegrityError, match=f"^{bundle}/model.onnx: expected an ONNX graph, found"):
+            Bundle.open(bundle).verify()
 
 
 class TestPrefixes:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import prefix_runtime
-from prefix_runtime import CompositionError, PrefixMismatchError, Source, UnknownTaskError
+from prefix_runtime import CompositionError, PrefixMismatchError, Source, UnknownTaskError, tasks
 from prefix_runtime.composition import GENERAL, PLACE, TABLE, concatenated
 from prefix_runtime.prefix import TEXT_HAS_BEGUN
 from prefix_runtime.tasks import MOST_COMPOSED, TaskStore
@@ -207,6 +207,55 @@ class TestTasks:
         for thread in threads:
             thread.join()
         assert len({id(prefix) for prefix in found}) == 1
+
+    @pytest.mark.parametrize("kept", [False, True], ids=["made for the first time", "kept from before"])
+    def test_a_part_that_is_replaced_meanwhile_is_not_in_the_answer(
+        self, shared_bundle, make_prefix, monkeypatch, kept
+    ):
+        store = TaskStore(prefix_runtime.Bundle.open(shared_bundle))
+        old, new = make_prefix(4, seed=1), make_prefix(4, seed=2)
+        store.add("a", old)
+        if kept:
+            store.get("a+p3")
+        replaced = []
+
+        def replace_meanwhile(prefixes):
+            if not replaced:
+                replaced.append(store.remove("a"))
+                store.add("a", new)
+            return concatenated(prefixes)
+
+        monkeypatch.setattr(tasks, "concatenated", replace_meanwhile)
+        if kept:
+            replace_meanwhile([old, new])
+        assert store.get("a+p3") == concatenated([new, store.get("p3")])
+        assert store.get("a+p3") is store.get("a+p3")
+
+    def test_a_removal_that_is_interrupted_leaves_no_composition_of_what_is_gone(self, shared_bundle, make_prefix):
+        store = TaskStore(prefix_runtime.Bundle.open(shared_bundle))
+        store.add("a", make_prefix(4, seed=1))
+        stale = store.get("a+p3")
+        del store._tasks["a"]  # and then the interrupt
+        assert not store.holds("a+p3", stale)
+        store.add("a", make_prefix(4, seed=2))
+        assert store.get("a+p3") == concatenated([make_prefix(4, seed=2), store.get("p3")])
+
+    @pytest.mark.parametrize(
+        ("name", "error"),
+        [
+            ("+".join(["p3"] * 20_000), CompositionError),
+            ("p3+" + "x" * 50_000, CompositionError),
+            ("+".join(["p20"] * 16), PrefixMismatchError),
+            ("x" * 50_000, UnknownTaskError),
+        ],
+        ids=["many", "long", "more than the context", "one long name"],
+    )
+    def test_a_name_is_bounded_before_anything_is_made_of_it(self, engine, monkeypatch, name, error):
+        monkeypatch.setattr(tasks, "concatenated", lambda _: pytest.fail("made"))
+        with pytest.raises(error) as caught:
+            engine.generate(token_ids=[5], task=name)
+        assert len(str(caught.value)) < 300
+        assert name[:80] in str(caught.value)
 
     def test_a_graph_that_holds_its_prefixes_composes_none(self, workshop):
         engine = prefix_runtime.load(workshop.bundle(lengths=(3, 20), mode="bake"), threads=1)

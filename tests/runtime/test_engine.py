@@ -616,7 +616,7 @@ class TestThreads:
         with ThreadPoolExecutor(8) as threads:
             found = list(threads.map(lambda request: shared.generate(**request).token_ids, requests))
         assert found == expected
-        assert shared._pool._lent_bytes == 0
+        assert shared._pool.lent_bytes == 0
 
     def test_a_small_budget_changes_nothing_but_the_memory(self, shared_bundle, engine):
         starved = prefix_runtime.load(shared_bundle, threads=1, cache_bytes=0)

@@ -16,6 +16,7 @@ PUBLIC = [
     "Bundle",
     "BundleError",
     "BundleIntegrityError",
+    "BusyError",
     "Chunk",
     "CompositionError",
     "ContextOverflowError",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from functools import partial
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import prefix_runtime
-from prefix_runtime import Bundle, ContextOverflowError
+from prefix_runtime import Bundle, BusyError, ContextOverflowError
 from prefix_runtime.cache_format import CacheFormat
 from prefix_runtime.cache_pool import CachePool
 from prefix_runtime.kv_cache import KeyValueCache
@@ -181,7 +182,7 @@ class TestCache:
         with pytest.raises(KeyboardInterrupt), pool.lease([other], 32):
             pytest.fail("the cache is not whole")
         with pool.lease([prefix], 32) as (again, _):
-            assert again is cache
+            assert again is not cache
             np.testing.assert_array_equal(answer(again), answer(cache_of(new_cache, prefix)))
 
 
@@ -343,7 +344,7 @@ class TestPool:
             with pool.lease([make_prefix(seed=seed)], 40):
                 pass
         assert len(pool._idle) == caches
-        assert pool._lent_bytes == 0
+        assert pool.lent_bytes == 0
 
     def test_running_caches_are_never_dropped(self, new_pool, new_cache, make_prefix):
         pool, prefix = new_pool(budget=1), make_prefix()
@@ -386,13 +387,34 @@ class TestPool:
         with pool.lease([prefix], 40), pool.lease([None], 40):
             pool.forget(prefix)
         assert [cache.rows[0].prefix for cache in pool._idle] == [None]
-        assert pool._lent_bytes == 0
+        assert pool.lent_bytes == 0
 
-    def test_a_cache_comes_back_after_an_error(self, new_pool):
+    def test_a_cache_that_was_left_with_an_error_is_freed(self, new_pool):
         pool = new_pool()
-        with pytest.raises(ZeroDivisionError), pool.lease([None], 40):
-            raise ZeroDivisionError
-        assert (len(pool._idle), pool._lent_bytes) == (1, 0)
+        leases = []
+
+        def fail():
+            with pool.lease([None], 40) as (cache, _):
+                leases.append(weakref.ref(cache))
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError) as caught:
+            fail()
+        assert (pool._idle, pool.lent_bytes) == ([], 0)
+        del caught
+        assert leases[0]() is None
+
+    def test_running_requests_keep_to_a_limit(self, new_cache, make_prefix):
+        size = new_cache(64).nbytes
+        pool = CachePool(lambda rows, capacity: new_cache(capacity, rows), size // 64, 320, 10 * size, limit=2 * size)
+        with pool.lease([None], 40), pool.lease([make_prefix()], 40):
+            with pytest.raises(
+                BusyError, match=f"expected .* at most {2 * size} bytes .* found {2 * size} in use and "
+            ):
+                pool.lease([None], 40).__enter__()
+            assert pool.lent_bytes == 2 * size
+        with pytest.raises(BusyError), pool.lease([None] * 3, 40):
+            pytest.fail("larger than the limit")
 
     def test_a_cache_that_could_not_be_made_is_not_counted(self, new_pool, monkeypatch):
         def fail(*_, **__):
@@ -403,7 +425,7 @@ class TestPool:
             patch.setattr(KeyValueCache, "__init__", fail)
             with pytest.raises(MemoryError), pool.lease([None], 40):
                 pytest.fail("there is no cache")
-        assert pool._lent_bytes == 0
+        assert pool.lent_bytes == 0
 
 
 class TestPoolOfBatches:

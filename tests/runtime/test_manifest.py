@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -297,6 +298,22 @@ class TestTaskNames:
         with pytest.raises(DuplicateTaskError, match=f"task '{name}': there is already 'e2e'; remove it first"):
             check_new_task_name(name, ["xsum", "e2e"])
 
+    @pytest.mark.parametrize("name", ["con", "NUL", "aux.v1", "com1", "Lpt9.x"])
+    def test_a_name_that_windows_keeps_for_a_device_is_refused_for_a_new_task(self, name):
+        check_task_name(name)  # a bundle that has one is still opened
+        with pytest.raises(TaskNameError, match=f"expected one that a file can have on Windows too, found '{name}'"):
+            check_new_task_name(name, [])
+
+    @pytest.mark.parametrize("name", ["console", "com", "com10", "lpt", "nul_", "a.con"])
+    def test_a_name_that_only_resembles_a_devices_is_taken(self, name):
+        check_new_task_name(name, [])
+
+    @pytest.mark.parametrize("name", ["é" * 100_000, ["a" * 100_000]])
+    def test_a_message_repeats_little_of_a_long_name(self, name):
+        with pytest.raises(TaskNameError) as caught:
+            check_task_name(name)
+        assert len(str(caught.value)) < 300
+
     def test_a_name_that_begins_like_another_is_taken(self):
         check_new_task_name("e2e-2", ["e2e"])
 
@@ -330,6 +347,11 @@ class TestChanging:
         with pytest.raises(UnknownTaskError, match="task 'other': there is none of this name; tasks here: e2e, xsum"):
             MANIFEST.without_task("other")
 
+    def test_of_many_tasks_the_message_lists_some(self):
+        with pytest.raises(UnknownTaskError, match=r"tasks here: t0, t1, .* and 9950 more$") as caught:
+            replace(MANIFEST, tasks=dict.fromkeys(map("t{}".format, range(10_000)))).without_task("other")
+        assert len(str(caught.value)) < 1000
+
     def test_where_there_are_no_tasks_the_message_says_so(self):
         with pytest.raises(UnknownTaskError, match="tasks here: none"):
             replace(MANIFEST, tasks={}).without_task("other")
@@ -338,3 +360,28 @@ class TestChanging:
 @pytest.mark.parametrize("path", ["a", "a/b", "a.b/c-d", ".gitattributes", "prefixes/x.safetensors", "é/ü"])
 def test_a_path_inside_is_taken(path):
     check_relative_path(path, "here")
+
+
+def calls_while(work):
+    """Calls of Python's and of C's functions while something is done."""
+    count = 0
+
+    def note(_frame, event, _argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_reading_takes_as_many_steps_for_each_of_many_tasks_as_for_each_of_few():
+    def steps(count):
+        entries = {f"T{i}": TaskEntry(FileEntry(f"prefixes/T{i}.safetensors", 20, SHA256), 5, 5) for i in range(count)}
+        text = replace(MANIFEST, tasks=entries, parity=None).to_json()
+        return calls_while(lambda: Manifest.from_json(text, "here"))
+
+    assert steps(400) < 2.1 * steps(200)

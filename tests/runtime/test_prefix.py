@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from prefix_runtime import LayerPrefix, Prefix, PrefixError, Source
+from prefix_runtime import BundleIntegrityError, LayerPrefix, Prefix, PrefixError, Source
 from prefix_runtime.prefix import FORMAT, FORMAT_VERSION, SITES
+from prefix_runtime.storage import sha256_of_file
 
 ZEROS = np.zeros((2, 3, 4), np.float32)
 OK = {"format": FORMAT, "format_version": "1", "position_base": "3"}
@@ -293,10 +294,17 @@ class TestFile:
                 file.get_tensor("decoder.1.value"), Prefix.load(saved).sites["decoder"][1].value
             )
 
-    def test_loaded_arrays_are_read_only_views_of_the_mapped_file(self, saved):
-        key = Prefix.load(saved).sites["decoder"][0].key
-        assert not key.flags.owndata
-        assert not key.flags.writeable
+    def test_loaded_arrays_are_read_only_views_of_one_piece_of_memory(self, saved):
+        layers = Prefix.load(saved).sites["decoder"]
+        arrays = [array for layer in layers for array in (layer.key, layer.value)]
+        assert not any(array.flags.owndata or array.flags.writeable for array in arrays)
+        addresses = [array.ctypes.data for array in arrays]
+        assert max(addresses) - min(addresses) < saved.stat().st_size
+
+    def test_a_loaded_prefix_is_compared_with_a_hash_that_is_given(self, saved):
+        assert Prefix.load(saved, sha256_of_file(saved)) == Prefix.load(saved)
+        with pytest.raises(BundleIntegrityError, match=f"^{saved}: expected SHA-256 {'0' * 64}, found "):
+            Prefix.load(saved, "0" * 64)
 
     def test_saving_replaces_the_file_and_what_was_loaded_before_stays(self, saved, make_prefix):
         before = Prefix.load(saved)

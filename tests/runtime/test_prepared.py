@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 import prefix_runtime
-from prefix_runtime import Bundle, BundleIntegrityError, Cuda, ProviderError, RequestError, machine, prepared
+from prefix_runtime import Bundle, BundleIntegrityError, Cuda, ProviderError, RequestError, machine, prepared, private
 from prefix_runtime.cli import main
 from prefix_runtime.manifest import FileEntry
 from prefix_runtime.prepared import cache_folder, forget, prepare, prepared_graph
@@ -184,7 +184,7 @@ def zero(path):
     path.write_bytes(bytes(path.stat().st_size))
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "sizes.json"])
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "kept.json"])
 @pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_bytes(b"half"), zero])
 def test_a_damaged_graph_is_not_opened_and_made_anew(opened, name, spoil):
     graph = prepare(opened)
@@ -259,6 +259,133 @@ def test_a_process_that_is_terminated_leaves_nothing_behind(opened, cache, monke
 
     monkeypatch.setattr(prepared, "save_opened", terminated)
     assert CliRunner().invoke(main, ["prepare", str(opened.root)]).exit_code == 128 + signal.SIGTERM
+    assert not list((cache / "prepared").iterdir())
+
+
+class TestOthers:
+    """A folder that several users share: nobody else's graph is opened, and no link is followed."""
+
+    PLACES = ("", "prepared", "prepared/KEY", "prepared/KEY/model.onnx", "prepared/KEY/model.onnx.data")
+
+    @pytest.fixture
+    def give_away(self, monkeypatch):
+        """Makes a file or folder another user's."""
+
+        def give(path):
+            if os.geteuid() == 0:
+                os.chown(path, 65534, -1)
+            else:
+                monkeypatch.setattr(private.os, "geteuid", lambda: 65534)
+
+        return give
+
+    @pytest.fixture
+    def place(self, cache, opened):
+        def found(name):
+            return cache / name.replace("KEY", prepared._folder(opened, "cpu").name)
+
+        return found
+
+    def refused(self, opened, caplog, paths):
+        """The bundle's own graph is opened, and why is said in one line."""
+        caplog.clear()
+        assert prepared_graph(opened) is None
+        paths.clear()
+        assert logits(opened).shape == (len(IDS), 384)
+        assert paths == [opened.graph_path]
+        lines = {record.getMessage() for record in caplog.records if record.levelname == "WARNING"}
+        assert len(lines) == 1
+        return lines.pop()
+
+    @pytest.mark.parametrize("umask", [0, 0o002, 0o077], ids=oct)
+    def test_what_is_kept_is_the_users_alone_whatever_the_umask(self, opened, cache, umask):
+        before = os.umask(umask)
+        try:
+            graph = prepare(opened)
+        finally:
+            os.umask(before)
+        assert prepared_graph(opened) == graph
+        folders = [cache, cache / "prepared", graph.parent]
+        assert {path.stat().st_mode & 0o777 for path in folders} == {0o700}
+        assert {path.stat().st_mode & 0o777 for path in [*graph.parent.iterdir(), cache / "prepared.lock"]} == {0o600}
+
+    @pytest.mark.parametrize("name", PLACES)
+    @pytest.mark.parametrize("mode", [0o020, 0o002], ids=["group", "all"])
+    def test_what_others_may_write_to_is_not_opened(self, opened, place, caplog, opened_paths, name, mode):
+        prepare(opened)
+        path = place(name)
+        path.chmod(path.stat().st_mode | mode)
+        line = self.refused(opened, caplog, opened_paths)
+        assert line.startswith(f"{path}: expected a ")
+        assert f"found mode {path.stat().st_mode & 0o777:04o}; remove it" in line
+
+    @pytest.mark.parametrize("name", PLACES)
+    def test_what_is_another_users_is_not_opened(self, opened, place, caplog, opened_paths, give_away, name):
+        prepare(opened)
+        give_away(place(name))
+        assert "found one of user " in self.refused(opened, caplog, opened_paths)
+
+    @pytest.mark.parametrize("name", PLACES)
+    def test_what_is_a_link_is_not_followed(self, opened, place, caplog, opened_paths, tmp_path, name):
+        prepare(opened)
+        target = place(name).rename(tmp_path / "elsewhere")
+        place(name).symlink_to(target)
+        assert f"{place(name)}: expected a " in self.refused(opened, caplog, opened_paths)
+
+    @pytest.mark.parametrize("name", ["", "prepared"])
+    def test_nothing_is_kept_where_others_may_write(self, opened, place, name):
+        prepare(opened)
+        place(name).chmod(0o777)
+        for keep in (prepare, lambda opened: prefix_runtime.load(opened.root, prepare=True)):
+            with pytest.raises(OSError, match=f"^{place(name)}: expected a folder of this user's .* found mode 0777; "):
+                keep(opened)
+        refused = CliRunner().invoke(main, ["prepare", str(opened.root)])
+        assert (refused.exit_code, refused.output.count("\n")) == (1, 1)
+
+    def test_a_lock_that_is_a_link_is_not_followed(self, opened, cache, tmp_path):
+        cache.mkdir(mode=0o700)
+        (cache / "prepared.lock").symlink_to(tmp_path / "mine")
+        with pytest.raises(OSError, match=f"^{cache}/prepared.lock: expected a file to write to, found none: "):
+            prepare(opened)
+        assert not (tmp_path / "mine").exists()
+
+    def test_a_lock_of_another_user_is_refused(self, opened, cache, give_away):
+        prepare(opened)
+        give_away(cache / "prepared.lock")
+        with pytest.raises(OSError, match=r"expected a (file|folder) of this user's .* found one of user "):
+            forget(opened)
+
+
+def test_what_was_replaced_by_a_file_of_the_same_size_and_time_is_found_by_prepare(opened, monkeypatch):
+    graph = prepare(opened)
+    data = graph.with_name("model.onnx.data")
+    before, whole = data.stat(), data.read_bytes()
+    data.write_bytes(bytes(before.st_size))
+    os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert CliRunner().invoke(main, ["prepare", str(opened.root)]).exit_code == 0
+    assert data.read_bytes() == whole
+    monkeypatch.setattr(prepared, "save_opened", lambda *_: pytest.fail("made again"))
+    assert CliRunner().invoke(main, ["prepare", str(opened.root)]).exit_code == 0
+
+
+@pytest.mark.parametrize("how", ["replaced", "written to"])
+def test_a_bundle_that_is_changed_between_hashing_and_keeping_is_not_kept(bundle, cache, monkeypatch, how):
+    weights, save = bundle / "model.onnx.data", prepared.save_opened
+
+    def change(*arguments):
+        other = weights.with_name("other")
+        other.write_bytes(bytes(weights.stat().st_size))
+        if how == "replaced":
+            other.replace(weights)
+        else:
+            weights.write_bytes(other.read_bytes())
+        save(*arguments)
+
+    monkeypatch.setattr(prepared, "save_opened", change)
+    opened = Bundle.open(bundle)
+    with pytest.raises(BundleIntegrityError, match=f"^{weights}: expected the file that was verified"):
+        prepare(opened)
+    assert prepared_graph(opened) is None
     assert not list((cache / "prepared").iterdir())
 
 

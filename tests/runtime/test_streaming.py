@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import prefix_runtime
-from prefix_runtime import ContextOverflowError, RequestError, Sampling, UnknownTaskError
+from prefix_runtime import BusyError, ContextOverflowError, RequestError, Sampling, UnknownTaskError
 
 PROMPT = "the lazy dog"
 TASKS = [None, "p3", "p20"]
@@ -98,24 +98,24 @@ def test_a_stream_that_is_left_gives_its_buffer_back_and_changes_no_later_answer
         stream = own.stream(PROMPT, task=task, max_new_tokens=50)
         for _ in range(taken):
             next(stream)
-        assert own._pool._lent_bytes > 0
+        assert own._pool.lent_bytes > 0
         if leave == "close":
             stream.close()
         else:
             del stream
-        assert own._pool._lent_bytes == 0
+        assert own._pool.lent_bytes == 0
     assert {task: all_of(own, task) for task in TASKS} == expected
 
 
 def test_a_stream_that_was_never_begun_takes_no_buffer(own):
     stream = own.stream(PROMPT)
-    assert (own._pool._lent_bytes, own._pool._idle) == (0, [])
+    assert (own._pool.lent_bytes, own._pool._idle) == (0, [])
     stream.close()
 
 
 def test_a_finished_stream_gives_its_buffer_back(own):
     list(own.stream(PROMPT, max_new_tokens=3))
-    assert own._pool._lent_bytes == 0
+    assert own._pool.lent_bytes == 0
     assert len(own._pool._idle) == 1
 
 
@@ -165,3 +165,23 @@ def test_no_chunk_ends_within_a_character(engine, tokenizer):
             ids.append(chunk.token_id)
             assert tokenizer.decode(ids).startswith(grown)
         assert grown == chunk.result.text
+
+
+def test_open_streams_keep_to_a_limit_and_say_what_to_do(shared_bundle):
+    size = prefix_runtime.load(shared_bundle, threads=1)._pool._position_bytes * 64
+    own = prefix_runtime.load(shared_bundle, threads=1, cache_bytes=0, max_cache_bytes=3 * size)
+    streams = [own.stream(PROMPT, task=task, max_new_tokens=20) for task in TASKS]
+    begun = [next(stream) for stream in streams]
+    with pytest.raises(BusyError, match=f"at most {3 * size} bytes .* wait for a request to end, close a stream, or"):
+        own.generate(PROMPT, max_new_tokens=20)
+    with pytest.raises(BusyError):
+        next(own.stream(PROMPT, max_new_tokens=20))
+    streams.pop().close()
+    assert all_of(own)[1][0] == begun[0].token_id
+    assert [chunk.token_id for chunk in streams[0]] == list(all_of(own)[1][1:])
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.5, True, "1"])
+def test_a_limit_that_is_none_is_refused(shared_bundle, wrong):
+    with pytest.raises(RequestError, match=r"^max_cache_bytes: expected a whole number, 0 or more, or None, found "):
+        prefix_runtime.load(shared_bundle, max_cache_bytes=wrong)

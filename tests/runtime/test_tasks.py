@@ -28,7 +28,7 @@ def reads(monkeypatch):
     """The paths that prefixes are read from."""
     paths, load = [], Prefix.load
 
-    def count(path):
+    def count(path, *_):
         paths.append(path.name)
         return load(path)
 

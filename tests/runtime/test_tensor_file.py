@@ -1,10 +1,15 @@
-"""Tensors as views of a mapped file, compared with torch and with safetensors' own reader."""
+"""Tensors of safetensors files, compared with torch and with safetensors' own reader; what is none is refused."""
 
 from __future__ import annotations
+
+import json
+import os
+import random
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError, deserialize
 from safetensors.torch import load_file, save_file
 
 from prefix_runtime import PrefixError
@@ -34,13 +39,36 @@ def test_every_bfloat16_is_widened_as_torch_widens_it(path):
     np.testing.assert_array_equal(found.view(np.int32), every.float().view(torch.int32).numpy())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_an_array_is_a_view_of_the_file(path, dtype):
-    save_file({"x": torch.randn(2, 3).to(dtype)}, path)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_array_stays_what_it_is_when_its_file_is_shortened(path, dtype, python):
+    save_file({"x": torch.ones(5000).to(dtype)}, path)
+    # Of a mapped file the process would be killed by SIGBUS.
+    code = """
+import os, sys
+from prefix_runtime.tensor_file import TensorFile
+array = TensorFile(sys.argv[1]).array("x")
+os.truncate(sys.argv[1], 0)
+print(float(array.astype("f4").sum()))
+"""
+    run = python(code, path)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "5000.0\n", "")
+
+
+def test_a_file_that_is_shortened_before_it_is_read_is_an_error(path):
+    save_file({"x": torch.ones(5000)}, path)
     file = TensorFile(path)
-    first, second = file.array("x"), file.array("x")
-    assert first.ctypes.data == second.ctypes.data
-    assert not first.flags.owndata
+    os.truncate(path, 1000)
+    with pytest.raises(PrefixError, match=r"tensor 'x': expected its bytes, found its end .*: the file was shortened$"):
+        file.array("x")
+
+
+def test_all_tensors_are_of_the_file_that_was_opened(path):
+    save_file({"x": torch.ones(4), "y": torch.ones(4)}, path)
+    file = TensorFile(path)
+    other = path.with_name("other")
+    save_file({"x": torch.zeros(4), "y": torch.zeros(4)}, other)
+    other.replace(path)
+    assert file.array("y").tolist() == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -124,3 +152,73 @@ def test_a_header_that_does_not_fit_its_bytes_is_refused(path, header):
     path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
     with pytest.raises(PrefixError, match=f"^{path}: expected a whole safetensors file, found"):
         TensorFile(path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_what_is_no_regular_file_is_neither_waited_for_nor_read(path, make, no_hang):
+    make(path)
+    with no_hang, pytest.raises(PrefixError, match=f"^{path}: expected a whole safetensors file, found not a regular"):
+        TensorFile(path)
+
+
+@pytest.mark.parametrize(
+    "shape", [[1] * 65, [0, 2**62], [2**62, 0], [0] * 65, [2**63, 0], [0, 2**64 - 1]], ids=lambda shape: str(shape)[:20]
+)
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_a_shape_that_no_array_has_is_refused(path, shape, dtype):
+    size = 0 if 0 in shape else {"F32": 4}.get(dtype, 2)
+    write(path, {"x": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}, bytes(size))
+    message = f"^{path}: tensor 'x': expected a shape that an array can have, found "
+    with pytest.raises(PrefixError, match=message) as caught:
+        TensorFile(path).array("x")
+    assert len(str(caught.value)) < len(str(path)) + 200
+
+
+@pytest.mark.parametrize("shape", [[0], [3, 0], [0, 5, 0]])
+def test_a_tensor_of_nothing_has_its_shape(path, shape):
+    write(path, {"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}, b"")
+    assert TensorFile(path).array("x").shape == tuple(shape)
+
+
+def write(path, header, data):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def test_it_takes_what_the_library_takes_and_refuses_what_that_refuses(path):
+    """Of files that were changed at random, all the ways that a header can be wrong among them."""
+    chance = random.Random(0)
+    values = [0, 1, 2, 4, 8, 16, -1, 2**62, 2**64, 1.0, True, None, "F32", "F64", "F4", "U8", "X"]
+    values += [[], [0, 8], [8, 16], {}]
+    taken = refused = 0
+    for _ in range(4000):
+        header = {
+            "__metadata__": {"a": "b"},
+            "x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+            "y": {"dtype": "F16", "shape": [2, 2], "data_offsets": [8, 16]},
+        }
+        for _ in range(chance.randint(0, 2)):
+            entry = header[chance.choice(list(header))]
+            key = chance.choice([*entry, "more"])
+            if isinstance(entry.get(key), list) and entry[key] and chance.random() < 0.6:
+                entry[key][chance.randrange(len(entry[key]))] = chance.choice(values)
+            elif chance.random() < 0.2:
+                entry.pop(key, None)
+            else:
+                entry[key] = chance.choice(values)
+        write(path, header, bytes(16 + chance.choice([0, 0, 0, 0, 1, -1])))
+        content = path.read_bytes()
+        if chance.random() < 0.2:
+            content = bytearray(content)
+            content[chance.randrange(len(content) - 16)] = chance.choice(b'0129{}[]",:\x00\xff')
+            path.write_bytes(content)
+        try:
+            expected = {name: tuple(entry["shape"]) for name, entry in deserialize(bytes(content))}
+        except SafetensorError:
+            refused += 1
+            with pytest.raises(PrefixError):
+                TensorFile(path)
+            continue
+        taken += 1
+        assert {name: info.shape for name, info in TensorFile(path).tensors.items()} == expected
+    assert min(taken, refused) > 500
