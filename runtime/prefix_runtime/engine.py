@@ -75,7 +75,7 @@ def load(
             graph, not a packed copy.
         prepare: True keeps a packed copy of the graph if there is none, and opens it. That takes several times as long
             once, and disk of twice the graph's size; see `prefix-runtime prepare`. None does so for a bundle of a
-            gigabyte or more without 4-bit weights, if half of the free disk holds it. False only opens a copy. CPU only.
+            gigabyte or more without 4-bit weights, if half of the free disk holds it. False makes none. CPU only.
 
     Raises:
         BundleError: the folder is not a bundle.
@@ -113,7 +113,7 @@ def load(
 
 
 class Engine:
-    """A frozen model and its tasks, ready to generate. Threads may share it. `load` makes it; its constructor is private.
+    """A frozen model and its tasks, ready to generate. Threads may share it. Only `load` makes one.
 
     Attributes:
         bundle: the bundle that it was loaded from.
