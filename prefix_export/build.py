@@ -91,7 +91,7 @@ def build(
         PrefixRuntimeError: the output exists, or a prefix or a task's name cannot be used.
         OSError: the disk is full or not writable.
 
-    Example:
+    Examples:
         >>> request = BuildRequest("openai-community/gpt2", {"json": Path("adapter")}, Path("bundle"))
         >>> build(request).bundle.tasks  # doctest: +SKIP
         ('json',)

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,12 +96,14 @@ class Runner:
         argv = shlex.split(command)
         output = Path(argv[argv.index("--output") + 1] if "--output" in argv else "bundle")
         if (kept := self.built.get(command)) is not None:
-            shutil.copytree(kept, folder / output)
-            return ""
+            made, printed = kept
+            shutil.copytree(made, folder / output)
+            return printed
         printed = self.fork(argv, folder)
         if argv[:2] == ["prefix-export", "build"]:
-            self.built[command] = self.folder / f"built-{len(self.built)}"
-            shutil.copytree(folder / output, self.built[command])
+            made = self.folder / f"built-{len(self.built)}"
+            shutil.copytree(folder / output, made)
+            self.built[command] = made, printed
         return printed
 
     def fork(self, argv, folder):
@@ -268,6 +271,22 @@ def test_the_tables_of_performance_are_those_of_the_reports():
         [sys.executable, str(ROOT / "docs" / "figures.py"), "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("package", ["prefix_runtime", "prefix_export"])
+def test_the_page_of_errors_shows_the_whole_tree(package):
+    said = (import_module(f"{package}.errors").__doc__ or "").replace("`", "")
+    trees = [block.text for block in blocks("docs/reference/errors.md")]
+    assert sum(tree in said for tree in trees) == 1
+
+
+def test_the_page_of_environment_variables_names_those_that_are_read():
+    page = (ROOT / "docs" / "reference" / "environment.md").read_text(encoding="utf-8")
+    sources = [*(ROOT / "prefix_export").rglob("*.py"), *(ROOT / "runtime" / "prefix_runtime").rglob("*.py")]
+    read = "".join(source.read_text(encoding="utf-8") for source in sources)
+    names = set(re.findall(r"environ(?:\.get\(|\.setdefault\(|\[)\"(\w+)\"", read))
+    assert len(names) >= 8
+    assert not [name for name in names if f"`{name}" not in page]
 
 
 def test_the_workflow_runs_the_steps_of_ci():

@@ -47,7 +47,7 @@ class Bundle:
         root: the folder.
         manifest: the manifest, as it was when this object last read or changed it.
 
-    Example:
+    Examples:
         >>> bundle = Bundle.open("bundle")  # doctest: +SKIP
         >>> bundle.tasks  # doctest: +SKIP
         ('headline', 'json')

@@ -85,7 +85,7 @@ def load(
             another provider or with `verify`.
         OSError: the packed copy cannot be written, for example because the disk is full. Nothing is left behind.
 
-    Example:
+    Examples:
         >>> engine = load("bundle")  # doctest: +SKIP
         >>> engine.generate("name[Sprat Table], isle[Sildness] =>", task="json").text  # doctest: +SKIP
     """
@@ -175,7 +175,7 @@ class Engine:
         Raises:
             RequestError: a change is malformed, or contradicts another change or the model's defaults.
 
-        Example:
+        Examples:
             >>> replace(engine.generation_defaults().sampling, seed=1)  # doctest: +SKIP
         """
         return self._rules.defaults_with(changes)
@@ -270,7 +270,7 @@ class Engine:
                 `max_new_tokens`.
             BusyError: running requests take all of `max_cache_bytes`; try again later.
 
-        Example:
+        Examples:
             >>> prompt = "name[Sprat Table], isle[Sildness] =>"
             >>> engine.generate(prompt, task="json", max_new_tokens=64).text  # doctest: +SKIP
             >>> both = engine.generate([prompt, prompt], task=["json", None])  # doctest: +SKIP
@@ -308,7 +308,7 @@ class Engine:
         Arguments and errors are those of `generate`, for one prompt. The call raises what is wrong with the request,
         and the first step raises `BusyError`. The last chunk has the whole result.
 
-        Example:
+        Examples:
             >>> for chunk in engine.stream(prompt, task="json"):  # doctest: +SKIP
             ...     print(chunk.text, end="", flush=True)
         """
