@@ -49,6 +49,7 @@ test-gpu:
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 # Of a model's real geometry with random weights, a report for each precision; BENCH_FLAGS="--rounds 3" for a quick look.

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from prefix_runtime import Prefix
-from prefix_runtime.bundle import adapter_path
-from prefix_runtime.session import save_adapter
+from prefix_runtime.backends.onnxruntime.session import save_adapter
+from prefix_runtime.bundle.folder import adapter_path
 
 from .models import BaseModel
-from .tokenizer import save_tokenizer
+from .tokenizers.tokenizer import save_tokenizer
 
 GENAI_CONFIG_NAME = "genai_config.json"
 

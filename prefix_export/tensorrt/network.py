@@ -9,9 +9,9 @@ import onnx
 
 from prefix_export.errors import EngineError
 from prefix_runtime import Bundle
-from prefix_runtime.bundle import ADAPTER_SUFFIX
-from prefix_runtime.engine_profile import KEPT, Profile, Tensor
-from prefix_runtime.tensorrt_library import Library, dtype_name
+from prefix_runtime.backends.tensorrt.library import Library, dtype_name
+from prefix_runtime.backends.tensorrt.profile import KEPT, Profile, Tensor
+from prefix_runtime.bundle.folder import ADAPTER_SUFFIX
 
 
 def parse(bundle: Bundle, builder: Any, library: Library, *, is_strongly_typed: bool) -> tuple[Any, Any]:

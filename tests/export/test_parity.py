@@ -16,15 +16,15 @@ import torch
 import transformers
 
 import prefix_runtime
-from prefix_export import parity
 from prefix_export.build import BuildRequest, build
 from prefix_export.errors import ExportError, ParityError, PrefixExportError
 from prefix_export.models import load_base_model
-from prefix_export.parity import Expectation, PromptTruth, compare, measured, observe
-from prefix_export.reference import CacheReference, PrefixSource, reference
-from prefix_export.yardstick import Arithmetic, cache_error, own_error
+from prefix_export.prefixes.reference import CacheReference, PrefixSource, reference
+from prefix_export.verify import parity
+from prefix_export.verify.parity import Expectation, PromptTruth, compare, measured, observe
+from prefix_export.verify.yardstick import Arithmetic, cache_error, own_error
 from prefix_runtime import LayerPrefix
-from prefix_runtime.generation_config import GenerationDefaults
+from prefix_runtime.generation.generation_config import GenerationDefaults
 from tests.export.conftest import read_prefix
 
 PROMPT = np.random.default_rng(1).integers(1, 384, size=20).tolist()

@@ -16,17 +16,17 @@ from onnx import numpy_helper
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from prefix_export import cli
+from prefix_export.cli import main as cli
 from prefix_export.errors import EngineError
-from prefix_export.fold import fold_for_bundle
+from prefix_export.prefixes.fold import fold_for_bundle
 from prefix_export.tensorrt import refit
 from prefix_export.tensorrt.engine import build_engine
 from prefix_export.tensorrt.refit import mark_prefixes, prefix_weights, refit_engine
 from prefix_export.tensorrt.request import EngineRequest
 from prefix_runtime import Bundle, PrefixMismatchError, ProviderError, UnknownTaskError
-from prefix_runtime.engine_file import read_engines
-from prefix_runtime.engine_profile import KEPT, tensors
-from prefix_runtime.tensorrt_library import Library
+from prefix_runtime.backends.tensorrt.engine_file import read_engines
+from prefix_runtime.backends.tensorrt.library import Library
+from prefix_runtime.backends.tensorrt.profile import KEPT, tensors
 
 PROMPT = [5, 9, 2, 41]
 _TYPES = {"int64": "INT64", "float32": "FLOAT"}
@@ -386,7 +386,7 @@ def test_the_command_refuses_an_engine_that_was_not_built_for_it(bundle, other_a
     record = json.loads((folder / "engines.json").read_text())
     record["engines"][0]["backend"] = "tensorrt-rtx"
     (folder / "engines.json").write_text(json.dumps(record))
-    monkeypatch.setattr("prefix_runtime.tensorrt_library._import", lambda backend: stand_in(bundle)[0])
+    monkeypatch.setattr("prefix_runtime.backends.tensorrt.library._import", lambda backend: stand_in(bundle)[0])
     arguments = [
         "tensorrt-refit",
         bundle.root,

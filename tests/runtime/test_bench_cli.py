@@ -12,11 +12,13 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from prefix_runtime import bandwidth, bench_cli, storage
-from prefix_runtime import bench as bench_module
-from prefix_runtime.bench_file import from_json
-from prefix_runtime.cli import main
-from prefix_runtime.report import as_text
+from prefix_runtime import files as storage
+from prefix_runtime.bench import bandwidth
+from prefix_runtime.bench import run as bench_module
+from prefix_runtime.bench.file import from_json
+from prefix_runtime.bench.report.tables import as_text
+from prefix_runtime.cli import bench as bench_cli
+from prefix_runtime.cli.main import main
 
 SMALL = ["--rounds", 1, "--new-tokens", 2, "--threads", 1, "--prompt-length", 4]
 OUTPUTS = ("json", "csv", "html", "png")

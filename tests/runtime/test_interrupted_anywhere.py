@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import prefix_runtime
-from prefix_runtime import pages, session
-from prefix_runtime.cache import Cache
-from prefix_runtime.cache_pool import CachePool
-from prefix_runtime.tasks import TaskStore
+from prefix_runtime.backends.onnxruntime import huge_pages as pages
+from prefix_runtime.backends.onnxruntime import session
+from prefix_runtime.bundle.tasks import TaskStore
+from prefix_runtime.cache.cache import Cache
+from prefix_runtime.cache.pool import CachePool
 from tests.interruption import Interrupted, interrupted
 
 IDS = [5, 6, 7]

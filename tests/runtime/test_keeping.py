@@ -15,10 +15,12 @@ import pytest
 from click.testing import CliRunner
 
 import prefix_runtime
-from prefix_runtime import Bundle, BundleIntegrityError, ProviderError, keeping, prepared
-from prefix_runtime.cli import main
-from prefix_runtime.keeping import LARGE, PAUSE, UNUSED, find_or_keep
-from prefix_runtime.prepared import prepare, prepared_graph, writing
+from prefix_runtime import Bundle, BundleIntegrityError, ProviderError
+from prefix_runtime.backends.onnxruntime import keeping
+from prefix_runtime.backends.onnxruntime import packed_graphs as prepared
+from prefix_runtime.backends.onnxruntime.keeping import LARGE, PAUSE, UNUSED, find_or_keep
+from prefix_runtime.backends.onnxruntime.packed_graphs import prepare, prepared_graph, writing
+from prefix_runtime.cli.main import main
 
 IDS = [5, 6, 7]
 

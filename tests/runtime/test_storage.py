@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from prefix_runtime.storage import locked, partial_name, sha256_of_file, write_file_atomically
+from prefix_runtime.files import locked, partial_name, sha256_of_file, write_file_atomically
 
 ON_A_FULL_DISK = """
 import resource, sys

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import load_file, save_file
 
 from prefix_runtime import PrefixError
-from prefix_runtime.tensor_file import TensorFile
+from prefix_runtime.prefix.tensor_file import TensorFile
 
 
 @pytest.fixture

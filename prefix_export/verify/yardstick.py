@@ -1,0 +1,121 @@
+"""How far the source framework itself is from the truth: the yardstick that a graph is measured with.
+
+The truth is the source model in double precision. One run of the framework at the graph's precision shows one draw of
+its rounding errors, and on some prompts that draw is small by luck. So the yardstick is the largest error of several
+runs, all but the first with noise of the size of rounding behind each layer.
+
+Source: Parker, "Monte Carlo Arithmetic", UCLA, 1997, for the noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from prefix_export.prefixes.reference import CacheReference, Reference
+from prefix_runtime import LayerPrefix, Prefix
+from prefix_runtime.prefix.cache_format import LARGEST
+
+_NOISY_RUNS = 3
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What a graph computes with.
+
+    Attributes:
+        activations: the type of activations.
+        cache: the type that keys and values are kept in, if that is a narrower one.
+        scales: for int8 each layer's, [num_key_value_heads, 1, head_dim] float32; a kept number times its scale is the
+            value.
+    """
+
+    activations: torch.dtype = torch.float32
+    cache: torch.dtype | None = None
+    scales: Sequence[LayerPrefix] | None = None
+
+
+def largest_difference(left: np.ndarray, right: np.ndarray) -> float:
+    """The largest difference of two arrays of one shape; NaN if a number of either is none."""
+    return float(np.abs(left - right).max())
+
+
+def own_error(
+    reference: Reference, model: PreTrainedModel, prompt: Sequence[int], truth: np.ndarray, dtype: torch.dtype
+) -> float:
+    """The source framework's own largest error of a logit on a prompt, over several runs.
+
+    Args:
+        reference: the framework's model under a task.
+        model: the base model that it runs, in `dtype`.
+        prompt: token ids.
+        truth: its logits [sequence, vocab] in double precision.
+        dtype: of the activations.
+    """
+    errors = [largest_difference(reference.logits(prompt), truth)]
+    for seed in range(_NOISY_RUNS):
+        with _noise(model, torch.finfo(dtype).eps / 2, seed):
+            errors.append(largest_difference(reference.logits(prompt), truth))
+    return float(np.max(errors))  # not Python's max, which drops a NaN
+
+
+def cache_error(model: PreTrainedModel, prefix: Prefix | None, prompt: Sequence[int], arithmetic: Arithmetic) -> float:
+    """What it changes in the logits of a prompt that keys and values are kept in a narrower type; 0 if they are not."""
+    if arithmetic.cache is None:
+        return 0.0
+    plain = CacheReference(model, prefix).logits(prompt)
+    rounded = CacheReference(model, prefix, lambda: _RoundedCache(arithmetic)).logits(prompt)
+    return largest_difference(rounded, plain)
+
+
+class _RoundedCache(DynamicCache):
+    """transformers' cache, which keeps numbers as a narrower type has them."""
+
+    def __init__(self, arithmetic: Arithmetic) -> None:
+        super().__init__()
+        self._arithmetic = arithmetic
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer, the new ones rounded, [batch, num_key_value_heads, length, head_dim]."""
+        scale = self._arithmetic.scales[layer_idx] if self._arithmetic.scales is not None else None
+        key, value = (
+            self._rounded(states, None if scale is None else getattr(scale, part))
+            for states, part in ((key_states, "key"), (value_states, "value"))
+        )
+        found: tuple[torch.Tensor, torch.Tensor] = super().update(key, value, layer_idx, *args, **kwargs)
+        return found
+
+    def _rounded(self, states: torch.Tensor, scale: np.ndarray | None) -> torch.Tensor:
+        if scale is None:
+            assert self._arithmetic.cache is not None
+            return states.to(self._arithmetic.cache).to(states.dtype)
+        step = torch.from_numpy(np.array(scale)).to(states.dtype)
+        return (states / step).round().clamp(-LARGEST, LARGEST) * step
+
+
+@contextmanager
+def _noise(model: PreTrainedModel, size: float, seed: int) -> Iterator[None]:
+    """Multiply each output of a module with weights by 1 + `size` * a random number from -1 to 1, for a while."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def disturb(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
+        if not (isinstance(output, torch.Tensor) and output.is_floating_point()):
+            return output
+        noise = torch.rand(output.shape, generator=generator) * 2 - 1
+        return (output.float() * (1 + size * noise)).to(output.dtype)
+
+    weighted = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    handles = [module.register_forward_hook(disturb) for module in weighted]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
