@@ -1,6 +1,7 @@
 """Trains one prefix per task with PEFT on frozen SmolLM2-135M-Instruct and writes `prefixes/<task>/`.
 
     python examples/real/train_prefixes.py --device cuda
+    python examples/real/train_prefixes.py --start build/real/earlier --no-projection --steps 40 --learning-rate 5e-3
 
 It needs torch, transformers, peft, click and numpy. `fetch.py` makes the base folder. The text is the demo's. The saved
 adapters hold float16 numbers. At the end of each task the script prints the exact match on held-out tables.
@@ -49,6 +50,23 @@ LOSSES_PER_MEAN = 100
 """Steps whose mean loss is printed as one number."""
 
 
+def start_from(model: PeftModel, adapter: Path) -> None:
+    """Puts a trained prefix into an untrained one without an MLP.
+
+    Raises:
+        click.ClickException: the prefix would not be the trained one: it stands behind an MLP, or has another shape.
+    """
+    [encoder] = model.prompt_encoder.values()
+    trained = load_file(adapter / "adapter_model.safetensors")["prompt_embeddings"]
+    if encoder.prefix_projection or encoder.embedding.weight.shape != trained.shape:
+        raise click.ClickException(
+            f"--start: expected --no-projection and a prefix of {list(encoder.embedding.weight.shape)}, "
+            f"found {list(trained.shape)} in {adapter}"
+        )
+    with torch.no_grad():
+        encoder.embedding.weight.copy_(trained)
+
+
 def halve(adapter: Path) -> None:
     """Rewrites an adapter's tensors as float16, which halves the file."""
     tensors = {name: tensor.half() for name, tensor in load_file(adapter).items()}
@@ -88,8 +106,11 @@ def exact_match_percent(
 @click.option("--prefix-length", default=SETTINGS.prefix_length, show_default=True)
 @click.option("--projection/--no-projection", default=SETTINGS.projection, show_default=True, help="PEFT's MLP.")
 @click.option("--seed", default=SEED, show_default=True, help="The first task's.")
+@click.option("--start", type=click.Path(path_type=Path, exists=True), help="Folder of adapters to train further.")
 @click.option("--tables", default=64, show_default=True, help="Held-out tables for the exact match at the end.")
-def main(device: str, base: Path, output: Path, tasks: str, *, seed: int, tables: int, **changes: Any) -> None:
+def main(
+    device: str, base: Path, output: Path, tasks: str, *, start: Path | None, seed: int, tables: int, **changes: Any
+) -> None:
     """Train a prefix for every task."""
     torch.set_float32_matmul_precision("high")
     settings = dataclasses.replace(SETTINGS, **changes)
@@ -101,6 +122,8 @@ def main(device: str, base: Path, output: Path, tasks: str, *, seed: int, tables
         started = time.perf_counter()
         torch.manual_seed(task_seed)
         model = new_prefix(base, settings, device)
+        if start is not None:
+            start_from(model, start / task)
         documents = task_documents(task, settings.documents, seed=task_seed)
         losses = train(model, tokenize(documents, tokenizer, model.device), settings, task_seed)
         save(model, output / task, BASE_NAME)

@@ -36,6 +36,7 @@ _RANDOM_LENGTHS = (1, 7, 33)
 _TEXTS = 2
 _TEXT_LENGTH = 48
 _NEW_TOKENS = 12
+_ALONE = 2
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class TaskParity:
         yardstick: the largest difference of the source framework itself at the graph's precision.
         limit: the largest error that is accepted.
         greedy_tokens_equal: whether the tokens agree, up to the first tie.
-        ties: answers, of each prompt alone and in a batch, that part where two tokens are closer than twice the limit,
+        ties: answers, alone and in a batch, that part where two tokens are closer than twice the limit,
             as each may be off by it; nothing behind is compared.
         prompts: that were compared.
         text_prompts: of them are text; the others are random tokens.
@@ -109,9 +110,10 @@ class Expectation:
 
 
 def text_prompts(held_out: HeldOut | None, room: int) -> list[tuple[int, ...]]:
-    """The beginnings of some texts, as far as there is room for them and a new token; none if these are no text."""
-    texts = held_out.texts[:_TEXTS] if held_out is not None and held_out.is_text else ()
-    return [text.token_ids[: min(_TEXT_LENGTH, room - 1)] for text in texts if room > 1]
+    """The first different beginnings of texts, as far as there is room for them and a new token; none if random."""
+    texts = held_out.texts if held_out is not None and held_out.is_text else ()
+    beginnings = dict.fromkeys(text.token_ids[: min(_TEXT_LENGTH, room - 1)] for text in texts if room > 1)
+    return list(beginnings)[:_TEXTS]
 
 
 def random_prompts(vocab_size: int, room: int) -> list[tuple[int, ...]]:
@@ -223,14 +225,15 @@ def compare(expectation: Expectation, engine: Engine, task: str | None) -> TaskP
 def _answers(
     prompts: Sequence[PromptTruth], engine: Engine, task: str | None
 ) -> list[tuple[PromptTruth, tuple[int, ...]]]:
-    """The engine's greedy tokens of each prompt, alone and in a batch.
+    """The engine's greedy tokens of each prompt in a batch, and of the longest prompts alone too.
 
     What pads rows on the left may count positions and lengths otherwise.
     """
     greedy = Sampling()
+    longest = sorted(prompts, key=lambda prompt: len(prompt.token_ids))[-_ALONE:]
     alone = [
         engine.generate(token_ids=prompt.token_ids, task=task, max_new_tokens=prompt.new_tokens, sampling=greedy)
-        for prompt in prompts
+        for prompt in longest
     ]
     together = engine.generate(
         token_ids=[prompt.token_ids for prompt in prompts],
@@ -240,8 +243,8 @@ def _answers(
     )
     return [
         (prompt, result.token_ids)
-        for results in (alone, together)
-        for prompt, result in zip(prompts, results, strict=True)
+        for ran, results in ((longest, alone), (prompts, together))
+        for prompt, result in zip(ran, results, strict=True)
     ]
 
 

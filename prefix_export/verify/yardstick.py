@@ -4,11 +4,14 @@ The truth is the source model in double precision. One run of the framework at t
 its rounding errors, and on some prompts that draw is small by luck. So the yardstick is the largest error of several
 runs, all but the first with noise of the size of rounding behind each layer.
 
-Source: Parker, "Monte Carlo Arithmetic", UCLA, 1997, for the noise.
+Sources: Parker, "Monte Carlo Arithmetic", UCLA, 1997, for the noise; Higham and Mary, "A New Approach to Probabilistic
+Rounding Error Analysis", SIAM J. Sci. Comput. 41(5), 2019, for its size: a sum of n terms is off by about sqrt(n) units
+of rounding.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from prefix_export.prefixes.reference import CacheReference, Reference
 from prefix_runtime import LayerPrefix, Prefix
 from prefix_runtime.prefix.cache_format import LARGEST
 
 _NOISY_RUNS = 3
+_LANES = 16
+"""Sums that a vector unit of 512 bits makes side by side; each is of so many times fewer terms."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ def own_error(
     """
     errors = [largest_difference(reference.logits(prompt), truth)]
     for seed in range(_NOISY_RUNS):
-        with _noise(model, torch.finfo(dtype).eps / 2, seed):
+        with _noise(model, dtype, seed):
             errors.append(largest_difference(reference.logits(prompt), truth))
     return float(np.max(errors))  # not Python's max, which drops a NaN
 
@@ -102,15 +108,15 @@ class _RoundedCache(DynamicCache):
 
 
 @contextmanager
-def _noise(model: PreTrainedModel, size: float, seed: int) -> Iterator[None]:
-    """Multiply each output of a module with weights by 1 + `size` * a random number from -1 to 1, for a while."""
+def _noise(model: PreTrainedModel, dtype: torch.dtype, seed: int) -> Iterator[None]:
+    """Multiply each output of a module with weights by 1 + noise of rounding's size, for a while."""
     generator = torch.Generator().manual_seed(seed)
 
-    def disturb(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
+    def disturb(module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
         if not (isinstance(output, torch.Tensor) and output.is_floating_point()):
             return output
         noise = torch.rand(output.shape, generator=generator) * 2 - 1
-        return (output.float() * (1 + size * noise)).to(output.dtype)
+        return (output.float() * (1 + rounding_of(module, dtype) * noise)).to(output.dtype)
 
     weighted = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
     handles = [module.register_forward_hook(disturb) for module in weighted]
@@ -119,3 +125,17 @@ def _noise(model: PreTrainedModel, size: float, seed: int) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def rounding_of(module: torch.nn.Module, dtype: torch.dtype) -> float:
+    """How far off a module's output is by rounding, as a part of it: by its sums, which are float32, or by its type."""
+    in_sums = math.sqrt(_terms(module) / _LANES) * torch.finfo(torch.float32).eps / 2
+    return max(in_sums, torch.finfo(dtype).eps / 2)
+
+
+def _terms(module: torch.nn.Module) -> int:
+    """How many products a number of a module's output is the sum of."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, torch.nn.Embedding) or weight is None or weight.dim() != 2:
+        return 1
+    return int(weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1])

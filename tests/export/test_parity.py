@@ -14,15 +14,17 @@ import peft
 import pytest
 import torch
 import transformers
+from transformers.pytorch_utils import Conv1D
 
 import prefix_runtime
 from prefix_export.build import BuildRequest, build
 from prefix_export.errors import ExportError, ParityError, PrefixExportError
 from prefix_export.models import load_base_model
 from prefix_export.prefixes.reference import CacheReference, PrefixSource, reference
+from prefix_export.tokenizers.held_out import HeldOut, Text
 from prefix_export.verify import parity
 from prefix_export.verify.parity import Expectation, PromptTruth, compare, measured, observe
-from prefix_export.verify.yardstick import Arithmetic, cache_error, own_error
+from prefix_export.verify.yardstick import Arithmetic, cache_error, own_error, rounding_of
 from prefix_runtime import LayerPrefix
 from prefix_runtime.generation.generation_config import GenerationDefaults
 from tests.export.conftest import read_prefix
@@ -333,3 +335,23 @@ def test_rounding_a_cache_adds_to_the_yardstick_what_it_changes(base, prefix):
 def test_prompts_are_text_and_random_tokens(workshop):
     parity = json.loads((workshop.bundle() / "manifest.json").read_text())["parity"]
     assert {(result["prompts"], result["text_prompts"]) for result in parity["tasks"].values()} == {(5, 2)}
+
+
+def test_prompts_of_equal_beginnings_count_once():
+    texts = tuple(Text(ids, 1) for ids in (tuple(range(60)), (*range(50), 7, 7), (5, 6), (8,)))
+    found = parity.text_prompts(HeldOut("x", texts, is_text=True), room=300)
+    assert found == [tuple(range(48)), (5, 6)]
+
+
+def test_noise_has_the_size_of_the_roundings_in_a_sum():
+    unit = torch.finfo(torch.float32).eps / 2
+    sums = {  # of so many products
+        torch.nn.Linear(576, 3): 576,
+        Conv1D(3, 576): 576,
+        torch.nn.Embedding(576, 3): 16,
+        torch.nn.LayerNorm(576): 16,
+    }
+    assert {layer: rounding_of(layer, torch.float32) for layer in sums} == {
+        layer: pytest.approx(unit * (terms / 16) ** 0.5) for layer, terms in sums.items()
+    }
+    assert rounding_of(torch.nn.Linear(576, 3), torch.float16) == torch.finfo(torch.float16).eps / 2

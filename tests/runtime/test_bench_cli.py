@@ -242,8 +242,8 @@ def test_the_time_that_is_left_is_as_long_as_what_was_done_half_way(monkeypatch,
 TELLING = """
 import signal
 from contextlib import nullcontext
-from prefix_runtime import bench_cli
-from prefix_runtime.cli import main
+from prefix_runtime.cli import bench as bench_cli
+from prefix_runtime.cli.main import main
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 bench_cli.progress = lambda: nullcontext(lambda done, total, text: text.startswith("round 1 ") and print(flush=True))

@@ -266,8 +266,8 @@ bindings.runtime, bindings.driver = runtime, driver
 sys.modules |= {"cuda": types.ModuleType("cuda"), "cuda.bindings": bindings, "cuda.bindings.runtime": runtime,
                 "cuda.bindings.driver": driver}
 
-from prefix_runtime.device import Device
-from prefix_runtime.provider import Cuda
+from prefix_runtime.backends.gpu.device import Device
+from prefix_runtime.backends.options import Cuda
 
 device = Device(Cuda(stream=7))
 memory, last = device.allocate(10), device.allocate(10)

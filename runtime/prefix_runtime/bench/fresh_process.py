@@ -24,7 +24,7 @@ import sys, time
 started = time.perf_counter()
 import prefix_runtime
 seconds = time.perf_counter() - started
-from prefix_runtime.openings import observe
+from prefix_runtime.bench.fresh_process import observe
 sys.stdout.write(observe(seconds, *sys.argv[1:]))
 """
 
