@@ -8,18 +8,17 @@ from pathlib import Path
 
 import torch
 
-from prefix_runtime import LayerPrefix, Prefix
-
-from prefix_export.trace.prefix_bank import PrefixBank
-from prefix_export.trace.decoder import Decoder, FastDecoder, PortableDecoder
-from prefix_export.trace.cuda_decoder import DeviceDecoder
 from prefix_export.graph.export import export_graph
 from prefix_export.models import BaseModel, cast_weights
 from prefix_export.models.experts import traceable_experts
 from prefix_export.progress import SILENT, Progress
 from prefix_export.quantize.modules import QuantizedModel
 from prefix_export.targets import Plan
+from prefix_export.trace.cuda_decoder import DeviceDecoder
+from prefix_export.trace.decoder import Decoder, FastDecoder, PortableDecoder
+from prefix_export.trace.prefix_bank import PrefixBank
 from prefix_export.verify.yardstick import Arithmetic
+from prefix_runtime import LayerPrefix, Prefix
 
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from prefix_export.models import BaseModel
+from prefix_export.models.random_model import random_base_model
+from prefix_export.progress import SILENT, Progress
 from prefix_runtime import Geometry, LayerGeometry, LayerPrefix, Prefix
 
 from .recipe import BuildRequest, BuildResult, build
-from prefix_export.models import BaseModel
-from prefix_export.progress import SILENT, Progress
-from prefix_export.models.random_model import random_base_model
 
 
 def build_random(

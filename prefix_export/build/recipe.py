@@ -10,36 +10,44 @@ from pathlib import Path
 
 import numpy as np
 
-from prefix_runtime import Bundle, LayerPrefix, Manifest, Prefix
-from prefix_runtime.bundle.folder import MANIFEST_NAME, describe_file, staged, write_prefix
-from prefix_runtime.prefix.cache_format import CACHE_TYPES, CacheFormat
-from prefix_runtime.prefix.geometry import LEAST_TEXT
-from prefix_runtime.bundle.manifest import FileEntry, ModelEntry, check_free_task_name, task_key
-from prefix_runtime.files import check_room, write_file_atomically
-
 from prefix_export import __version__, targets
-from prefix_export.prefixes.adapter_tokenizer import with_adapters_tokenizer
-from prefix_export.graph.adopt import adopt_graph
-from prefix_export.trace.attention import check_fast_flavour
-from prefix_export.quantize.calibrate import cache_scales, save_scales
 from prefix_export.clients import GENAI_CONFIG_NAME, genai_config, save_adapters, save_configs, write_json
 from prefix_export.errors import ExportError, ModelError
-from .plan import arithmetic, export_plan
-from prefix_export.prefixes.fold import fold, located
-from prefix_export.models.generation_defaults import generation_report
-from prefix_export.prefixes.lint import lint
+from prefix_export.graph.adopt import adopt_graph
 from prefix_export.models import BaseModel, load_base_model
 from prefix_export.models.experts import notes as expert_notes
-from prefix_export.verify.parity import Expectation, TaskParity
-from prefix_export.progress import SILENT, PhaseTimes, Progress
-from prefix_export.tokenizers.held_out import HeldOut, read_held_out
-from prefix_export.verify.quality import TaskQuality
-from prefix_export.quantize.options import BITS, Quantization, quantization
-from prefix_export.quantize.modules import QuantizedModel
+from prefix_export.models.generation_defaults import generation_report
+from prefix_export.prefixes.adapter_tokenizer import with_adapters_tokenizer
+from prefix_export.prefixes.fold import fold, located
+from prefix_export.prefixes.lint import lint
 from prefix_export.prefixes.reference import PrefixSource, SourcedPrefixes
-from .request import BuildRequest, check_request, check_sources
+from prefix_export.progress import SILENT, PhaseTimes, Progress
+from prefix_export.quantize.calibrate import cache_scales, save_scales
+from prefix_export.quantize.modules import QuantizedModel
+from prefix_export.quantize.options import BITS, Quantization, quantization
+from prefix_export.tokenizers.held_out import HeldOut, read_held_out
 from prefix_export.tokenizers.tokenizer import tokenizer_warnings
-from prefix_export.verify.all_tasks import FloatAnswers, answer_all, assess_all, certificate, check_can_run, compare_all, observe_all
+from prefix_export.trace.attention import check_fast_flavour
+from prefix_export.verify.all_tasks import (
+    FloatAnswers,
+    answer_all,
+    assess_all,
+    certificate,
+    check_can_run,
+    compare_all,
+    observe_all,
+)
+from prefix_export.verify.parity import Expectation, TaskParity
+from prefix_export.verify.quality import TaskQuality
+from prefix_runtime import Bundle, LayerPrefix, Manifest, Prefix
+from prefix_runtime.bundle.folder import MANIFEST_NAME, describe_file, staged, write_prefix
+from prefix_runtime.bundle.manifest import FileEntry, ModelEntry, check_free_task_name, task_key
+from prefix_runtime.files import check_room, write_file_atomically
+from prefix_runtime.prefix.cache_format import CACHE_TYPES, CacheFormat
+from prefix_runtime.prefix.geometry import LEAST_TEXT
+
+from .plan import arithmetic, export_plan
+from .request import BuildRequest, check_request, check_sources
 
 _MEGABYTE = 1e6
 _BITS = {"fp32": 32, "fp16": 16, "bf16": 16, **BITS}

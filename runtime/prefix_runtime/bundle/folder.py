@@ -12,13 +12,26 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
-from prefix_runtime.prefix.cache_format import CacheFormat
 from prefix_runtime.checks import quoted
 from prefix_runtime.errors import BundleError, BundleIntegrityError, PrefixError
+from prefix_runtime.files import (
+    FileIdentity,
+    blaming,
+    check_sha256,
+    identity,
+    locked,
+    partial_name,
+    read_regular,
+    sha256_of_file,
+    sync_folder,
+    sync_tree,
+    write_file_atomically,
+)
+from prefix_runtime.prefix.cache_format import CacheFormat
+from prefix_runtime.prefix.prefix import Prefix
+
 from .external_files import external_files
 from .manifest import FileEntry, Manifest, TaskEntry, check_new_task_name, prefix_path, unknown_task
-from prefix_runtime.prefix.prefix import Prefix
-from prefix_runtime.files import FileIdentity, blaming, check_sha256, identity, locked, partial_name, read_regular, sha256_of_file, sync_folder, sync_tree, write_file_atomically
 
 MANIFEST_NAME = "manifest.json"
 ADAPTER_SUFFIX = ".onnx_adapter"

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from prefix_runtime.prefix.cache_format import CACHE_TYPES, SCALES_NAME
 from prefix_runtime.checks import MOST_QUOTED, quoted
 from prefix_runtime.errors import BundleError, DuplicateTaskError, TaskNameError, UnknownTaskError
+from prefix_runtime.prefix.cache_format import CACHE_TYPES, SCALES_NAME
 from prefix_runtime.prefix.geometry import Geometry, LayerGeometry
 
 FORMAT = "prefix-export.bundle"

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .folder import Bundle
 from prefix_runtime.checks import quoted
-from prefix_runtime.prefix.composition import SEPARATOR, concatenated
 from prefix_runtime.errors import CompositionError
-from .manifest import check_usable_task_name, duplicate_task, task_key, unknown_task
+from prefix_runtime.prefix.composition import SEPARATOR, concatenated
 from prefix_runtime.prefix.prefix import Prefix
+
+from .folder import Bundle
+from .manifest import check_usable_task_name, duplicate_task, task_key, unknown_task
 
 MOST_COMPOSED = 16
 """Compositions that are kept."""
