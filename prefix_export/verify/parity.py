@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,14 +18,14 @@ import torch
 from prefix_export.errors import ExportError, ParityError
 from prefix_export.models import BaseModel
 from prefix_export.models.experts import traceable_experts
-from prefix_export.prefixes.reference import PrefixSource, reference
+from prefix_export.prefixes.reference import CacheReference, PrefixSource, Reference, reference
 from prefix_export.progress import SILENT, Progress
 from prefix_export.tokenizers.held_out import HeldOut
 from prefix_runtime import Engine, Prefix, Sampling
 from prefix_runtime.generation.logits_processors import LogitsProcessors, Step
 
 from .double_precision import DoublePrecision
-from .yardstick import Arithmetic, cache_error, largest_difference, own_error
+from .yardstick import Arithmetic, RoundedCache, largest_difference, own_error
 
 FACTOR = 4
 """An error of the graph may be so many times the yardstick."""
@@ -186,16 +187,31 @@ def measured(
     truths = []
     with reference(base, prefix, source) as found:
         for truth in expectation.prompts:
-            own = own_error(found, base.model, truth.token_ids, truth.logits, arithmetic.activations)
+            answers: Reference = found
+            if arithmetic.cache is not None:
+                truth = _with_rounded_cache(truth, base, prefix, arithmetic)  # noqa: PLW2901  # it is meant from here
+                jitter = torch.Generator().manual_seed(0)
+                answers = CacheReference(base.model, prefix, partial(RoundedCache, arithmetic, jitter))
+            own = own_error(answers, base.model, truth.token_ids, truth.logits, arithmetic.activations)
             if not np.isfinite(own):
                 raise ParityError(
                     f"{found.name} in {str(arithmetic.activations).removeprefix('torch.')}: expected finite logits, "
                     "found others: the model leaves the numbers that this type holds; take another --precision"
                 )
-            rounding = cache_error(base.model, prefix, truth.token_ids, arithmetic)
-            truths.append(replace(truth, yardstick=own + rounding))
+            truths.append(replace(truth, yardstick=own))
             progress.advance()
     return replace(expectation, prompts=tuple(truths), arithmetic=arithmetic)
+
+
+def _with_rounded_cache(
+    truth: PromptTruth, base: BaseModel, prefix: Prefix | None, arithmetic: Arithmetic
+) -> PromptTruth:
+    """A truth, changed by what it changes in double precision that keys and values are rounded."""
+    rounded = CacheReference(base.model, prefix, partial(RoundedCache, arithmetic))
+    with traceable_experts(base.model), DoublePrecision():
+        change = rounded.logits(truth.token_ids) - CacheReference(base.model, prefix).logits(truth.token_ids)
+    tokens = tuple(rounded.greedy(truth.token_ids, truth.new_tokens))
+    return replace(truth, logits=_on_disk(truth.logits + change), tokens=tokens)
 
 
 def compare(expectation: Expectation, engine: Engine, task: str | None) -> TaskParity:

@@ -22,11 +22,13 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from prefix_export.prefixes.reference import CacheReference, Reference
-from prefix_runtime import LayerPrefix, Prefix
+from prefix_export.prefixes.reference import Reference
+from prefix_runtime import LayerPrefix
 from prefix_runtime.prefix.cache_format import LARGEST
 
 _NOISY_RUNS = 3
+_JITTER = 1e-3
+"""Of a step: float32 leaves keys and values off by a millionth, and a step of 8 bits is 1/127 of the largest."""
 _LANES = 16
 """Sums that a vector unit of 512 bits makes side by side; each is of so many times fewer terms."""
 
@@ -71,40 +73,56 @@ def own_error(
     return float(np.max(errors))  # not Python's max, which drops a NaN
 
 
-def cache_error(model: PreTrainedModel, prefix: Prefix | None, prompt: Sequence[int], arithmetic: Arithmetic) -> float:
-    """What it changes in the logits of a prompt that keys and values are kept in a narrower type; 0 if they are not."""
-    if arithmetic.cache is None:
-        return 0.0
-    plain = CacheReference(model, prefix).logits(prompt)
-    rounded = CacheReference(model, prefix, lambda: _RoundedCache(arithmetic)).logits(prompt)
-    return largest_difference(rounded, plain)
+class RoundedCache(DynamicCache):
+    """transformers' cache, which keeps keys and values in a narrower type, as the graph's does.
 
+    In 8 bits attention reads the new ones as they are kept. In 16 bits it reads the new ones as they are, and those of
+    earlier runs as they were kept.
 
-class _RoundedCache(DynamicCache):
-    """transformers' cache, which keeps numbers as a narrower type has them."""
+    Args:
+        arithmetic: what the graph computes with.
+        jitter: moves each number by up to `_JITTER` of a step before it is rounded, as another order of sums would;
+            None moves none.
+    """
 
-    def __init__(self, arithmetic: Arithmetic) -> None:
+    def __init__(self, arithmetic: Arithmetic, jitter: torch.Generator | None = None) -> None:
         super().__init__()
-        self._arithmetic = arithmetic
+        self._arithmetic, self._jitter = arithmetic, jitter
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer, the new ones rounded, [batch, num_key_value_heads, length, head_dim]."""
+        """What attention reads of a layer's keys and values, [batch, num_key_value_heads, length, head_dim] each."""
         scale = self._arithmetic.scales[layer_idx] if self._arithmetic.scales is not None else None
         key, value = (
             self._rounded(states, None if scale is None else getattr(scale, part))
             for states, part in ((key_states, "key"), (value_states, "value"))
         )
-        found: tuple[torch.Tensor, torch.Tensor] = super().update(key, value, layer_idx, *args, **kwargs)
-        return found
+        read: tuple[torch.Tensor, torch.Tensor] = super().update(key, value, layer_idx, *args, **kwargs)
+        if scale is not None:
+            return read
+        key, value = (
+            torch.cat([all_states[:, :, : -states.shape[2]], states], 2)
+            for all_states, states in zip(read, (key_states, value_states), strict=True)
+        )
+        return key, value
 
     def _rounded(self, states: torch.Tensor, scale: np.ndarray | None) -> torch.Tensor:
-        if scale is None:
-            assert self._arithmetic.cache is not None
-            return states.to(self._arithmetic.cache).to(states.dtype)
-        step = torch.from_numpy(np.array(scale)).to(states.dtype)
-        return (states / step).round().clamp(-LARGEST, LARGEST) * step
+        if scale is not None:
+            step = torch.from_numpy(np.array(scale)).to(states.dtype)
+            return self._steps(states, step).clamp(-LARGEST, LARGEST) * step
+        assert self._arithmetic.cache is not None
+        # Not `to`, which double precision makes a conversion to float64.
+        kind = torch.finfo(self._arithmetic.cache)
+        exponent = torch.frexp(states).exponent.clamp(min=round(math.log2(kind.smallest_normal)) + 1)
+        step = torch.ldexp(torch.full_like(states, kind.eps / 2), exponent)
+        return self._steps(states, step) * step
+
+    def _steps(self, states: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        steps = states / step
+        if self._jitter is not None:
+            steps = steps + _JITTER * (torch.rand(steps.shape, generator=self._jitter) * 2 - 1).to(steps.dtype)
+        return steps.round()
 
 
 @contextmanager

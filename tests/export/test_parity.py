@@ -24,7 +24,7 @@ from prefix_export.prefixes.reference import CacheReference, PrefixSource, refer
 from prefix_export.tokenizers.held_out import HeldOut, Text
 from prefix_export.verify import parity
 from prefix_export.verify.parity import Expectation, PromptTruth, compare, measured, observe
-from prefix_export.verify.yardstick import Arithmetic, cache_error, own_error, rounding_of
+from prefix_export.verify.yardstick import Arithmetic, RoundedCache, own_error, rounding_of
 from prefix_runtime import LayerPrefix
 from prefix_runtime.generation.generation_config import GenerationDefaults
 from tests.export.conftest import read_prefix
@@ -325,11 +325,30 @@ def test_the_largest_error_of_several_runs_is_the_yardstick(base, prefix):
     assert np.abs(reference.logits(truth.token_ids) - truth.logits).max() == plain
 
 
-def test_rounding_a_cache_adds_to_the_yardstick_what_it_changes(base, prefix):
-    truth = observe(base, prefix, None, None, max_length=320).prompts[-1]
-    halves = cache_error(base.model, prefix, truth.token_ids, Arithmetic(cache=torch.float16))
-    assert 1e-5 < halves < 1e-2
-    assert cache_error(base.model, prefix, truth.token_ids, Arithmetic()) == 0.0
+SCALE = 0.02
+
+
+@pytest.mark.parametrize("kept_in", [torch.float16, torch.bfloat16, torch.int8])
+def test_the_truth_of_a_rounded_cache_is_rounded_too(base, prefix, kept_in):
+    scales = [LayerPrefix(np.full((4, 1, 16), SCALE, np.float32), np.full((4, 1, 16), SCALE, np.float32))] * 3
+    arithmetic = Arithmetic(cache=kept_in, scales=scales if kept_in == torch.int8 else None)
+    plain = observe(base, prefix, None, None, max_length=320)
+    rounded = measured(plain, base, prefix, None, arithmetic)
+    changes = [np.abs(a.logits - b.logits).max() for a, b in zip(plain.prompts, rounded.prompts, strict=True)]
+    assert min(changes) > 1e-6
+    assert rounded.yardstick < max(changes)  # else it would hide that a cache is not rounded
+
+
+def test_a_rounded_cache_keeps_what_its_type_holds():
+    numbers = torch.linspace(-3, 3, 999)[None, None, :, None]
+    half = RoundedCache(Arithmetic(cache=torch.float16))
+    read, _ = half.update(numbers, numbers, 0)
+    assert torch.equal(read, numbers)  # the new ones, as they are
+    read, _ = half.update(numbers[:, :, :1], numbers[:, :, :1], 0)
+    assert torch.equal(read[:, :, :-1], numbers.half().float())
+    eighth = LayerPrefix(np.full((1, 1, 1), 1 / 64, np.float32), np.full((1, 1, 1), 1 / 64, np.float32))
+    read, _ = RoundedCache(Arithmetic(cache=torch.int8, scales=[eighth])).update(numbers, numbers, 0)
+    assert torch.equal(read, (numbers * 64).round().clamp(-127, 127) / 64)
 
 
 def test_prompts_are_text_and_random_tokens(workshop):
