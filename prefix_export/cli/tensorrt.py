@@ -98,19 +98,21 @@ def refit(bundle: Path, prefix: str, output: Path, engines: Path | None, name: s
 
 
 def _print(result: EngineResult) -> None:
+    from prefix_runtime.bundle.graph_contract import ATTENTION_MASK, INPUT_IDS
+
     record = result.record
     path = result.folder / record.file.path
     if not result.seconds:
         click.echo(f"{path}: is up to date")
         return
     prefill, decode = record.profiles
-    rows, positions = decode.inputs["attention_mask"][2]
+    rows, positions = decode.inputs[ATTENTION_MASK][2]
     print_fields(
         {
             "engine": f"{path}, {record.file.size / 1e6:.1f} MB in {result.seconds:.0f} s",
             "built by": f"{record.backend} {record.version}",
             "compute capability": ", ".join(record.compute_capabilities) or "as the library chooses",
-            "prompts": f"of 1 to {prefill.inputs['input_ids'][2][1]} tokens",
+            "prompts": f"of 1 to {prefill.inputs[INPUT_IDS][2][1]} tokens",
             "decode steps": f"of 1 to {rows} rows, {positions} positions",
             "read back": _read_back(record),
         },

@@ -1,4 +1,4 @@
-"""A graph that somebody else exported, taken into a bundle as it is where it keeps the contract of `graph.py`."""
+"""A graph that somebody else exported, taken into a bundle as it is where it keeps the graph contract."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from prefix_export.errors import ExportError
 from prefix_export.trace.attention import AttentionLayer
 from prefix_runtime import ProviderError
 from prefix_runtime.backends.onnxruntime.session import Session
+from prefix_runtime.bundle import graph_contract as contract
 from prefix_runtime.os_errors import write_error
 
 from .export import weight_bytes
 
-_PARTS = ("key", "value")
 _ROUNDED = frozenset({"DequantizeLinear", "DynamicQuantizeLinear", "MatMulNBits", "GatherBlockQuantized"})
-_KNOWN = ("input_ids", "attention_mask", "position_ids", "num_logits_to_keep")
+_KNOWN = (*contract.TOKEN_INPUTS, contract.NUM_LOGITS_TO_KEEP)
 
 
 def adopt_graph(source: Path, layers: Sequence[AttentionLayer], vocab_size: int, path: Path) -> int:
@@ -92,8 +92,8 @@ def _check_weights(graph: onnx.GraphProto, source: Path) -> None:
 def _check_inputs(graph: onnx.GraphProto, layers: Sequence[AttentionLayer], source: Path) -> None:
     optional = {tensor.name for tensor in graph.initializer}
     given = {value.name: value for value in graph.input}
-    past = _shapes("past_key_values", layers)
-    for name in ("input_ids", "attention_mask", *past):
+    past = _shapes(contract.PAST, layers)
+    for name in (contract.INPUT_IDS, contract.ATTENTION_MASK, *past):
         if name not in given:
             others = ", ".join(sorted(given.keys() - optional)[:6])
             raise ExportError(f"graph {source}: expected an input {name}, found {others}, …")
@@ -101,7 +101,8 @@ def _check_inputs(graph: onnx.GraphProto, layers: Sequence[AttentionLayer], sour
         if name in past:
             _check_value(value, past[name], onnx.TensorProto.FLOAT, source)
         elif name in _KNOWN:
-            _check_value(value, () if name == "num_logits_to_keep" else (None, None), onnx.TensorProto.INT64, source)
+            shape = (None,) * len(contract.TOKEN_INPUTS.get(name, ()))
+            _check_value(value, shape, onnx.TensorProto.INT64, source)
         elif name not in optional:
             raise ExportError(
                 f"graph {source}: input {name}: expected {', '.join(_KNOWN)} and past_key_values.{{i}}.key and .value "
@@ -111,7 +112,7 @@ def _check_inputs(graph: onnx.GraphProto, layers: Sequence[AttentionLayer], sour
 
 def _check_outputs(graph: onnx.GraphProto, layers: Sequence[AttentionLayer], vocab_size: int, source: Path) -> None:
     made = {value.name: value for value in graph.output}
-    wanted = {"logits": (None, None, vocab_size), **_shapes("present", layers)}
+    wanted = {contract.LOGITS: (None, None, vocab_size), **_shapes(contract.PRESENT, layers)}
     for name, shape in wanted.items():
         if name not in made:
             raise ExportError(f"graph {source}: expected an output {name}, found {', '.join(made)}")
@@ -120,9 +121,9 @@ def _check_outputs(graph: onnx.GraphProto, layers: Sequence[AttentionLayer], voc
 
 def _shapes(name: str, layers: Sequence[AttentionLayer]) -> dict[str, tuple[int | None, ...]]:
     return {
-        f"{name}.{index}.{part}": (None, layer.key_value_heads, None, layer.head_dim)
+        contract.tensor_name(name, index, part): (None, layer.key_value_heads, None, layer.head_dim)
         for index, layer in enumerate(layers)
-        for part in _PARTS
+        for part in contract.PARTS
     }
 
 

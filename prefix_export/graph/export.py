@@ -1,25 +1,4 @@
-"""A frozen decoder-only model to an ONNX graph with the contract that the runtime, and other clients, run.
-
-| input | shape | |
-|---|---|---|
-| `input_ids` | `[batch_size, sequence_length]` int64 | |
-| `attention_mask` | `[batch_size, total_sequence_length]` int64 | past and new tokens |
-| `position_ids` | `[batch_size, sequence_length]` int64 | explicit, so that a prefix may or may not move positions |
-| `past_key_values.{i}.key`, `.value` | `[batch_size, num_key_value_heads, past_sequence_length, head_dim]` | |
-| `num_logits_to_keep` | scalar int64 | 0 keeps all, n the last n |
-
-Outputs: `logits` `[batch_size, logits_length, vocab]` float32; `present.{i}.key`, `.value`. In the fast flavour they
-are shaped like the past, whose buffers they share: the operator appends in place. In the portable flavour, of standard
-operators, they are past and new tokens, and `num_logits_to_keep` may be left out. A graph that holds prefixes speaks of
-the client's own tokens alone, in past, mask and positions; with several it has an input `task_id` `[batch_size]` int64.
-So does a graph that takes a prefix as inputs of its own, which may be left out, as its past may be: onnxruntime's
-adapter files give them.
-
-A graph for a GPU (fast flavour) has three outputs more, which keep greedy decode steps on the device: `next_input_ids`,
-`next_position_ids` `[batch_size, 1]` and `next_attention_mask` `[batch_size, total_sequence_length]` int64, a step's
-inputs behind the one that made them: the token of the largest logit of the last position, the lowest of several; the
-last position's successor; and, of a mask of ones and then zeros, one with a one more.
-"""
+"""A frozen decoder-only model to an ONNX graph that keeps the contract of `prefix_runtime.bundle.graph_contract`."""
 
 from __future__ import annotations
 
@@ -42,9 +21,11 @@ from prefix_export.progress import SILENT, Progress
 from prefix_export.trace.attention import counting_layers
 from prefix_export.trace.cuda_decoder import DeviceDecoder
 from prefix_export.trace.decoder import Decoder, PortableDecoder
+from prefix_runtime.bundle import graph_contract as contract
 from prefix_runtime.files import check_room
 from prefix_runtime.os_errors import write_error
 
+from .contract import check_attention, check_axes, check_operators
 from .lowering import lowered
 from .passes.cleaning import clean
 from .passes.fuse import fuse
@@ -53,7 +34,6 @@ from .passes.simplify import join_rounded, simplify
 _MOST_IN_ONE_FILE = 2_000_000_000
 """Bytes of weights; protobuf's own limit is 2 GiB."""
 
-_LOGITS_LENGTH = "logits_length"
 # Inputs, by operator and place, of which a decode step reads a row: embeddings and rotary positions.
 _LOOKUPS = {
     ("Gather", 0),
@@ -101,18 +81,18 @@ def export_graph(
             fuse(graph)
     _drop_traces_of_the_machine(graph)
     if isinstance(decoder, PortableDecoder):
-        _check_operators(graph)
-        _make_optional(graph, {"num_logits_to_keep": np.array(0, np.int64)})
+        check_operators(graph)
+        _make_optional(graph, {contract.NUM_LOGITS_TO_KEEP: np.array(0, np.int64)})
         if decoder.takes_prefix:
             nothing = [tensor.numpy() for pair in decoder.zeros(1, 0) for tensor in pair]
-            names = [*decoder.pairs("prefix"), *decoder.pairs("past_key_values")]
+            names = [*decoder.pairs(contract.PREFIX), *decoder.pairs(contract.PAST)]
             _make_optional(graph, dict(zip(names, [*nothing, *nothing], strict=True)))
-            _make_optional(graph, {"position_base": np.zeros(1, np.int64)})
+            _make_optional(graph, {contract.POSITION_BASE: np.zeros(1, np.int64)})
     else:
-        _check_attention(graph, len(decoder.layers))
-    _check_axes(graph)
-    if isinstance(decoder, PortableDecoder) and "task_id" in decoder.names:
-        task_id = next(value for value in graph.graph.inputs if value.name == "task_id")
+        check_attention(graph, len(decoder.layers))
+    check_axes(graph)
+    if isinstance(decoder, PortableDecoder) and contract.TASK_ID in decoder.names:
+        task_id = next(value for value in graph.graph.inputs if value.name == contract.TASK_ID)
         task_id.doc_string = ", ".join(f"{place}: {task}" for place, task in enumerate(decoder.tasks))
     read_bytes = weight_bytes(graph.graph) - decoder.held_bytes
     stored = sum(tensor.nbytes for tensor in _weights(graph.graph))
@@ -196,7 +176,7 @@ def _name_axes(graph: ir.Model) -> None:
         if value.shape is not None:
             for axis, size in enumerate(value.shape):
                 if size == expression:
-                    value.shape[axis] = ir.SymbolicDim(_LOGITS_LENGTH)
+                    value.shape[axis] = ir.SymbolicDim(contract.LOGITS_LENGTH)
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:
@@ -237,32 +217,6 @@ def _make_optional(graph: ir.Model, defaults: Mapping[str, np.ndarray]) -> None:
     for name, default in defaults.items():
         inputs[name].const_value = ir.tensor(default, name=name)
         graph.graph.register_initializer(inputs[name])
-
-
-def _check_attention(graph: ir.Model, layers: int) -> None:
-    operators = sum(node.op_type == "GroupQueryAttention" for node in graph.graph)
-    if operators != layers:
-        raise ExportError(f"graph: expected {layers} GroupQueryAttention nodes, found {operators}")
-
-
-def _check_operators(graph: ir.Model) -> None:
-    others = sorted({f"{node.domain}::{node.op_type}" for node in graph.graph if node.domain})
-    if others:
-        raise ExportError(f"graph: expected standard operators alone, found {', '.join(others)}")
-
-
-def _check_axes(graph: ir.Model) -> None:
-    for name, shape in {
-        "input_ids": "batch_size, sequence_length",
-        "attention_mask": "batch_size, total_sequence_length",
-        "position_ids": "batch_size, sequence_length",
-    }.items():
-        value = next((value for value in graph.graph.inputs if value.name == name), None)
-        found = (
-            ", ".join(str(size) for size in value.shape) if value is not None and value.shape is not None else "none"
-        )
-        if found != shape:
-            raise ExportError(f"graph: input {name}: expected axes [{shape}], found [{found}]")
 
 
 @contextmanager

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
+from prefix_runtime.bundle.graph_contract import NEXT_INPUTS
+
 from .decoder import FastDecoder, Pairs
 from .stand_ins import few_kernels, stand_ins
-
-NEXT_INPUTS = ("next_input_ids", "next_position_ids", "next_attention_mask")
-"""Outputs of a graph that has them, behind the others: a greedy decode step's inputs, by the names behind `next_`."""
 
 
 class DeviceDecoder(FastDecoder):

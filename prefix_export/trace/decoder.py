@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prefix_runtime import LayerPrefix
+from prefix_runtime.bundle import graph_contract as contract
 
 from .attention import AttentionLayer, GroupQueryAttention, PastAttention, PortableAttention, attention
 from .prefix_bank import PrefixBank
@@ -17,8 +18,6 @@ from .stand_ins import plain_projection, stand_ins
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values of each layer."""
-
-_PARTS = ("key", "value")
 
 
 class Decoder(torch.nn.Module):
@@ -40,50 +39,41 @@ class Decoder(torch.nn.Module):
     def __init__(self, model: PreTrainedModel, layers: Sequence[AttentionLayer], dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.layers, self._dtype = model, tuple(layers), dtype
-        self.names = [
-            "input_ids",
-            "attention_mask",
-            "position_ids",
-            *self.pairs("past_key_values"),
-            "num_logits_to_keep",
-        ]
+        self.names = [*contract.TOKEN_INPUTS, *self.pairs(contract.PAST), contract.NUM_LOGITS_TO_KEEP]
 
     @property
     def outputs(self) -> list[str]:
         """The outputs' names, in order."""
-        return ["logits", *self.pairs("present")]
+        return [contract.LOGITS, *self.pairs(contract.PRESENT)]
 
     def stand_ins(self) -> AbstractContextManager[None]:
         """Put in place of the model's modules, for the trace, what computes the same in fewer nodes."""
         return stand_ins(self.model, plain_projection)
 
-    def pairs(self, name: str) -> list[str]:
+    def pairs(self, group: str) -> list[str]:
         """Names for each layer's keys and values."""
-        return [f"{name}.{index}.{part}" for index in range(len(self.layers)) for part in _PARTS]
+        return [name for pair in contract.tensor_names(group, len(self.layers)) for name in pair]
 
     def example(self) -> dict[str, Any]:
         """Arguments to trace with, of sizes that occur once each, so that the trace takes no two axes for one."""
         batch, sequence, past, buffer = 2, 3, 5, self._past_length
         return {
-            "input_ids": torch.zeros(batch, sequence, dtype=torch.int64),
-            "attention_mask": torch.ones(batch, past + sequence, dtype=torch.int64),
-            "position_ids": torch.arange(past, past + sequence).repeat(batch, 1),
+            contract.INPUT_IDS: torch.zeros(batch, sequence, dtype=torch.int64),
+            contract.ATTENTION_MASK: torch.ones(batch, past + sequence, dtype=torch.int64),
+            contract.POSITION_IDS: torch.arange(past, past + sequence).repeat(batch, 1),
             "past": self.zeros(batch, buffer),
-            "num_logits_to_keep": torch.tensor(1),
+            contract.NUM_LOGITS_TO_KEEP: torch.tensor(1),
         }
 
     def dynamic_shapes(self) -> dict[str, Any]:
         """The axes' names, which are part of the contract."""
-        axis = torch.export.Dim
-        batch, sequence = axis("batch_size"), axis("sequence_length")
-        past = {0: batch, 2: axis("past_sequence_length")}
-        return {
-            "input_ids": {0: batch, 1: sequence},
-            "attention_mask": {0: batch, 1: axis("total_sequence_length")},
-            "position_ids": {0: batch, 1: sequence},
-            "past": [(past, past)] * len(self.layers),
-            "num_logits_to_keep": {},
+        axes = {name: torch.export.Dim(name) for shape in contract.TOKEN_INPUTS.values() for name in shape}
+        past = {0: axes[contract.BATCH], 2: torch.export.Dim(contract.PAST_SEQUENCE)}
+        tokens = {
+            name: {place: axes[axis] for place, axis in enumerate(shape)}
+            for name, shape in contract.TOKEN_INPUTS.items()
         }
+        return {**tokens, "past": [(past, past)] * len(self.layers), contract.NUM_LOGITS_TO_KEEP: {}}
 
     @property
     def held_bytes(self) -> int:
@@ -101,13 +91,13 @@ class Decoder(torch.nn.Module):
     def _hold(self, name: str, pairs: Pairs) -> None:
         """Keep each layer's pair as constants of the graph."""
         for index, pair in enumerate(pairs):
-            for part, tensor in zip(_PARTS, pair, strict=True):
+            for part, tensor in zip(contract.PARTS, pair, strict=True):
                 self.register_buffer(f"{name}_{index}_{part}", tensor)
 
     def _held(self, name: str) -> Pairs:
         """What `_hold` keeps."""
         key, value = (
-            [self.get_buffer(f"{name}_{index}_{part}") for index in range(len(self.layers))] for part in _PARTS
+            [self.get_buffer(f"{name}_{index}_{part}") for index in range(len(self.layers))] for part in contract.PARTS
         )
         return list(zip(key, value, strict=True))
 
@@ -202,7 +192,7 @@ class PortableDecoder(Decoder):
         super().__init__(model, layers, dtype)
         self._bank, self.takes_prefix = bank, takes_prefix
         if takes_prefix:
-            self.names += [*self.pairs("prefix"), "position_base"]
+            self.names += [*self.pairs(contract.PREFIX), contract.POSITION_BASE]
         if bank is None:
             return
         tensors = [(torch.from_numpy(key).to(dtype), torch.from_numpy(value).to(dtype)) for key, value in bank.layers]
@@ -210,7 +200,7 @@ class PortableDecoder(Decoder):
         self.register_buffer("position_bases", torch.from_numpy(bank.position_bases))
         self.register_buffer("prefix_seen", torch.from_numpy(bank.seen))
         if self._is_choosing:
-            self.names.append("task_id")
+            self.names.append(contract.TASK_ID)
 
     def forward(
         self,
@@ -239,19 +229,19 @@ class PortableDecoder(Decoder):
         """See `Decoder`."""
         found = super().example()
         if self._is_choosing:
-            found["task_id"] = torch.tensor([0, 1])
+            found[contract.TASK_ID] = torch.tensor([0, 1])
         if self.takes_prefix:
-            found |= {"prefixes": self.zeros(1, 7), "position_base": torch.tensor([7])}
+            found |= {"prefixes": self.zeros(1, 7), contract.POSITION_BASE: torch.tensor([7])}
         return found
 
     def dynamic_shapes(self) -> dict[str, Any]:
         """See `Decoder`."""
         found = super().dynamic_shapes()
         if self._is_choosing:
-            found["task_id"] = {0: found["input_ids"][0]}
+            found[contract.TASK_ID] = {0: found[contract.INPUT_IDS][0]}
         if self.takes_prefix:
             length = {2: torch.export.Dim("prefix_length")}
-            found |= {"prefixes": [(length, length)] * len(self.layers), "position_base": {}}
+            found |= {"prefixes": [(length, length)] * len(self.layers), contract.POSITION_BASE: {}}
         return found
 
     @property

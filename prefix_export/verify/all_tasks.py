@@ -22,6 +22,7 @@ from prefix_export.quantize.options import BITS
 from prefix_export.tokenizers.held_out import HeldOut
 from prefix_runtime import Bundle, Engine, ProviderError, load
 from prefix_runtime.backends.onnxruntime.session import Session, check_provider, run_with_adapter
+from prefix_runtime.bundle import graph_contract as contract
 from prefix_runtime.bundle.folder import adapter_path
 
 from .parity import Expectation, TaskParity, compare, measured, observe
@@ -123,7 +124,11 @@ def _compare_adapters(
         progress.phase("compare adapter files", len(expected[task].prompts), detail=shown_task(task))
         for prompt in expected[task].prompts:
             ids = np.array([prompt.token_ids], np.int64)
-            inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.size)[None]}
+            inputs = {
+                contract.INPUT_IDS: ids,
+                contract.ATTENTION_MASK: np.ones_like(ids),
+                contract.POSITION_IDS: np.arange(ids.size)[None],
+            }
             error = largest_difference(run_with_adapter(session, adapter, inputs)[0], prompt.logits)
             progress.advance()
             if not error <= (limit := expected[task].limit):  # NaN never is

@@ -26,7 +26,8 @@ from prefix_export.tensorrt.request import EngineRequest
 from prefix_runtime import Bundle, PrefixMismatchError, ProviderError, UnknownTaskError
 from prefix_runtime.backends.tensorrt.engine_file import read_engines
 from prefix_runtime.backends.tensorrt.library import Library
-from prefix_runtime.backends.tensorrt.profile import KEPT, tensors
+from prefix_runtime.backends.tensorrt.profile import tensors
+from prefix_runtime.bundle.graph_contract import NUM_LOGITS_TO_KEEP
 
 PROMPT = [5, 9, 2, 41]
 _TYPES = {"int64": "INT64", "float32": "FLOAT"}
@@ -278,7 +279,7 @@ def test_an_engine_that_was_built_otherwise_than_told_is_refused(bundle, tmp_pat
     api, made = stand_in(bundle)
 
     def other(_):
-        made.engine._profiles[0].ranges[KEPT] = ((1,), (1,), (2,))
+        made.engine._profiles[0].ranges[NUM_LOGITS_TO_KEEP] = ((1,), (1,), (2,))
         return made.engine
 
     api.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=other)

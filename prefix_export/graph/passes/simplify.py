@@ -17,6 +17,8 @@ import onnx_ir.passes.common as passes
 from onnx.reference import ReferenceEvaluator
 from onnxscript.rewriter.ort_fusions.rotary_embedding import fuse_rotary_embedding
 
+from prefix_runtime.bundle.graph_contract import POSITION_IDS, SEQUENCE
+
 _ATTENTION = "GroupQueryAttention"
 _TO_HEADS_FIRST = [0, 2, 1, 3]
 # The operators of a linear layer, with the axis of its outputs in their constants.
@@ -24,7 +26,7 @@ _PRODUCTS = {"MatMul": 1, "FusedMatMul": 0, "MatMulNBits": 0}
 
 
 def simplify(model: ir.Model, positions: int) -> None:
-    """Simplify a graph with the contract of `graph.py` in place.
+    """Simplify a graph with the graph contract in place.
 
     Args:
         model: as torch exported it, with symbolic shapes on its values.
@@ -318,7 +320,7 @@ def _apply_rotary_in_attention(
         tables[name] = _tables(model, query.angles, positions)
     for index, rotation in enumerate((query, key)):
         node.replace_input_with(index, _packed_heads(model, node, rotation.source))
-    position_ids = next(value for value in model.graph.inputs if value.name == "position_ids")
+    position_ids = next(value for value in model.graph.inputs if value.name == POSITION_IDS)
     node.resize_inputs(max(10, len(node.inputs)))
     for index, value in zip((7, 8, 9), (*tables[name], position_ids), strict=True):
         node.replace_input_with(index, value)
@@ -402,7 +404,7 @@ def _tables(model: ir.Model, angles: Sequence[ir.Value], positions: int) -> tupl
     """Cosines and sines [positions, head_dim / 2] float32, by the graph's own computation from `position_ids`."""
     # Some versions of torch read the batch's size off another input: all are there.
     feeds = {str(value.name): _example(value, positions) for value in model.graph.inputs}
-    feeds["position_ids"] = np.arange(positions, dtype=np.int64)[None]
+    feeds[POSITION_IDS] = np.arange(positions, dtype=np.int64)[None]
     part = ir.convenience.extract(model.graph, list(feeds), list(angles))
     computation = ReferenceEvaluator(ir.to_proto(ir.Model(part, ir_version=model.ir_version)))
     found = [np.asarray(array) for array in computation.run(None, feeds)]
@@ -417,5 +419,5 @@ def _example(value: ir.Value, positions: int) -> np.ndarray:
     assert value.shape is not None
     assert value.dtype is not None
     names = [axis.value if isinstance(axis, ir.SymbolicDim) else axis for axis in value.shape]
-    shape = [axis if isinstance(axis, int) else positions if axis == "sequence_length" else 1 for axis in names]
+    shape = [axis if isinstance(axis, int) else positions if axis == SEQUENCE else 1 for axis in names]
     return np.zeros(shape, value.dtype.numpy())

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from prefix_runtime.bundle.graph_contract import PARTS, tensor_name
 from prefix_runtime.prefix.geometry import Geometry
 
 from .blocks import Blocks
 
 if TYPE_CHECKING:
     from .device import Device
-
-PARTS = ("key", "value")
 
 
 class PackedLayers:
@@ -50,7 +49,7 @@ class PackedLayers:
         for index, layer in enumerate(self._geometry.layers):
             shape = (self.rows, layer.key_value_heads, self.length, layer.head_dim)
             for part, part_name in enumerate(PARTS):
-                yield f"{name}.{index}.{part_name}", (self.address(index, part), shape)
+                yield tensor_name(name, index, part_name), (self.address(index, part), shape)
 
     def upload(self, pairs: Iterable[tuple[np.ndarray, np.ndarray]], dtype: np.dtype) -> None:
         """Fill one row with each layer's keys and values, [num_key_value_heads, length, head_dim] on the host."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from prefix_runtime.bundle import graph_contract as contract
 from prefix_runtime.cache.cache import Cache
 from prefix_runtime.errors import PrefixMismatchError
 from prefix_runtime.prefix.cache_format import CacheFormat
@@ -46,6 +47,9 @@ class GrowingCache(Cache):
         super().__init__(rows, capacity, cache_format.dtype.itemsize * rows * capacity * geometry.values_per_position)
         self._session, self._geometry, self._format, self._task_id = session, geometry, cache_format, task_id
         self._binding = session.binding()
+        groups = (contract.tensor_names(group, len(geometry.layers)) for group in (contract.PAST, contract.PRESENT))
+        self._names = [tuple(zip(*pairs, strict=True)) for pairs in zip(*groups, strict=True)]
+        """For each layer the names of its past and present keys, and of its past and present values."""
         self._alone: list[_Layers] = [self._empty() for _ in range(rows)]
         """Each row's own keys and values, [1, num_key_value_heads, length, head_dim], as long as it is not joined."""
         self._joined: _Layers | None = None
@@ -64,7 +68,7 @@ class GrowingCache(Cache):
         self.reset(row)
 
     def _check_positions(self, prefix: Prefix) -> None:
-        if "position_ids" not in self._session.inputs:
+        if contract.POSITION_IDS not in self._session.inputs:
             raise PrefixMismatchError(
                 "expected a prefix behind which text begins, as the graph counts positions itself, found one "
                 f"whose text begins at {prefix.position_base}"
@@ -122,26 +126,26 @@ class GrowingCache(Cache):
         """The logits [rows, kept, vocab] of new tokens [rows, sequence], and past and new keys and values."""
         count, sequence = token_ids.shape
         binding, wanted = self._binding, self._session.inputs
-        is_choosing = "num_logits_to_keep" in wanted
-        binding.input("input_ids", token_ids)
-        binding.input("attention_mask", mask)
-        if "position_ids" in wanted:
+        is_choosing = contract.NUM_LOGITS_TO_KEEP in wanted
+        binding.input(contract.INPUT_IDS, token_ids)
+        binding.input(contract.ATTENTION_MASK, mask)
+        if contract.POSITION_IDS in wanted:
             starts = np.array([[self.rows[row].position] for row in rows], np.int64)
-            binding.input("position_ids", starts + np.arange(sequence, dtype=np.int64))
+            binding.input(contract.POSITION_IDS, starts + np.arange(sequence, dtype=np.int64))
         if is_choosing:
-            binding.input("num_logits_to_keep", np.array(0 if keep_all_logits else 1, np.int64))
-        if "task_id" in wanted:
-            binding.input("task_id", self._task_ids[list(rows)])
+            binding.input(contract.NUM_LOGITS_TO_KEEP, np.array(0 if keep_all_logits else 1, np.int64))
+        if contract.TASK_ID in wanted:
+            binding.input(contract.TASK_ID, self._task_ids[list(rows)])
         present: _Layers = []
-        for index, (layer, pair) in enumerate(zip(self._geometry.layers, past, strict=True)):
+        for layer, pair, names in zip(self._geometry.layers, past, self._names, strict=True):
             shape = (count, layer.key_value_heads, mask.shape[1], layer.head_dim)
             present.append((np.empty(shape, self._format.dtype), np.empty(shape, self._format.dtype)))
-            for name, before, after in zip(("key", "value"), pair, present[-1], strict=True):
-                binding.input(f"past_key_values.{index}.{name}", np.ascontiguousarray(before, self._format.dtype))
-                binding.output(f"present.{index}.{name}", after)
+            for (given, returned), before, after in zip(names, pair, present[-1], strict=True):
+                binding.input(given, np.ascontiguousarray(before, self._format.dtype))
+                binding.output(returned, after)
         kept = 1 if is_choosing and not keep_all_logits else sequence
         logits = np.empty((count, kept, self._geometry.vocab_size), np.float32)
-        binding.output("logits", logits)
+        binding.output(contract.LOGITS, logits)
         binding.run()
         return logits, present
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from prefix_runtime.backends.gpu.buffer import DeviceBuffer
 from prefix_runtime.backends.gpu.prefix_store import ResidentPrefixes
+from prefix_runtime.bundle import graph_contract as contract
 from prefix_runtime.cache.cache import Cache, Row
 from prefix_runtime.errors import ProviderError
 from prefix_runtime.prefix.cache_format import CacheFormat
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from prefix_runtime.backends.gpu.device import Device, Stream
 
 _INT64, _FLOAT32 = np.dtype(np.int64), np.dtype(np.float32)
-_STATE = ("input_ids", "position_ids", "attention_mask")
-"""Inputs of a step, which the graph returns for the next one as `next_…`."""
 _UNDER_WAY = 2
 """Steps that the GPU is asked for at once: it begins the next one while the host reads the tokens of the last."""
 
@@ -63,7 +62,7 @@ class DeviceCache(Cache):
         prefixes: ResidentPrefixes,
     ) -> None:
         assert session.device is not None
-        if not session.outputs.issuperset(f"next_{name}" for name in _STATE):
+        if not session.outputs.issuperset(contract.NEXT_INPUTS):
             raise ProviderError(
                 "provider 'cuda': expected a graph in float16 or bfloat16 that was made for GPUs, found another; "
                 "build the bundle with --target cuda"
@@ -188,7 +187,7 @@ class DeviceCache(Cache):
         with self._device.turn():
             self._state.advance(self._stream)
             self._running.append(chosen)
-            chosen.copy(self._stream, self._state.address("input_ids"))
+            chosen.copy(self._stream, self._state.address(contract.INPUT_IDS))
         self._ready.lengths = [length + 1 for length in self._ready.lengths or ()]
         self._ready.token_ids = None
 
@@ -216,11 +215,13 @@ class DeviceCache(Cache):
 
     def _bound_step(self, rows: int) -> Binding:
         binding = self._session.binding(is_replayed=True)
-        for name, width in zip(_STATE, (1, 1, self.capacity), strict=True):
+        widths = (1, 1, self.capacity)
+        for name, returned, width in zip(contract.STEP_INPUTS, contract.NEXT_INPUTS, widths, strict=True):
             binding.input_at(name, self._state.address(name), (rows, width), _INT64)
-            binding.output_at(f"next_{name}", self._state.address(name, following=True), (rows, width), _INT64)
-        binding.input("num_logits_to_keep", np.array(1, np.int64))
-        binding.output_at("logits", self._logits.address, (rows, 1, self._vocab_size), _FLOAT32)
+            following = self._state.address(name, following=True)
+            binding.output_at(returned, following, (rows, width), _INT64)
+        binding.input(contract.NUM_LOGITS_TO_KEEP, np.array(1, np.int64))
+        binding.output_at(contract.LOGITS, self._logits.address, (rows, 1, self._vocab_size), _FLOAT32)
         self._bind_layers(binding, 0, rows)
         return binding
 
@@ -230,20 +231,23 @@ class DeviceCache(Cache):
         with self._device.turn():
             self._copy_awaited()
             state.put_prompt(self._stream, token_ids, held)
-        for name, width in zip(_STATE, (count, count, held.length + count), strict=True):
+        for name, width in zip(contract.STEP_INPUTS, (count, count, held.length + count), strict=True):
             binding.input_at(name, state.address(name), (1, width), _INT64)
-        binding.input("num_logits_to_keep", np.array(0 if kept > 1 else 1, np.int64))
-        binding.output_at("logits", logits, (1, kept, self._vocab_size), _FLOAT32)
+        binding.input(contract.NUM_LOGITS_TO_KEEP, np.array(0 if kept > 1 else 1, np.int64))
+        binding.output_at(contract.LOGITS, logits, (1, kept, self._vocab_size), _FLOAT32)
         self._bind_layers(binding, row, 1)
         binding.run()
 
     def _bind_layers(self, binding: Binding, row: int, rows: int) -> None:
         for index, layer in enumerate(self._geometry.layers):
             shape = (rows, layer.key_value_heads, self.capacity, layer.head_dim)
-            for part, name in enumerate(("key", "value")):
+            for part, name in enumerate(contract.PARTS):
                 address = self._buffer.address(index, part, row)
-                binding.input_at(f"past_key_values.{index}.{name}", address, shape, self._format.dtype)
-                binding.output_at(f"present.{index}.{name}", address, shape, self._format.dtype)
+                past, present = (
+                    contract.tensor_name(group, index, name) for group in (contract.PAST, contract.PRESENT)
+                )
+                binding.input_at(past, address, shape, self._format.dtype)
+                binding.output_at(present, address, shape, self._format.dtype)
 
 
 class _Chosen:
@@ -297,7 +301,7 @@ class _State:
     def address(self, name: str, *, following: bool = False) -> int:
         """Where an input lies, or where the run leaves it for the next one."""
         memory = self._following if following else self._current
-        return memory.address + _STATE.index(name) * self._width * _INT64.itemsize
+        return memory.address + contract.STEP_INPUTS.index(name) * self._width * _INT64.itemsize
 
     def put(self, stream: Stream, token_ids: Sequence[int], rows: Sequence[Row]) -> None:
         """Let the GPU hold a step of some rows; those without a token are given the first of the vocabulary."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from prefix_runtime.bundle import graph_contract as contract
 from prefix_runtime.cache.cache import Cache
 from prefix_runtime.prefix.cache_format import CacheFormat
 from prefix_runtime.prefix.geometry import Geometry
@@ -86,11 +87,11 @@ class KeyValueCache(Cache):
             self._prompt_row = -1  # until all is bound
             self._bind_layers(self._prompt, slice(row, row + 1))
             self._prompt_row = row
-        binding.input("input_ids", np.asarray(token_ids, np.int64).reshape(1, count))
-        binding.input("position_ids", positions.reshape(1, count))
-        binding.input("attention_mask", np.ones((1, held.length + count), np.int64))
-        binding.input("num_logits_to_keep", np.array(0 if keep_all_logits else 1, np.int64))
-        binding.output("logits", logits)
+        binding.input(contract.INPUT_IDS, np.asarray(token_ids, np.int64).reshape(1, count))
+        binding.input(contract.POSITION_IDS, positions.reshape(1, count))
+        binding.input(contract.ATTENTION_MASK, np.ones((1, held.length + count), np.int64))
+        binding.input(contract.NUM_LOGITS_TO_KEEP, np.array(0 if keep_all_logits else 1, np.int64))
+        binding.output(contract.LOGITS, logits)
         binding.run()
         self._fill(row, held.length + count)
         kept: np.ndarray = logits[0] if keep_all_logits else logits[0, 0]
@@ -115,19 +116,19 @@ class KeyValueCache(Cache):
     def _bind_step(self, count: int) -> None:
         self._step_rows = -1  # until all is bound
         self._bind_layers(self._step, slice(count))
-        self._step.input("input_ids", self._token_ids[:count])
-        self._step.input("position_ids", self._positions[:count])
+        self._step.input(contract.INPUT_IDS, self._token_ids[:count])
+        self._step.input(contract.POSITION_IDS, self._positions[:count])
         # The mask keeps the buffer's whole length: its sum, not its size, tells the operator how far to read a row.
-        self._step.input("attention_mask", self._mask[:count])
-        self._step.input("num_logits_to_keep", np.array(1, np.int64))
-        self._step.output("logits", self._logits[:count])
+        self._step.input(contract.ATTENTION_MASK, self._mask[:count])
+        self._step.input(contract.NUM_LOGITS_TO_KEEP, np.array(1, np.int64))
+        self._step.output(contract.LOGITS, self._logits[:count])
         self._step_rows = count
 
     def _bind_layers(self, binding: Binding, rows: slice) -> None:
         for index, arrays in enumerate(self._layers):
-            for part, array in zip(("key", "value"), arrays, strict=True):
-                binding.input(f"past_key_values.{index}.{part}", array[rows])
-                binding.output(f"present.{index}.{part}", array[rows])
+            for part, array in zip(contract.PARTS, arrays, strict=True):
+                binding.input(contract.tensor_name(contract.PAST, index, part), array[rows])
+                binding.output(contract.tensor_name(contract.PRESENT, index, part), array[rows])
 
     def _fill(self, row: int, length: int) -> None:
         self.rows[row].length = length

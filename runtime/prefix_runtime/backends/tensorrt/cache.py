@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from prefix_runtime.backends.gpu.packed_layers import PackedLayers
+from prefix_runtime.bundle import graph_contract as contract
 from prefix_runtime.cache.cache import Cache, Row
 from prefix_runtime.errors import ContextOverflowError, RequestError
 from prefix_runtime.prefix.cache_format import CacheFormat
@@ -17,6 +18,8 @@ from .profile import DECODE, PREFILL
 from .session import EngineSession
 
 _INT64, _FLOAT32 = np.dtype(np.int64), np.dtype(np.float32)
+_SMALL = (contract.INPUT_IDS, contract.POSITION_IDS, contract.ATTENTION_MASK, contract.TASK_ID)
+"""The inputs that come from the host, in the order that `_Inputs.put` takes them."""
 
 
 class TensorRTCache(Cache):
@@ -177,8 +180,8 @@ class TensorRTCache(Cache):
         stream, device = self._device.stream, self._device
         with device.turn():
             bound = self._inputs.put(token_ids, positions, mask, self._task_ids[list(rows)])
-            bound |= dict(past.tensors("past_key_values")) | dict(present.tensors("present"))
-            bound["logits"] = (logits.address, (count, kept, vocab))
+            bound |= dict(past.tensors(contract.PAST)) | dict(present.tensors(contract.PRESENT))
+            bound[contract.LOGITS] = (logits.address, (count, kept, vocab))
             self._session.run(place, bound, kept)
             stream.download(found, logits.address)
         stream.synchronize()
@@ -242,14 +245,14 @@ class _Inputs:
     def __init__(self, session: EngineSession, rows: int, capacity: int) -> None:
         self._device, self._wanted = session.device, session.inputs
         tokens = max(rows, capacity)
-        sizes = {"input_ids": tokens, "position_ids": tokens, "attention_mask": rows * capacity, "task_id": rows}
+        sizes = dict(zip(_SMALL, (tokens, tokens, rows * capacity, rows), strict=True))
         self._host = {name: self._device.pinned((size,), _INT64) for name, size in sizes.items()}
         self._there = {name: self._device.allocate(array.nbytes) for name, array in self._host.items()}
 
     def put(self, *arrays: np.ndarray) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Bring token ids, positions, mask and task ids to the GPU; returns where those that are wanted lie."""
         bound = {}
-        for name, array in zip(("input_ids", "position_ids", "attention_mask", "task_id"), arrays, strict=True):
+        for name, array in zip(_SMALL, arrays, strict=True):
             if name in self._wanted:
                 held = self._host[name][: array.size]
                 held[:] = array.ravel()

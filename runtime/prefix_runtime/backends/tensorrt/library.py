@@ -7,9 +7,10 @@ import importlib
 from types import ModuleType
 from typing import Any
 
+from prefix_runtime.bundle.graph_contract import NUM_LOGITS_TO_KEEP
 from prefix_runtime.errors import ProviderError
 
-from .profile import KEPT, Profile, Shape, Tensor
+from .profile import Profile, Shape, Tensor
 
 _MODULES = {"tensorrt-rtx": ("tensorrt_rtx_bindings", "tensorrt_rtx"), "tensorrt": ("tensorrt",)}
 _INSTALL = {
@@ -82,7 +83,7 @@ class Library:
         inputs, _ = self.tensors(engine)
 
         def ranges(tensor: Tensor, place: int) -> tuple[Shape, Shape, Shape]:
-            if tensor.name == KEPT:
+            if tensor.name == NUM_LOGITS_TO_KEEP:
                 found = engine.get_tensor_profile_values(place, tensor.name)  # unlike its neighbour, the place first
             else:
                 found = engine.get_tensor_profile_shape(tensor.name, place)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from prefix_runtime.bundle import graph_contract as contract
 from prefix_runtime.bundle.manifest import Manifest
 from prefix_runtime.checks import is_whole
 from prefix_runtime.errors import BundleError, RequestError
@@ -14,9 +15,6 @@ DEFAULT_MOST_ROWS = 8
 
 PREFILL, DECODE = 0, 1
 """The places of an engine's profiles."""
-
-KEPT = "num_logits_to_keep"
-"""The scalar input whose value, not shape, has a range: how many of the last tokens' logits are computed."""
 
 Shape = tuple[int, ...]
 CACHE_TYPES = {"fp32": "float32", "fp16": "float16"}
@@ -56,7 +54,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Profile:
-    """Ranges of one kind of run: for each input the least, the usual and the largest shape, or value for `KEPT`."""
+    """Ranges of one kind of run: for each input the least, the usual and the largest shape; of a scalar its values."""
 
     name: str
     inputs: Mapping[str, tuple[Shape, Shape, Shape]]
@@ -128,13 +126,13 @@ def tensors(manifest: Manifest) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
             f"{manifest.precision} for {manifest.target}; build the bundle with --target tensorrt --precision fp16 or "
             "int8"
         )
-    inputs = [Tensor(name, "int64", (-1, -1)) for name in ("input_ids", "attention_mask", "position_ids")]
-    inputs += _pairs(manifest, "past_key_values")
-    inputs.append(Tensor(KEPT, "int64", ()))
+    inputs = [Tensor(name, "int64", (-1, -1)) for name in contract.TOKEN_INPUTS]
+    inputs += _pairs(manifest, contract.PAST)
+    inputs.append(Tensor(contract.NUM_LOGITS_TO_KEEP, "int64", ()))
     if has_task_id(manifest):
-        inputs.append(Tensor("task_id", "int64", (-1,)))
-    logits = Tensor("logits", "float32", (-1, -1, manifest.geometry.vocab_size))
-    return tuple(inputs), (logits, *_pairs(manifest, "present"))
+        inputs.append(Tensor(contract.TASK_ID, "int64", (-1,)))
+    logits = Tensor(contract.LOGITS, "float32", (-1, -1, manifest.geometry.vocab_size))
+    return tuple(inputs), (logits, *_pairs(manifest, contract.PRESENT))
 
 
 def has_task_id(manifest: Manifest) -> bool:
@@ -162,7 +160,7 @@ def _ranges(
         if len(tensor.shape) == 4:
             return (row, tensor.shape[1], before, tensor.shape[3])
         if len(tensor.shape) == 2:
-            return (row, before + new if tensor.name == "attention_mask" else new)
+            return (row, before + new if tensor.name == contract.ATTENTION_MASK else new)
         return (row,) if tensor.shape else (kept[place],)
 
     given, _ = tensors(manifest)
@@ -172,8 +170,10 @@ def _ranges(
 def _pairs(manifest: Manifest, name: str) -> Iterator[Tensor]:
     dtype = CACHE_TYPES[manifest.cache]
     for index, layer in enumerate(manifest.geometry.layers):
-        for part in ("key", "value"):
-            yield Tensor(f"{name}.{index}.{part}", dtype, (-1, layer.key_value_heads, -1, layer.head_dim))
+        for part in contract.PARTS:
+            yield Tensor(
+                contract.tensor_name(name, index, part), dtype, (-1, layer.key_value_heads, -1, layer.head_dim)
+            )
 
 
 def _check(name: str, value: int, least: int, most: int) -> None:

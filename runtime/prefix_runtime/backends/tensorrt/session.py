@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prefix_runtime.backends.options import TENSORRT_ENGINE, Cuda
+from prefix_runtime.bundle import graph_contract as contract
 from prefix_runtime.bundle.folder import Bundle
 from prefix_runtime.errors import ProviderError
 
 from .engine_file import EngineRecord, engines_folder, read_engine, read_engines
 from .library import Library, check_profiles, check_tensors, gpu_capability
-from .profile import DECODE, KEPT, PREFILL, Limits, Profile, Shape, tensors
+from .profile import DECODE, PREFILL, Limits, Profile, Shape, tensors
 
 if TYPE_CHECKING:
     from prefix_runtime.backends.gpu.device import Device, Memory
@@ -47,7 +48,9 @@ class EngineSession:
         self.limits = limits_of(profiles)
         self.inputs = frozenset(tensor.name for tensor in library.tensors(engine)[0])
         self._contexts = tuple(self._context(place) for place in (PREFILL, DECODE))
-        self._is_kept_on_host = engine.get_tensor_location(KEPT) == library.api.TensorLocation.HOST
+        self._is_kept_on_host = (
+            engine.get_tensor_location(contract.NUM_LOGITS_TO_KEEP) == library.api.TensorLocation.HOST
+        )
         self._kept: dict[int, tuple[np.ndarray, Memory | None]] = {}
         """Each number of logits that was asked for: a run that is under way reads its own."""
 
@@ -71,7 +74,7 @@ class EngineSession:
                     f"{self._library.complaint()}"
                 )
             context.set_tensor_address(name, address)
-        context.set_tensor_address(KEPT, self._address_of(kept))
+        context.set_tensor_address(contract.NUM_LOGITS_TO_KEEP, self._address_of(kept))
         if not context.execute_async_v3(stream.handle):
             raise ProviderError(f"{self._library.name} cannot run the engine {self._library.complaint()}")
 
@@ -131,9 +134,10 @@ def open_engine(
 def limits_of(profiles: Sequence[Profile]) -> Limits:
     """How large a run may be that an engine with these profiles takes."""
     prefill, decode = profiles[PREFILL].inputs, profiles[DECODE].inputs
-    _, prompt = prefill["input_ids"][2]
-    rows, length = decode["attention_mask"][2]
-    return Limits(rows, prompt, prefill["past_key_values.0.key"][2][2], length)
+    _, prompt = prefill[contract.INPUT_IDS][2]
+    rows, length = decode[contract.ATTENTION_MASK][2]
+    past = contract.tensor_name(contract.PAST, 0, contract.PARTS[0])
+    return Limits(rows, prompt, prefill[past][2][2], length)
 
 
 def _fitting(bundle: Bundle, index: int) -> EngineRecord:
