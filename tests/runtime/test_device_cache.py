@@ -317,13 +317,13 @@ class TestResidentPrefixes:
                 device.stream.download(found, buffer.address(index, part))
                 np.testing.assert_array_equal(found, array.astype(np.float16))
 
-    @pytest.mark.parametrize("place", ["resident._fill", "resident._Staging._send"])
+    @pytest.mark.parametrize("place", ["_fill", "_Staging._send"])
     def test_after_a_failure_prefixes_are_brought_in_as_before(self, device, geometry, make_prefix, monkeypatch, place):
         monkeypatch.setattr("prefix_runtime.backends.gpu.prefix_store._PIECE_BYTES", 96)
         resident = ResidentPrefixes(device, geometry, HALF, 1 << 30)
         prefix = make_prefix(7)
         with monkeypatch.context() as broken:
-            broken.setattr(f"prefix_runtime.{place}", failing)
+            broken.setattr(f"prefix_runtime.backends.gpu.prefix_store.{place}", failing)
             for _ in range(20):
                 with pytest.raises(ProviderError):
                     resident.get(prefix)
