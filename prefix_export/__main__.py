@@ -11,7 +11,7 @@ from prefix_runtime.interrupts import exit_at_once
 def main() -> None:
     """Run the command line."""
     exit_at_once()
-    from .cli import main as command
+    from .cli.main import main as command
 
     command(prog_name="prefix-export")
 

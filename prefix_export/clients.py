@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from prefix_runtime import Prefix
-from prefix_runtime.bundle import adapter_path
-from prefix_runtime.session import save_adapter
+from prefix_runtime.backends.onnxruntime.session import save_adapter
+from prefix_runtime.bundle import graph_contract as contract
+from prefix_runtime.bundle.folder import adapter_path
 
 from .models import BaseModel
-from .tokenizer import save_tokenizer
+from .tokenizers.tokenizer import save_tokenizer
 
 GENAI_CONFIG_NAME = "genai_config.json"
 
@@ -29,10 +30,10 @@ def save_adapters(prefixes: Mapping[str, Prefix], folder: Path, dtype: np.dtype)
     """
     (folder / "adapters").mkdir()
     for task, prefix in prefixes.items():
-        tensors: dict[str, np.ndarray] = {"position_base": np.array([prefix.position_base], np.int64)}
+        tensors: dict[str, np.ndarray] = {contract.POSITION_BASE: np.array([prefix.position_base], np.int64)}
         for index, layer in enumerate(prefix.sites["decoder"]):
-            for part, array in (("key", layer.key), ("value", layer.value)):
-                tensors[f"prefix.{index}.{part}"] = np.ascontiguousarray(array[None], dtype)
+            for part, array in zip(contract.PARTS, (layer.key, layer.value), strict=True):
+                tensors[contract.tensor_name(contract.PREFIX, index, part)] = np.ascontiguousarray(array[None], dtype)
         save_adapter(folder / adapter_path(task), tensors)
 
 
@@ -69,16 +70,16 @@ def genai_config(base: BaseModel, graph: str, room: int) -> dict[str, Any]:
                 "num_key_value_heads": first.key_value_heads,
                 "num_hidden_layers": len(base.layers),
                 "inputs": {
-                    "input_ids": "input_ids",
-                    "attention_mask": "attention_mask",
-                    "position_ids": "position_ids",
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
+                    "input_ids": contract.INPUT_IDS,
+                    "attention_mask": contract.ATTENTION_MASK,
+                    "position_ids": contract.POSITION_IDS,
+                    "past_key_names": contract.tensor_name(contract.PAST, "%d", "key"),
+                    "past_value_names": contract.tensor_name(contract.PAST, "%d", "value"),
                 },
                 "outputs": {
-                    "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
+                    "logits": contract.LOGITS,
+                    "present_key_names": contract.tensor_name(contract.PRESENT, "%d", "key"),
+                    "present_value_names": contract.tensor_name(contract.PRESENT, "%d", "value"),
                 },
             },
         },

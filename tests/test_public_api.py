@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-import prefix_export.build
+import prefix_export.build.recipe
+import prefix_export.build.request
 import prefix_export.errors
-import prefix_export.request
 import prefix_runtime
 import prefix_runtime.errors
 
@@ -83,13 +83,9 @@ def test_the_two_families_of_errors_are_apart():
 
 
 def test_the_exporters_recipe_has_these_names():
-    own = {
-        name
-        for name, value in vars(prefix_export.build).items()
-        if not name.startswith("_") and getattr(value, "__module__", None) == "prefix_export.build"
-    }
-    assert own == {"BuildResult", "build", "verify_against"}
-    assert prefix_export.build.BuildRequest is prefix_export.request.BuildRequest
+    own = ["BuildRequest", "BuildResult", "build", "verify_against"]
+    assert prefix_export.build.__all__ == own
+    assert all(getattr(prefix_export.build, name).__name__ == name for name in own)
 
 
 def test_a_build_request_has_these_fields():

@@ -19,9 +19,9 @@ from random_model import CONFIGS, save_random_adapter, save_random_model
 from transformers import AutoModelForCausalLM
 
 from prefix_export.build import BuildRequest, build
-from prefix_runtime.bench import bench_together
+from prefix_runtime.bench.measurements import BenchReport, BenchRequest, Cell
+from prefix_runtime.bench.run import bench_together
 from prefix_runtime.machine import processor_name
-from prefix_runtime.measurements import BenchReport, BenchRequest, Cell
 
 FIGURES = ("inter_token_latency", "time_to_first_token")
 

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from prefix_export.build import BuildRequest, build
 from prefix_runtime import Bundle, Engine, Prefix, load
+from prefix_runtime.backends.onnxruntime.session import Session
 from prefix_runtime.machine import processor_name
-from prefix_runtime.session import Session
 
 TASK = "task"
 PROMPT = list(range(5, 37))

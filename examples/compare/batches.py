@@ -16,7 +16,7 @@ import numpy as np
 from figures import quartiles, show
 
 import prefix_runtime
-from prefix_runtime.bench_inputs import random_prefix
+from prefix_runtime.bench.inputs import random_prefix
 
 
 def measure(engine: prefix_runtime.Engine, tasks: list[str], prompt: list[int], new_tokens: int) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from peers.protocol import stand_in
 from worker import SHOWN_REASON, Worker, WorkerError
 from workshop import Workshop
 
-from prefix_runtime.bandwidth import BandwidthProbe
+from prefix_runtime.bench.bandwidth import BandwidthProbe
 
 
 @dataclass

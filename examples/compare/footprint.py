@@ -24,7 +24,7 @@ from worker import Worker
 from workshop import HERE, WORK, Order, Workshop
 
 from prefix_runtime import Bundle
-from prefix_runtime.bench_inputs import random_prefix
+from prefix_runtime.bench.inputs import random_prefix
 from prefix_runtime.machine import processor_name
 
 PRODUCT_PRECISIONS = ("float32", "int8")

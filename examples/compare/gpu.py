@@ -27,8 +27,8 @@ from figures import alike, markdown_table, quartiles, show
 from worker import Worker
 
 from prefix_runtime import Bundle, Cuda
-from prefix_runtime.bandwidth import CopyProbe
-from prefix_runtime.device import Device
+from prefix_runtime.backends.gpu.device import Device
+from prefix_runtime.bench.bandwidth import CopyProbe
 from prefix_runtime.machine import versions
 
 HERE = Path(__file__).parent
@@ -212,7 +212,7 @@ def as_markdown(found: dict[str, Any]) -> str:
 def main() -> None:
     """Measure what the command line asks for and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="gpt2-medium", help="of prefix_export.random_model")
+    parser.add_argument("--model", default="gpt2-medium", help="of prefix_export.models.random_model")
     parser.add_argument("--precision", choices=["fp16", "bf16"], default="fp16", help="which torch has too")
     parser.add_argument("--prefix-lengths", type=int, nargs="+", default=[0, 200])
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=[*PEERS])

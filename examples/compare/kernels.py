@@ -20,9 +20,9 @@ import onnxruntime as ort
 from figures import markdown_table, quartiles, show
 from onnx import TensorProto, helper, numpy_helper
 
-from prefix_runtime.bandwidth import BandwidthProbe
+from prefix_runtime.backends.onnxruntime.huge_pages import on_huge_pages
+from prefix_runtime.bench.bandwidth import BandwidthProbe
 from prefix_runtime.machine import processor_name
-from prefix_runtime.pages import on_huge_pages
 
 WIDTH, LAYERS, VOCABULARY, STEPS = 1024, 24, 50257, 12
 OUTPUTS = (3 * WIDTH, WIDTH, 4 * WIDTH, WIDTH)

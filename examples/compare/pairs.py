@@ -24,9 +24,9 @@ from random_model import CONFIGS
 from worker import Worker, WorkerError
 from workshop import WORK, Order, Workshop
 
-from prefix_runtime.bandwidth import BandwidthProbe
+from prefix_runtime.bench.bandwidth import BandwidthProbe
+from prefix_runtime.bench.measurements import Ratio, paired_ratio
 from prefix_runtime.machine import processor_name
-from prefix_runtime.measurements import Ratio, paired_ratio
 
 LEAST_PAIRS, LEAST_TOKENS = 6, 2
 """Of which an interval can be had, and a token after the first."""

@@ -20,8 +20,8 @@ from typing import Any
 import onnxruntime as ort
 
 import prefix_runtime
-from prefix_runtime.bandwidth import BandwidthProbe
-from prefix_runtime.bench_inputs import random_prefix
+from prefix_runtime.bench.bandwidth import BandwidthProbe
+from prefix_runtime.bench.inputs import random_prefix
 
 STEPS, WARM_UP = 50, 14
 LEAST = 0.05

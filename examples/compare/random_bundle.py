@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from prefix_export.build import BuildRequest
-from prefix_export.random_bundle import build_random
+from prefix_export.build.random_bundle import build_random
 
 
 class Steps:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import prefix_runtime
-from prefix_runtime.bench_inputs import random_prefix
+from prefix_runtime.bench.inputs import random_prefix
 
 PREFIX_LENGTHS = (3, 10, 17, 40, 64, 100, 200)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from prefix_export.errors import CheckpointError
-from prefix_export.shape import Shape
+from prefix_export.models.model_shape import Shape
 
 from . import (
     adapterhub,
@@ -26,12 +26,12 @@ from . import (
     lone_array,
     openprompt,
     p_tuning_v2,
-    peft,
     soft_prompt,
     unified_skg,
 )
-from .checkpoint import Checkpoint, open_checkpoint
-from .trained import SoftPrompt, Trained
+from .peft import reader as peft
+from .shared.checkpoint import Checkpoint, open_checkpoint
+from .shared.trained import SoftPrompt, Trained
 
 # Control Prefixes come before Li and Liang's, whose tensors theirs may be but for their rows.
 READERS: tuple[ModuleType, ...] = (

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from prefix_export.errors import CheckpointError
-from prefix_export.shape import BOTH, Shape
+from prefix_export.models.model_shape import BOTH, Shape
 from prefix_runtime import LayerPrefix, PrefixMismatchError, Source
 from prefix_runtime.checks import is_whole
 
-from .checkpoint import Checkpoint
-from .reparameterised import through_mlp, untrained
-from .trained import Trained, folded, make_prefix
+from .shared.checkpoint import Checkpoint
+from .shared.reparameterised import through_mlp, untrained
+from .shared.trained import Trained, folded, make_prefix
 
 NAME = "adapterhub"
 TITLE = "AdapterHub prefix tuning"

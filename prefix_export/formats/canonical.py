@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from prefix_export.shape import Shape
+from prefix_export.models.model_shape import Shape
 from prefix_runtime import Prefix
-from prefix_runtime.prefix import FORMAT
+from prefix_runtime.prefix.prefix import FORMAT
 
-from .checkpoint import Checkpoint
-from .trained import Trained, check_embedding_size
+from .shared.checkpoint import Checkpoint
+from .shared.trained import Trained, check_embedding_size
 
 NAME = "prefix-export"
 TITLE = "prefix file"

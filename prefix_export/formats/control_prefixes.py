@@ -20,15 +20,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from prefix_export.errors import CheckpointError
-from prefix_export.shape import Shape
+from prefix_export.models.model_shape import Shape
 from prefix_runtime import Prefix, Source
 from prefix_runtime.checks import is_whole
-from prefix_runtime.composition import GENERAL, PLACE, TABLE
+from prefix_runtime.prefix.composition import GENERAL, PLACE, TABLE
 
-from .checkpoint import Checkpoint
 from .li_liang import TABLES
-from .reparameterised import Table, described, lead, matrix, required_lead, site_layers, through_mlp, untrained
-from .trained import Trained, make_prefix
+from .shared.checkpoint import Checkpoint
+from .shared.reparameterised import Table, described, lead, matrix, required_lead, site_layers, through_mlp, untrained
+from .shared.trained import Trained, make_prefix
 
 NAME = "control-prefixes"
 TITLE = "Control Prefixes"

@@ -24,11 +24,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from prefix_export.errors import CheckpointError
-from prefix_export.shape import BOTH, Shape
+from prefix_export.models.model_shape import BOTH, Shape
 from prefix_runtime import LayerGeometry, LayerPrefix, PrefixMismatchError, Source
 
-from .checkpoint import Checkpoint
-from .trained import Trained, folded, folded_width, make_prefix
+from .shared.checkpoint import Checkpoint
+from .shared.trained import Trained, folded, folded_width, make_prefix
 
 NAME = "keys-values"
 TITLE = "keys and values as arrays"

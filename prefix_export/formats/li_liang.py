@@ -21,12 +21,12 @@ from dataclasses import replace
 import numpy as np
 
 from prefix_export.errors import CheckpointError
-from prefix_export.shape import BOTH, DECODER, Shape
+from prefix_export.models.model_shape import BOTH, DECODER, Shape
 from prefix_runtime import LayerGeometry, LayerPrefix, PrefixMismatchError, Source
 
-from .checkpoint import Checkpoint
-from .reparameterised import Table, described, lead, matrix, required_lead, sites_of, untrained
-from .trained import SoftPrompt, Trained, check_embedding_size, folded, make_prefix
+from .shared.checkpoint import Checkpoint
+from .shared.reparameterised import Table, described, lead, matrix, required_lead, sites_of, untrained
+from .shared.trained import SoftPrompt, Trained, check_embedding_size, folded, make_prefix
 
 NAME = "li-liang"
 TITLE = "Li & Liang prefix tuning"

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from prefix_export.errors import CheckpointError
-from prefix_export.shape import BOTH, Shape
+from prefix_export.models.model_shape import BOTH, Shape
 from prefix_runtime import PrefixMismatchError
 
 from . import keys_values, soft_prompt
-from .checkpoint import Checkpoint
-from .trained import Trained, folded_width
+from .shared.checkpoint import Checkpoint
+from .shared.trained import Trained, folded_width
 
 NAME = "array"
 TITLE = "one array alone"

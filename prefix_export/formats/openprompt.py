@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from prefix_export.errors import CheckpointError
-from prefix_export.shape import BOTH, DECODER, Shape
+from prefix_export.models.model_shape import BOTH, DECODER, Shape
 from prefix_runtime import PrefixMismatchError, Source
 
-from .checkpoint import Checkpoint
-from .reparameterised import Table, described, lead, matrix, untrained
-from .trained import Trained, folded, make_prefix
+from .shared.checkpoint import Checkpoint
+from .shared.reparameterised import Table, described, lead, matrix, untrained
+from .shared.trained import Trained, folded, make_prefix
 
 NAME = "openprompt"
 TITLE = "OpenPrompt prefix tuning"

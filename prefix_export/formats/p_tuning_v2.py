@@ -18,13 +18,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from prefix_export.errors import CheckpointError
-from prefix_export.shape import ENCODER, Shape
+from prefix_export.models.model_shape import ENCODER, Shape
 from prefix_runtime import PrefixMismatchError, Source
 
-from .checkpoint import Checkpoint
-from .initial import DEVIATION
-from .reparameterised import described, lead, required_lead, through_mlp, untrained
-from .trained import Trained, folded, make_prefix
+from .shared.checkpoint import Checkpoint
+from .shared.reparameterised import described, lead, required_lead, through_mlp, untrained
+from .shared.trained import Trained, folded, make_prefix
+from .shared.untrained import DEVIATION
 
 NAME = "p-tuning-v2"
 TITLE = "P-tuning v2"

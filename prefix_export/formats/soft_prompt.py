@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from prefix_export.errors import CheckpointError
-from prefix_export.shape import Shape
+from prefix_export.models.model_shape import Shape
 from prefix_runtime import Source
 
-from .checkpoint import Checkpoint
-from .trained import SoftPrompt, Trained, check_embedding_size
+from .shared.checkpoint import Checkpoint
+from .shared.trained import SoftPrompt, Trained, check_embedding_size
 
 NAME = "soft-prompt"
 TITLE = "soft prompt array"

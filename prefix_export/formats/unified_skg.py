@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from prefix_export.errors import CheckpointError
-from prefix_export.shape import Shape
+from prefix_export.models.model_shape import Shape
 from prefix_runtime import Source
 
-from .checkpoint import Checkpoint
-from .reparameterised import Table, described, lead, required_lead, sites_of, untrained
-from .trained import Trained, make_prefix
+from .shared.checkpoint import Checkpoint
+from .shared.reparameterised import Table, described, lead, required_lead, sites_of, untrained
+from .shared.trained import Trained, make_prefix
 
 NAME = "unified-skg"
 TITLE = "UnifiedSKG prefix tuning"

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from prefix_export.attention import AttentionLayer, probe
 from prefix_export.errors import ModelError, UnsupportedArchitectureError
-from prefix_export.hub import shown_name
-from prefix_export.shape import Shape
+from prefix_export.trace.attention import AttentionLayer, probe
 from prefix_runtime import Geometry, LayerGeometry
+
+from .hub import shown_name
+from .model_shape import Shape
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from prefix_export.attention import probe
 from prefix_export.errors import ModelError, UnsupportedArchitectureError
-from prefix_export.generation_defaults import FILE as GENERATION_CONFIG
-from prefix_export.generation_defaults import check_generation_config
-from prefix_export.tokenizer import TOKENIZER_FILES
-from prefix_runtime.tokenizer_file import is_panic
+from prefix_export.tokenizers.tokenizer import TOKENIZER_FILES
+from prefix_export.trace.attention import probe
+from prefix_runtime.generation.tokenizer_file import is_panic
 
 from . import config_file, gguf_model, pretrained
 from .base_model import BaseModel, base_model, fingerprint
 from .experts import traceable_experts
+from .generation_defaults import FILE as GENERATION_CONFIG
+from .generation_defaults import check_generation_config
 from .gguf_file import Header, read_header
 from .source import ModelSource
 

@@ -10,7 +10,8 @@ from typing import Any
 from transformers.utils.hub import cached_file
 
 from prefix_export.errors import ModelError
-from prefix_export.hub import commit_of, split_revision
+
+from .hub import commit_of, split_revision
 
 _GGUF = ".gguf"
 _HUB_GGUF = re.compile(r"([\w.-]+/[\w.-]+)/([\w./-]+\.gguf)", re.IGNORECASE)

@@ -8,8 +8,8 @@ from typing import Any
 
 from prefix_export.errors import EngineError
 from prefix_export.progress import Progress
-from prefix_runtime.storage import write_file_atomically
-from prefix_runtime.tensorrt_library import Library
+from prefix_runtime.backends.tensorrt.library import Library
+from prefix_runtime.files import write_file_atomically
 
 from .request import EngineRequest, capabilities
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from prefix_export.errors import EngineError
 from prefix_export.progress import SILENT, Progress
 from prefix_runtime import Bundle, BundleIntegrityError
-from prefix_runtime.engine_file import (
+from prefix_runtime.backends.tensorrt.engine_file import (
     EngineRecord,
     add_engine,
     check_engine,
@@ -17,9 +17,9 @@ from prefix_runtime.engine_file import (
     read_engines,
     recipe_hash,
 )
-from prefix_runtime.engine_profile import Profile, Tensor, tensors
-from prefix_runtime.manifest import FileEntry
-from prefix_runtime.tensorrt_library import Library, check_profiles, check_tensors, gpu_capability
+from prefix_runtime.backends.tensorrt.library import Library, check_profiles, check_tensors, gpu_capability
+from prefix_runtime.backends.tensorrt.profile import Profile, Tensor, tensors
+from prefix_runtime.bundle.manifest import FileEntry
 
 from . import network as networks
 from .builder import configure, run, save_timing_cache, use_timing_cache

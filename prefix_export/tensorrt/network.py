@@ -9,9 +9,10 @@ import onnx
 
 from prefix_export.errors import EngineError
 from prefix_runtime import Bundle
-from prefix_runtime.bundle import ADAPTER_SUFFIX
-from prefix_runtime.engine_profile import KEPT, Profile, Tensor
-from prefix_runtime.tensorrt_library import Library, dtype_name
+from prefix_runtime.backends.tensorrt.library import Library, dtype_name
+from prefix_runtime.backends.tensorrt.profile import Profile, Tensor
+from prefix_runtime.bundle.folder import ADAPTER_SUFFIX
+from prefix_runtime.bundle.graph_contract import NUM_LOGITS_TO_KEEP
 
 
 def parse(bundle: Bundle, builder: Any, library: Library, *, is_strongly_typed: bool) -> tuple[Any, Any]:
@@ -58,7 +59,7 @@ def _add_profile(profile: Profile, builder: Any, config: Any) -> Profile:
     made = builder.create_optimization_profile()
     kept: dict[str, Any] = {}
     for name, shapes in profile.inputs.items():
-        is_value = name == KEPT
+        is_value = name == NUM_LOGITS_TO_KEEP
         try:
             (made.set_shape_input if is_value else made.set_shape)(name, *shapes)
         except ValueError as error:
@@ -71,12 +72,15 @@ def _add_profile(profile: Profile, builder: Any, config: Any) -> Profile:
 
 
 def _graph(bundle: Bundle) -> bytes:
-    """The graph, without its weights, whose `KEPT` must be given: what may be left out is a constant to TensorRT."""
+    """The graph, without its weights, whose `num_logits_to_keep` must be given.
+
+    What may be left out is a constant to TensorRT.
+    """
     try:
         model = onnx.load(bundle.graph_path, load_external_data=False)
     except Exception as error:  # protobuf's errors share no base with others
         raise EngineError(f"{bundle.graph_path}: expected an ONNX graph, found a file that is none") from error
-    defaults = [tensor for tensor in model.graph.initializer if tensor.name == KEPT]
+    defaults = [tensor for tensor in model.graph.initializer if tensor.name == NUM_LOGITS_TO_KEEP]
     for tensor in defaults:
         model.graph.initializer.remove(tensor)
     content: bytes = model.SerializeToString()

@@ -13,14 +13,14 @@ import onnx
 from onnx import numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
-from prefix_export.bake import PrefixBank
 from prefix_export.errors import EngineError
+from prefix_export.trace.prefix_bank import PrefixBank
 from prefix_runtime import Bundle, Prefix, PrefixMismatchError
-from prefix_runtime.bundle import check_output
-from prefix_runtime.cache_format import CACHE_TYPES
-from prefix_runtime.engine_file import EngineRecord, add_engine
-from prefix_runtime.manifest import unknown_task
-from prefix_runtime.tensorrt_library import Library
+from prefix_runtime.backends.tensorrt.engine_file import EngineRecord, add_engine
+from prefix_runtime.backends.tensorrt.library import Library
+from prefix_runtime.bundle.folder import check_output
+from prefix_runtime.bundle.manifest import unknown_task
+from prefix_runtime.prefix.cache_format import CACHE_TYPES
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .arguments import GenerationOptions
-    from .bundle import Bundle
+    from .backends.options import Cuda
+    from .bundle.folder import Bundle
+    from .bundle.manifest import Manifest
     from .engine import Engine, load
     from .errors import (
         BenchError,
@@ -31,13 +32,12 @@ if TYPE_CHECKING:
         TaskNameError,
         UnknownTaskError,
     )
-    from .generation_config import GenerationConfig, GenerationDefaults
-    from .geometry import Geometry, LayerGeometry
-    from .manifest import Manifest
-    from .prefix import LayerPrefix, Prefix, Source
-    from .provider import Cuda
-    from .results import Chunk, GenerationResult, Metrics
-    from .sampling import Sampling
+    from .generation.arguments import GenerationOptions
+    from .generation.generation_config import GenerationConfig, GenerationDefaults
+    from .generation.results import Chunk, GenerationResult, Metrics
+    from .generation.sampling import Sampling
+    from .prefix.geometry import Geometry, LayerGeometry
+    from .prefix.prefix import LayerPrefix, Prefix, Source
 
 __version__ = "0.1.0"
 
@@ -79,23 +79,23 @@ __all__ = [
 _ERRORS = tuple(name for name in __all__ if name.endswith("Error"))
 _MODULES = {
     **dict.fromkeys(_ERRORS, "errors"),
-    "GenerationOptions": "arguments",
-    "Bundle": "bundle",
+    "GenerationOptions": "generation.arguments",
+    "Bundle": "bundle.folder",
     "Engine": "engine",
-    "GenerationConfig": "generation_config",
-    "GenerationDefaults": "generation_config",
+    "GenerationConfig": "generation.generation_config",
+    "GenerationDefaults": "generation.generation_config",
     "load": "engine",
-    "Geometry": "geometry",
-    "LayerGeometry": "geometry",
-    "Manifest": "manifest",
-    "LayerPrefix": "prefix",
-    "Prefix": "prefix",
-    "Source": "prefix",
-    "Cuda": "provider",
-    "Chunk": "results",
-    "GenerationResult": "results",
-    "Metrics": "results",
-    "Sampling": "sampling",
+    "Geometry": "prefix.geometry",
+    "LayerGeometry": "prefix.geometry",
+    "Manifest": "bundle.manifest",
+    "LayerPrefix": "prefix.prefix",
+    "Prefix": "prefix.prefix",
+    "Source": "prefix.prefix",
+    "Cuda": "backends.options",
+    "Chunk": "generation.results",
+    "GenerationResult": "generation.results",
+    "Metrics": "generation.results",
+    "Sampling": "generation.sampling",
 }
 
 

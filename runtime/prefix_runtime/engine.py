@@ -10,37 +10,30 @@ from typing import TYPE_CHECKING, Any, Unpack, cast, overload
 
 import numpy as np
 
-from .arguments import (
-    GenerationOptions,
-    as_list,
-    check_ids,
-    check_names,
-    one_each,
-    options_of_each,
-)
-from .bundle import Bundle
-from .cache_pool import CAPACITY_STEP, CacheMaker, CachePool
+from .backends.onnxruntime.appending_cache import GrowingCache
+from .backends.onnxruntime.session import Session
+from .backends.onnxruntime.shared_cache import KeyValueCache
+from .backends.options import Cuda
+from .backends.registry import open_session
+from .backends.tensorrt.cache import TensorRTCache
+from .backends.tensorrt.session import EngineSession
+from .bundle.folder import Bundle
+from .bundle.tasks import TaskStore
+from .cache.pool import CAPACITY_STEP, CacheMaker, CachePool
 from .checks import is_whole
-from .decoding import decode
 from .errors import CompositionError, ContextOverflowError, PrefixError, RequestError, TaskError
-from .generation import GrowingAnswer, Request
-from .generation_config import GenerationConfig, GenerationDefaults
-from .generation_rules import GenerationRules, RuleBook
-from .growing_cache import GrowingCache
-from .kv_cache import KeyValueCache
-from .open_session import open_session
-from .prefix import TEXT_HAS_BEGUN, Prefix
-from .provider import Cuda
-from .results import Chunk, GenerationResult
-from .session import Session
-from .tasks import TaskStore
-from .tensorrt_cache import TensorRTCache
-from .tensorrt_engine import EngineSession
-from .text import TextCodec
+from .generation.answer import GrowingAnswer, Request
+from .generation.arguments import GenerationOptions, as_list, check_ids, check_names, one_each, options_of_each
+from .generation.decoding import decode
+from .generation.generation_config import GenerationConfig, GenerationDefaults
+from .generation.results import Chunk, GenerationResult
+from .generation.rules import GenerationRules, RuleBook
+from .generation.text import TextCodec
+from .prefix.prefix import TEXT_HAS_BEGUN, Prefix
 
 if TYPE_CHECKING:
-    from .device import Device
-    from .resident import ResidentPrefixes
+    from .backends.gpu.device import Device
+    from .backends.gpu.prefix_store import ResidentPrefixes
 
 DEFAULT_MAX_NEW_TOKENS = 256
 DEFAULT_CACHE_BYTES = 2 << 30
@@ -143,8 +136,8 @@ class Engine:
         elif bundle.manifest.flavour == "portable":
             make = partial(GrowingCache, session, self._geometry, cache_format=cache_format, task_id=task_id)
         elif session.device is not None:
-            from .device_cache import DeviceCache
-            from .resident import ResidentPrefixes
+            from .backends.gpu.prefix_store import ResidentPrefixes
+            from .backends.onnxruntime.cuda_cache import DeviceCache
 
             budget = session.device.options.prefix_bytes
             self._resident = ResidentPrefixes(session.device, self._geometry, cache_format, budget)

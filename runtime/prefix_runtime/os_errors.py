@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from .storage import free_bytes, no_space, without_partial_names
+from .files import free_bytes, no_space, without_partial_names
 
 _FOUND = {
     errno.EDQUOT: "the disk quota is used up; remove files, or write elsewhere",

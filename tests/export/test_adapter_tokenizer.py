@@ -11,12 +11,12 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prefix_runtime
-from prefix_export import build as build_module
-from prefix_export.adapter_tokenizer import with_adapters_tokenizer
 from prefix_export.build import BuildRequest, build
-from prefix_export.fold import fold_for_bundle
+from prefix_export.build import recipe as build_module
 from prefix_export.models import load_base_model
-from prefix_export.reference import PrefixSource
+from prefix_export.prefixes.adapter_tokenizer import with_adapters_tokenizer
+from prefix_export.prefixes.fold import fold_for_bundle
+from prefix_export.prefixes.reference import PrefixSource
 from prefix_runtime import Bundle
 from tests.conftest import VOCAB_SIZE
 

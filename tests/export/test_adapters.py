@@ -14,9 +14,9 @@ from prefix_export import clients
 from prefix_export.build import BuildRequest, build
 from prefix_export.errors import ExportError, ParityError
 from prefix_runtime import Bundle, BundleError
-from prefix_runtime.bench import bench
-from prefix_runtime.measurements import BenchRequest
-from prefix_runtime.session import save_adapter
+from prefix_runtime.backends.onnxruntime.session import save_adapter
+from prefix_runtime.bench.measurements import BenchRequest
+from prefix_runtime.bench.run import bench
 
 LENGTHS = (3, 20)
 PROMPT = np.random.default_rng(2).integers(1, 384, size=9).tolist()

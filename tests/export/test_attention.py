@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GptOssConfig, GptOssForCausalLM
 
-from prefix_export.attention import AttentionLayer, GroupQueryAttention, attention, check_fast_flavour, probe
-from prefix_export.decoder import FastDecoder
 from prefix_export.errors import UnsupportedArchitectureError
-from prefix_export.graph import export_graph
+from prefix_export.graph.export import export_graph
+from prefix_export.trace.attention import AttentionLayer, GroupQueryAttention, attention, check_fast_flavour, probe
+from prefix_export.trace.decoder import FastDecoder
 from tests.conftest import CONFIGS, layers_of
 
 OFF_THE_INTERFACE = {"bloom": "BloomForCausalLM", "gptj": "GPTJForCausalLM"}

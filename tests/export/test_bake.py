@@ -15,9 +15,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import prefix_runtime
-from prefix_export.bake import PrefixBank
-from prefix_export.build import BuildRequest, _check_one_base, build
+from prefix_export.build.recipe import BuildRequest, _check_one_base, build
 from prefix_export.errors import ExportError
+from prefix_export.trace.prefix_bank import PrefixBank
 from prefix_runtime import Bundle, BundleError, LayerPrefix, Prefix, RequestError
 
 LENGTHS = (3, 20)

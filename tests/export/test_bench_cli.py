@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from prefix_export import random_bundle
-from prefix_export.cli import main
+from prefix_export.build import random_bundle
+from prefix_export.cli.main import main
 from prefix_export.errors import PrefixExportError
-from prefix_runtime import bandwidth
+from prefix_runtime.bench import bandwidth
 
 SMALL = ["--rounds", 1, "--new-tokens", 2, "--threads", 1, "--prompt-length", 4, "--prefix-length", "0,5"]
 

@@ -16,15 +16,16 @@ import transformers
 from tokenizers import Tokenizer
 
 import prefix_export
-from prefix_export import build as build_module
-from prefix_export import export, verification
-from prefix_export.build import BuildRequest, build, verify_against
+from prefix_export.build import plan as export
+from prefix_export.build import recipe as build_module
+from prefix_export.build.recipe import BuildRequest, build, verify_against
 from prefix_export.errors import CheckpointError, ExportError, ModelError, ParityError, UnsupportedArchitectureError
 from prefix_export.models import load_base_model
-from prefix_export.parity import TaskParity
-from prefix_export.verification import certificate
+from prefix_export.verify import all_tasks as verification
+from prefix_export.verify.all_tasks import certificate
+from prefix_export.verify.parity import TaskParity
 from prefix_runtime import BundleError, DuplicateTaskError, PrefixMismatchError, TaskNameError
-from prefix_runtime import bundle as bundle_module
+from prefix_runtime.bundle import folder as bundle_module
 from tests.export.conftest import RecordedProgress, Trap, read_prefix
 
 GRAPH = ("model.onnx", "model.onnx.data")

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from prefix_export import export
 from prefix_export.build import BuildRequest, build
+from prefix_export.build import plan as export
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ RUN_ALL = """
 import contextlib, importlib, io, json, sys
 
 package, heavy, commands = json.loads(sys.stdin.read())
-main = importlib.import_module(f"{package}.cli").main
+main = importlib.import_module(f"{package}.cli.main").main
 answers = []
 for arguments in commands:
     output, error = io.StringIO(), io.StringIO()

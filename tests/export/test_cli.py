@@ -17,9 +17,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prefix_export
-from prefix_export import build as build_module
-from prefix_export import cli
-from prefix_export import request as request_module
+from prefix_export.build import recipe as build_module
+from prefix_export.build import request as request_module
+from prefix_export.cli import main as cli
 from prefix_export.errors import PrefixExportError
 from prefix_export.models import load_base_model
 from prefix_runtime import Bundle
@@ -406,7 +406,7 @@ def test_help_and_version_load_nothing_heavy(package, command):
 
 def test_a_bundle_is_inspected_without_anything_heavy(shared_bundle):
     script = (
-        f"import sys; from prefix_export.cli import main; main(['inspect', {str(shared_bundle)!r}], "
+        f"import sys; from prefix_export.cli.main import main; main(['inspect', {str(shared_bundle)!r}], "
         "standalone_mode=False); print(*sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)

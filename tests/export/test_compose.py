@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from prefix_export.compose import average
+from prefix_export.prefixes.compose import average
 from prefix_runtime import CompositionError, LayerPrefix, Prefix
-from prefix_runtime.composition import concatenated
+from prefix_runtime.prefix.composition import concatenated
 
 
 def prefix(length=4, seed=0, base=None):

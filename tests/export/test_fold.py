@@ -30,11 +30,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prefix_runtime
 from prefix_export.build import BuildRequest, build
 from prefix_export.errors import CheckpointError, PrefixExportError
-from prefix_export.fold import fold, fold_for_bundle, fold_soft_prompt, fold_text, located
-from prefix_export.hub import split_revision
 from prefix_export.models import load_base_model
-from prefix_export.reference import CacheReference, PrefixSource, reference
-from prefix_export.shape import Shape
+from prefix_export.models.hub import split_revision
+from prefix_export.models.model_shape import Shape
+from prefix_export.prefixes.fold import fold, fold_for_bundle, fold_soft_prompt, fold_text, located
+from prefix_export.prefixes.reference import CacheReference, PrefixSource, reference
 from prefix_runtime import Bundle, Prefix, PrefixMismatchError
 
 LENGTH = 6
@@ -307,7 +307,7 @@ def test_a_hub_id_is_fetched_once_and_read_offline(causal, workshop, tmp_path, m
         asked.append((name, allow_patterns))
         return str(adapter)
 
-    monkeypatch.setattr("prefix_export.fold.snapshot_download", download)
+    monkeypatch.setattr("prefix_export.prefixes.fold.snapshot_download", download)
     found = fold(Path("somebody/adapter"), causal.shape, pytest.fail).prefixes[""]
     assert found == fold(adapter, causal.shape, pytest.fail).prefixes[""]
     ((name, patterns),) = asked
@@ -333,7 +333,7 @@ def test_a_revision_and_a_place_in_a_repository_are_fetched(tmp_path, monkeypatc
         return str(tmp_path)
 
     fetched, patterns = [], []
-    monkeypatch.setattr("prefix_export.fold.snapshot_download", download)
+    monkeypatch.setattr("prefix_export.prefixes.fold.snapshot_download", download)
     assert located(Path(asked)) == tmp_path / inside
     assert fetched == [(repository, revision)]
     wanted = f"{inside}/adapter_model.safetensors" if inside else "adapter_model.safetensors"
@@ -342,7 +342,7 @@ def test_a_revision_and_a_place_in_a_repository_are_fetched(tmp_path, monkeypatc
 
 
 def test_a_place_that_a_repository_has_not_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("prefix_export.fold.snapshot_download", lambda name, **_: str(tmp_path))
+    monkeypatch.setattr("prefix_export.prefixes.fold.snapshot_download", lambda name, **_: str(tmp_path))
     with pytest.raises(CheckpointError, match=r"^a/b/c@main: expected c in the repository a/b, found none there$"):
         located(Path("a/b/c@main"))
 
@@ -361,7 +361,7 @@ def test_a_hub_id_that_is_nowhere_is_told(causal, monkeypatch):
     def download(name, **_):
         raise LocalEntryNotFoundError(f"cannot find {name}\nand more")
 
-    monkeypatch.setattr("prefix_export.fold.snapshot_download", download)
+    monkeypatch.setattr("prefix_export.prefixes.fold.snapshot_download", download)
     with pytest.raises(CheckpointError, match=r"^somebody/nothing: .* of the Hub: cannot find"):
         fold(Path("somebody/nothing"), causal.shape, pytest.fail)
 

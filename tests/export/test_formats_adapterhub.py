@@ -11,9 +11,9 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 from prefix_export import formats
-from prefix_export.fold import fold
-from prefix_export.lint import lint
-from prefix_export.shape import Shape
+from prefix_export.models.model_shape import Shape
+from prefix_export.prefixes.fold import fold
+from prefix_export.prefixes.lint import lint
 from prefix_runtime import Geometry, LayerGeometry, Prefix, PrefixMismatchError
 
 RECORDED = Path(__file__).parent / "adapterhub"

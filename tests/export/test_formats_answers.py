@@ -12,10 +12,10 @@ from peft import PeftModel, PrefixTuningConfig
 from transformers import AutoModelForSeq2SeqLM
 
 import prefix_runtime
-from prefix_export.fold import fold
 from prefix_export.models import load_base_model
-from prefix_export.shape import Shape
-from prefix_runtime.composition import concatenated
+from prefix_export.models.model_shape import Shape
+from prefix_export.prefixes.fold import fold
+from prefix_runtime.prefix.composition import concatenated
 from tests.export.published import OWN, ZERO, cache_of, decoded, greedy, ours, theirs
 from tests.export.test_fold import save_adapter
 from tests.export.test_formats_families import (

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from prefix_export import formats
 from prefix_export.errors import CheckpointError, PrefixExportError
 from prefix_export.formats import SoftPrompt
-from prefix_export.shape import BOTH, DECODER, ENCODER, Shape
+from prefix_export.models.model_shape import BOTH, DECODER, ENCODER, Shape
 from prefix_runtime import LayerGeometry, PrefixMismatchError, PrefixRuntimeError
 
 LAYERS, HEADS, SIZE, LENGTH, HIDDEN = 3, 4, 16, 5, 64

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from prefix_export import formats
 from prefix_export.errors import CheckpointError
-from prefix_export.shape import DECODER, Shape
+from prefix_export.models.model_shape import DECODER, Shape
 from prefix_runtime import LayerGeometry, PrefixError, PrefixMismatchError
 from tests.export.conftest import read_prefix
 

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from prefix_export import formats
 from prefix_export.errors import CheckpointError
 from prefix_export.formats import SoftPrompt
-from prefix_export.shape import BOTH, DECODER, ENCODER, Shape
+from prefix_export.models.model_shape import BOTH, DECODER, ENCODER, Shape
 from prefix_runtime import LayerGeometry, PrefixError, PrefixMismatchError
-from prefix_runtime.composition import concatenated
+from prefix_runtime.prefix.composition import concatenated
 
 LAYERS, HEADS, HEAD_DIM = 3, 4, 16
 HIDDEN, WIDTH = HEADS * HEAD_DIM, 2 * LAYERS * HEADS * HEAD_DIM

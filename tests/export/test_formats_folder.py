@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from prefix_export import formats
 from prefix_export.errors import CheckpointError
-from prefix_export.formats.folder import find_weights
+from prefix_export.formats.shared.folder import find_weights
 from tests.export.conftest import read_prefix
 
 ADAPTER = "adapter_model.safetensors"
@@ -185,7 +185,7 @@ class TestBounds:
     def test_depth_and_count_end(self, tmp_path, monkeypatch):
         put(tmp_path / "deep/1/2/3/4/5" / ADAPTER)
         refused(tmp_path / "deep", "found no file of tensors in it")
-        monkeypatch.setattr("prefix_export.formats.folder._MOST_ENTRIES", 20)
+        monkeypatch.setattr("prefix_export.formats.shared.folder._MOST_ENTRIES", 20)
         for number in range(21):
             (tmp_path / "deep/1" / f"{number}.txt").touch()
         refused(tmp_path / "deep", "more than 20 files and folders")

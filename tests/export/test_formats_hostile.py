@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from prefix_export import formats
 from prefix_export.errors import CheckpointError, PrefixExportError
-from prefix_export.shape import BOTH, DECODER, ENCODER, Shape
+from prefix_export.models.model_shape import BOTH, DECODER, ENCODER, Shape
 from prefix_runtime import LayerGeometry, LayerPrefix, Prefix, PrefixMismatchError, PrefixRuntimeError
 from prefix_runtime.machine import peak_memory
 

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from prefix_export import formats
 from prefix_export.errors import CheckpointError
-from prefix_export.fold import fold
 from prefix_export.formats import SoftPrompt
 from prefix_export.models import load_base_model
-from prefix_export.reference import CacheReference, PrefixSource, reference
-from prefix_export.shape import DECODER, Shape
+from prefix_export.models.model_shape import DECODER, Shape
+from prefix_export.prefixes.fold import fold
+from prefix_export.prefixes.reference import CacheReference, PrefixSource, reference
 from prefix_runtime import LayerGeometry, PrefixMismatchError
 
 LENGTH, IDS = 5, [5, 6, 7, 9, 200]

@@ -14,18 +14,17 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, GenerationConfig
 
 import prefix_runtime
-from prefix_export import build as build_module
-from prefix_export import generation_defaults
 from prefix_export.build import BuildRequest, build
+from prefix_export.build import recipe as build_module
 from prefix_export.errors import ModelError
-from prefix_export.generation_defaults import (
+from prefix_export.models import generation_defaults, load_base_model
+from prefix_export.models.generation_defaults import (
     check_generation_config,
     followed_config,
     generation_report,
     logits_processors,
 )
-from prefix_export.models import load_base_model
-from prefix_runtime.generation_config import FOLLOWED
+from prefix_runtime.generation.generation_config import FOLLOWED
 
 VOCAB_SIZE = 384
 PROMPT = torch.tensor([[5, 6, 7, 260, 12]])

@@ -15,11 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import prefix_export
-from prefix_export import graph as graph_module
-from prefix_export.attention import probe
-from prefix_export.decoder import FastDecoder
 from prefix_export.errors import ExportError
-from prefix_export.graph import export_graph
+from prefix_export.graph import export as graph_module
+from prefix_export.graph.export import export_graph
+from prefix_export.trace.attention import probe
+from prefix_export.trace.decoder import FastDecoder
 
 VOCAB_SIZE = 384
 TOLERANCE = 1e-4

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from click.testing import CliRunner
 
-from prefix_export import cli
+from prefix_export.cli import main as cli
 from prefix_export.errors import ModelError
-from prefix_export.hub import commit_of, shown_name, split_revision, with_revision
+from prefix_export.models.hub import commit_of, shown_name, split_revision, with_revision
 
 
 @pytest.mark.parametrize(

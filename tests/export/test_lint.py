@@ -19,11 +19,11 @@ from peft import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prefix_export.fold import fold
-from prefix_export.heads import lint_head
-from prefix_export.lint import lint, lint_prompt
 from prefix_export.models import load_base_model
-from prefix_export.shape import BOTH, DECODER, ENCODER, Shape
+from prefix_export.models.model_shape import BOTH, DECODER, ENCODER, Shape
+from prefix_export.prefixes.fold import fold
+from prefix_export.prefixes.lint import lint, lint_prompt
+from prefix_export.prefixes.task_heads import lint_head
 from prefix_runtime import LayerGeometry
 
 ROOT = Path(__file__).parents[2]

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.export import ExportedProgram
 
-from prefix_export import lowering
-from prefix_export.attention import probe
-from prefix_export.cleaning import clean
-from prefix_export.decoder import FastDecoder, PortableDecoder
-from prefix_export.device import DeviceDecoder
-from prefix_export.graph import export_graph
+from prefix_export.graph import lowering
+from prefix_export.graph.export import export_graph
+from prefix_export.graph.passes.cleaning import clean
 from prefix_export.models import load_base_model
+from prefix_export.trace.attention import probe
+from prefix_export.trace.cuda_decoder import DeviceDecoder
+from prefix_export.trace.decoder import FastDecoder, PortableDecoder
 
 
 class Arithmetic(torch.nn.Module):

@@ -13,10 +13,10 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from prefix_export import cli
+from prefix_export.cli import main as cli
 from prefix_export.errors import ModelError, UnsupportedArchitectureError
-from prefix_export.fold import fold_for_bundle
 from prefix_export.models import load_base_model, load_config
+from prefix_export.prefixes.fold import fold_for_bundle
 from prefix_runtime import Bundle
 
 

@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from gguf import GGMLQuantizationType as Kind
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from prefix_export import cli
-from prefix_export.build import BuildRequest, build, verify_against
+from prefix_export.build.recipe import BuildRequest, build, verify_against
+from prefix_export.cli import main as cli
 from prefix_export.errors import ModelError, UnsupportedArchitectureError
 from prefix_export.models import load_base_model, load_config
 from prefix_runtime import Bundle

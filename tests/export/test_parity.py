@@ -17,16 +17,16 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 import prefix_runtime
-from prefix_export import parity
 from prefix_export.build import BuildRequest, build
 from prefix_export.errors import ExportError, ParityError, PrefixExportError
 from prefix_export.models import load_base_model
-from prefix_export.parity import Expectation, PromptTruth, compare, measured, observe
-from prefix_export.quality import HeldOut, Text
-from prefix_export.reference import CacheReference, PrefixSource, reference
-from prefix_export.yardstick import Arithmetic, RoundedCache, own_error, rounding_of
+from prefix_export.prefixes.reference import CacheReference, PrefixSource, reference
+from prefix_export.tokenizers.held_out import HeldOut, Text
+from prefix_export.verify import parity
+from prefix_export.verify.parity import Expectation, PromptTruth, compare, measured, observe
+from prefix_export.verify.yardstick import Arithmetic, RoundedCache, own_error, rounding_of
 from prefix_runtime import LayerPrefix
-from prefix_runtime.generation_config import GenerationDefaults
+from prefix_runtime.generation.generation_config import GenerationDefaults
 from tests.export.conftest import read_prefix
 
 PROMPT = np.random.default_rng(1).integers(1, 384, size=20).tolist()

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from prefix_export import formats
-from prefix_export.cli import main
-from prefix_export.fold import fold_text
+from prefix_export.cli.main import main
 from prefix_export.models import load_base_model
+from prefix_export.prefixes.fold import fold_text
 from prefix_runtime import Prefix
 from tests.export.conftest import read_prefix
 from tests.export.test_fold import save_adapter

@@ -10,7 +10,8 @@ import torch
 
 from prefix_export.errors import PrefixExportError
 from prefix_export.models import load_base_model
-from prefix_export.quality import HeldOut, Text, answers, assess, read_held_out
+from prefix_export.tokenizers.held_out import HeldOut, Text, read_held_out
+from prefix_export.verify.quality import answers, assess
 from prefix_runtime import LayerPrefix, Prefix
 
 

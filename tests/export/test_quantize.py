@@ -12,14 +12,14 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 import prefix_runtime
-from prefix_export.build import BuildRequest, build, verify_against
+from prefix_export.build.recipe import BuildRequest, build, verify_against
 from prefix_export.errors import ExportError
-from prefix_export.quantization import DEFAULT_BLOCK_SIZE, Quantization, quantization
-from prefix_export.quantize import QuantizedModel
-from prefix_export.rounding import pack
+from prefix_export.quantize.modules import QuantizedModel
+from prefix_export.quantize.options import DEFAULT_BLOCK_SIZE, Quantization, quantization
+from prefix_export.quantize.rounding import pack
 from prefix_export.targets import TARGETS
 from prefix_runtime import Bundle, Sampling
-from prefix_runtime.cli import main
+from prefix_runtime.cli.main import main
 
 EACH = [
     Quantization(8, 32),

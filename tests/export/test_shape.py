@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from prefix_export.errors import ModelError
-from prefix_export.shape import Shape
+from prefix_export.models.model_shape import Shape
 from prefix_runtime import LayerGeometry
 
 SIZES = {"vocab_size": 99, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}

@@ -16,9 +16,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from prefix_export.attention import probe
-from prefix_export.decoder import FastDecoder
-from prefix_export.graph import export_graph
+from prefix_export.graph.export import export_graph
+from prefix_export.trace.attention import probe
+from prefix_export.trace.decoder import FastDecoder
 from tests.conftest import CONFIGS, VOCAB_SIZE, layers_of
 
 

@@ -18,16 +18,17 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import prefix_runtime
-from prefix_export import verification
-from prefix_export.attention import probe
 from prefix_export.build import BuildRequest, build
-from prefix_export.device import NEXT_INPUTS, DeviceDecoder
+from prefix_export.build.random_bundle import build_random
 from prefix_export.errors import ExportError
-from prefix_export.graph import export_graph
+from prefix_export.graph.export import export_graph
 from prefix_export.models import cast_weights
-from prefix_export.random_bundle import build_random
-from prefix_export.random_model import random_base_model
+from prefix_export.models.random_model import random_base_model
+from prefix_export.trace.attention import probe
+from prefix_export.trace.cuda_decoder import DeviceDecoder
+from prefix_export.verify import all_tasks as verification
 from prefix_runtime import Bundle, ProviderError
+from prefix_runtime.bundle.graph_contract import NEXT_INPUTS
 from tests.conftest import CONFIGS, VOCAB_SIZE
 
 LENGTH, ROOM, NEW = 20, 64, 8

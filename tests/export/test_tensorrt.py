@@ -15,16 +15,16 @@ import pytest
 import transformers
 from click.testing import CliRunner
 
-from prefix_export import cli
 from prefix_export.build import BuildRequest, build
+from prefix_export.cli import main as cli
 from prefix_export.errors import EngineError
 from prefix_export.tensorrt.engine import build_engine, find_engine
 from prefix_export.tensorrt.request import EngineRequest
 from prefix_runtime import Bundle, BundleError, BundleIntegrityError, ProviderError, RequestError
-from prefix_runtime.bundle import MANIFEST_NAME, describe_file
-from prefix_runtime.engine_file import engines_folder, read_engines
+from prefix_runtime.backends.tensorrt.engine_file import engines_folder, read_engines
+from prefix_runtime.backends.tensorrt.library import Library
+from prefix_runtime.bundle.folder import MANIFEST_NAME, describe_file
 from prefix_runtime.interrupts import ending_when_stopped
-from prefix_runtime.tensorrt_library import Library
 from tests.export.conftest import RecordedProgress
 
 pytestmark = pytest.mark.tensorrt

@@ -16,17 +16,18 @@ from onnx import numpy_helper
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from prefix_export import cli
+from prefix_export.cli import main as cli
 from prefix_export.errors import EngineError
-from prefix_export.fold import fold_for_bundle
+from prefix_export.prefixes.fold import fold_for_bundle
 from prefix_export.tensorrt import refit
 from prefix_export.tensorrt.engine import build_engine
 from prefix_export.tensorrt.refit import mark_prefixes, prefix_weights, refit_engine
 from prefix_export.tensorrt.request import EngineRequest
 from prefix_runtime import Bundle, PrefixMismatchError, ProviderError, UnknownTaskError
-from prefix_runtime.engine_file import read_engines
-from prefix_runtime.engine_profile import KEPT, tensors
-from prefix_runtime.tensorrt_library import Library
+from prefix_runtime.backends.tensorrt.engine_file import read_engines
+from prefix_runtime.backends.tensorrt.library import Library
+from prefix_runtime.backends.tensorrt.profile import tensors
+from prefix_runtime.bundle.graph_contract import NUM_LOGITS_TO_KEEP
 
 PROMPT = [5, 9, 2, 41]
 _TYPES = {"int64": "INT64", "float32": "FLOAT"}
@@ -278,7 +279,7 @@ def test_an_engine_that_was_built_otherwise_than_told_is_refused(bundle, tmp_pat
     api, made = stand_in(bundle)
 
     def other(_):
-        made.engine._profiles[0].ranges[KEPT] = ((1,), (1,), (2,))
+        made.engine._profiles[0].ranges[NUM_LOGITS_TO_KEEP] = ((1,), (1,), (2,))
         return made.engine
 
     api.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=other)
@@ -386,7 +387,7 @@ def test_the_command_refuses_an_engine_that_was_not_built_for_it(bundle, other_a
     record = json.loads((folder / "engines.json").read_text())
     record["engines"][0]["backend"] = "tensorrt-rtx"
     (folder / "engines.json").write_text(json.dumps(record))
-    monkeypatch.setattr("prefix_runtime.tensorrt_library._import", lambda backend: stand_in(bundle)[0])
+    monkeypatch.setattr("prefix_runtime.backends.tensorrt.library._import", lambda backend: stand_in(bundle)[0])
     arguments = [
         "tensorrt-refit",
         bundle.root,

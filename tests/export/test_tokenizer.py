@@ -13,12 +13,12 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from prefix_export.adapter_tokenizer import load_tokenizer
 from prefix_export.errors import ModelError, PrefixExportError
 from prefix_export.models import load_base_model, load_config
-from prefix_export.tokenizer import ODD_TEXTS, odd_texts, save_tokenizer, tokenizer_warnings
+from prefix_export.prefixes.adapter_tokenizer import load_tokenizer
+from prefix_export.tokenizers.tokenizer import ODD_TEXTS, odd_texts, save_tokenizer, tokenizer_warnings
 from prefix_runtime import BundleError
-from prefix_runtime.text import TextCodec
+from prefix_runtime.generation.text import TextCodec
 from tests.tokenizer_families import FAMILIES, byte_level, gpt2, llama2, splitting, word_level
 
 FALLS_BACK_TO_BYTES = {"gemma", "llama2", "mistral", "phi3"}

@@ -9,16 +9,16 @@ import pytest
 
 from prefix_export.errors import ParityError
 from prefix_export.models import load_base_model
-from prefix_export.parity import compare
+from prefix_export.prefixes.reference import PrefixSource, SourcedPrefixes
 from prefix_export.progress import SILENT
-from prefix_export.quality import read_held_out
-from prefix_export.quantization import quantization
-from prefix_export.quantize import QuantizedModel, as_exact
-from prefix_export.reference import PrefixSource, SourcedPrefixes
-from prefix_export.verification import observe_all
-from prefix_export.yardstick import Arithmetic
+from prefix_export.quantize.modules import QuantizedModel, as_exact
+from prefix_export.quantize.options import quantization
+from prefix_export.tokenizers.held_out import read_held_out
+from prefix_export.verify.all_tasks import observe_all
+from prefix_export.verify.parity import compare
+from prefix_export.verify.yardstick import Arithmetic
 from prefix_runtime import Bundle, Engine
-from prefix_runtime.session import Session
+from prefix_runtime.backends.onnxruntime.session import Session
 
 HEAD = 16  # of the test's Llama
 HEADS = 4

@@ -14,9 +14,9 @@ from click.testing import CliRunner
 
 import prefix_runtime
 from prefix_runtime import Bundle, Cuda, ProviderError, Sampling
-from prefix_runtime.bench_inputs import random_prefix
-from prefix_runtime.cli import main
-from prefix_runtime.device_cache import DeviceCache
+from prefix_runtime.backends.onnxruntime.cuda_cache import DeviceCache
+from prefix_runtime.bench.inputs import random_prefix
+from prefix_runtime.cli.main import main
 from tests.conftest import VOCAB_SIZE
 from tests.end_to_end.test_parity_with_peft import ARCHITECTURES
 

@@ -15,9 +15,10 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import prefix_runtime
-from prefix_runtime import LayerPrefix, Prefix, session
-from prefix_runtime.bundle import MANIFEST_NAME, describe_file
-from prefix_runtime.measurements import BenchReport, BenchRequest, Cell, Opening, Sample, Subject, Switch
+from prefix_runtime import LayerPrefix, Prefix
+from prefix_runtime.backends.onnxruntime import session
+from prefix_runtime.bench.measurements import BenchReport, BenchRequest, Cell, Opening, Sample, Subject, Switch
+from prefix_runtime.bundle.folder import MANIFEST_NAME, describe_file
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A device in the host's memory, with the verbs of `prefix_runtime.device`: what runs on a GPU runs here, at once."""
+"""A device in the host's memory, with the verbs of `gpu.device`: what runs on a GPU runs here, at once."""
 
 from __future__ import annotations
 

@@ -14,31 +14,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefix_runtime import (
-    BenchError,
-    Bundle,
-    Engine,
-    ProviderError,
-    UnknownTaskError,
-    bandwidth,
-    bench_file,
-    bench_plan,
-    machine,
-)
-from prefix_runtime import bench as bench_module
-from prefix_runtime.bench import bench, bench_together
-from prefix_runtime.bench_file import from_json, summary, to_csv, to_json
-from prefix_runtime.bench_inputs import random_prefix
-from prefix_runtime.keeping import discard, keep
-from prefix_runtime.measurements import (
-    BenchReport,
-    BenchRequest,
-    Comparison,
-    Sample,
-    paired_ratio,
-)
-from prefix_runtime.openings import run_in_fresh_process
-from prefix_runtime.report import as_text
+from prefix_runtime import BenchError, Bundle, Engine, ProviderError, UnknownTaskError, machine
+from prefix_runtime.backends.onnxruntime.keeping import discard, keep
+from prefix_runtime.bench import bandwidth
+from prefix_runtime.bench import file as bench_file
+from prefix_runtime.bench import plan as bench_plan
+from prefix_runtime.bench import run as bench_module
+from prefix_runtime.bench.file import from_json, summary, to_csv, to_json
+from prefix_runtime.bench.fresh_process import run_in_fresh_process
+from prefix_runtime.bench.inputs import random_prefix
+from prefix_runtime.bench.measurements import BenchReport, BenchRequest, Comparison, Sample, paired_ratio
+from prefix_runtime.bench.report.tables import as_text
+from prefix_runtime.bench.run import bench, bench_together
 from tests.runtime.conftest import cell, report_of, sample
 from tests.runtime.host_device import HostDevice
 

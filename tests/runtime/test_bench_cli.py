@@ -12,11 +12,13 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from prefix_runtime import bandwidth, bench_cli, storage
-from prefix_runtime import bench as bench_module
-from prefix_runtime.bench_file import from_json
-from prefix_runtime.cli import main
-from prefix_runtime.report import as_text
+from prefix_runtime import files as storage
+from prefix_runtime.bench import bandwidth
+from prefix_runtime.bench import run as bench_module
+from prefix_runtime.bench.file import from_json
+from prefix_runtime.bench.report.tables import as_text
+from prefix_runtime.cli import bench as bench_cli
+from prefix_runtime.cli.main import main
 
 SMALL = ["--rounds", 1, "--new-tokens", 2, "--threads", 1, "--prompt-length", 4]
 OUTPUTS = ("json", "csv", "html", "png")
@@ -240,8 +242,8 @@ def test_the_time_that_is_left_is_as_long_as_what_was_done_half_way(monkeypatch,
 TELLING = """
 import signal
 from contextlib import nullcontext
-from prefix_runtime import bench_cli
-from prefix_runtime.cli import main
+from prefix_runtime.cli import bench as bench_cli
+from prefix_runtime.cli.main import main
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 bench_cli.progress = lambda: nullcontext(lambda done, total, text: text.startswith("round 1 ") and print(flush=True))

@@ -30,8 +30,8 @@ from prefix_runtime import (
     engine,
     load,
 )
-from prefix_runtime.bundle import MANIFEST_NAME, check_output, staged
-from prefix_runtime.storage import sha256_of_file
+from prefix_runtime.bundle.folder import MANIFEST_NAME, check_output, staged
+from prefix_runtime.files import sha256_of_file
 
 FILES = ["config.json", "model.onnx", "model.onnx.data", "tokenizer.json", "prefixes/p3.safetensors"]
 

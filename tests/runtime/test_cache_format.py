@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import prefix_runtime
 from prefix_runtime import Bundle, BundleError, PrefixMismatchError
-from prefix_runtime.cache_format import CACHE_TYPES, SCALES_NAME, CacheFormat, bfloat16_bits
+from prefix_runtime.prefix.cache_format import CACHE_TYPES, SCALES_NAME, CacheFormat, bfloat16_bits
 
 
 @pytest.fixture(scope="module")

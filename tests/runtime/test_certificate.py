@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from prefix_runtime.certificate import agreement, agreement_of, cost_of_rounding
+from prefix_runtime.bundle.certificate import agreement, agreement_of, cost_of_rounding
 
 PARITY = {"reference": "peft 0.21", "error": 1.2e-5, "yardstick": 3e-5, "limit": 1.2e-4}
 EXACTNESS = "1.2e-05 of double precision (limit 1.2e-04, its own error 3.0e-05)"

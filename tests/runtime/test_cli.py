@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 import prefix_runtime
 from prefix_runtime import Bundle, Prefix, Sampling
-from prefix_runtime.cli import main, split_task
+from prefix_runtime.cli.main import main, split_task
 
 PROMPT = "the lazy dog"
 COMMANDS = [[], ["inspect"], ["verify"], ["tasks"], ["tasks", "list"], ["tasks", "add"], ["tasks", "remove"]]
@@ -431,7 +431,7 @@ class TestUsage:
         assert "Error: " in result.stderr
 
     def test_a_bug_keeps_its_traceback(self, cli, shared_bundle, monkeypatch):
-        monkeypatch.setattr("prefix_runtime.bundle.Bundle.verify", lambda _: 1 / 0)
+        monkeypatch.setattr("prefix_runtime.bundle.folder.Bundle.verify", lambda _: 1 / 0)
         assert isinstance(cli("verify", shared_bundle).exception, ZeroDivisionError)
 
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import prefix_runtime
-from prefix_runtime import CompositionError, PrefixMismatchError, Source, UnknownTaskError, tasks
-from prefix_runtime.composition import GENERAL, PLACE, TABLE, concatenated
-from prefix_runtime.prefix import TEXT_HAS_BEGUN
-from prefix_runtime.tasks import MOST_COMPOSED, TaskStore
+from prefix_runtime import CompositionError, PrefixMismatchError, Source, UnknownTaskError
+from prefix_runtime.bundle import tasks
+from prefix_runtime.bundle.tasks import MOST_COMPOSED, TaskStore
+from prefix_runtime.prefix.composition import GENERAL, PLACE, TABLE, concatenated
+from prefix_runtime.prefix.prefix import TEXT_HAS_BEGUN
 
 
 @pytest.fixture

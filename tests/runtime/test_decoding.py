@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prefix_runtime.decoding import decode
+from prefix_runtime.generation.decoding import decode
 
 VOCAB = 50
 

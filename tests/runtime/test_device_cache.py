@@ -12,23 +12,15 @@ import numpy as np
 import pytest
 
 import prefix_runtime
-from prefix_runtime import (
-    Bundle,
-    ContextOverflowError,
-    Cuda,
-    Geometry,
-    LayerGeometry,
-    ProviderError,
-    Sampling,
-    bandwidth,
-)
-from prefix_runtime.cache_format import CacheFormat
-from prefix_runtime.device_buffer import DeviceBuffer
-from prefix_runtime.device_cache import DeviceCache, _Chosen
+from prefix_runtime import Bundle, ContextOverflowError, Cuda, Geometry, LayerGeometry, ProviderError, Sampling
+from prefix_runtime.backends.gpu.buffer import DeviceBuffer
+from prefix_runtime.backends.gpu.prefix_store import ResidentPrefixes
+from prefix_runtime.backends.onnxruntime.cuda_cache import DeviceCache, _Chosen
+from prefix_runtime.backends.onnxruntime.session import Session
+from prefix_runtime.backends.onnxruntime.shared_cache import KeyValueCache
+from prefix_runtime.bench import bandwidth
 from prefix_runtime.engine import Engine
-from prefix_runtime.kv_cache import KeyValueCache
-from prefix_runtime.resident import ResidentPrefixes
-from prefix_runtime.session import Session
+from prefix_runtime.prefix.cache_format import CacheFormat
 from tests.runtime.host_device import HostDevice
 
 HALF = CacheFormat(np.dtype(np.float16))
@@ -316,7 +308,7 @@ class TestResidentPrefixes:
         assert resident.get(prefix) is not place
 
     def test_a_prefix_larger_than_the_staging_arrives_whole(self, device, geometry, make_prefix, monkeypatch):
-        monkeypatch.setattr("prefix_runtime.resident._PIECE_BYTES", 96)
+        monkeypatch.setattr("prefix_runtime.backends.gpu.prefix_store._PIECE_BYTES", 96)
         prefix = make_prefix(7)
         buffer = ResidentPrefixes(device, geometry, HALF, 1 << 30).get(prefix)
         for index, layer in enumerate(prefix.sites["decoder"]):
@@ -325,13 +317,13 @@ class TestResidentPrefixes:
                 device.stream.download(found, buffer.address(index, part))
                 np.testing.assert_array_equal(found, array.astype(np.float16))
 
-    @pytest.mark.parametrize("place", ["resident._fill", "resident._Staging._send"])
+    @pytest.mark.parametrize("place", ["_fill", "_Staging._send"])
     def test_after_a_failure_prefixes_are_brought_in_as_before(self, device, geometry, make_prefix, monkeypatch, place):
-        monkeypatch.setattr("prefix_runtime.resident._PIECE_BYTES", 96)
+        monkeypatch.setattr("prefix_runtime.backends.gpu.prefix_store._PIECE_BYTES", 96)
         resident = ResidentPrefixes(device, geometry, HALF, 1 << 30)
         prefix = make_prefix(7)
         with monkeypatch.context() as broken:
-            broken.setattr(f"prefix_runtime.{place}", failing)
+            broken.setattr(f"prefix_runtime.backends.gpu.prefix_store.{place}", failing)
             for _ in range(20):
                 with pytest.raises(ProviderError):
                     resident.get(prefix)

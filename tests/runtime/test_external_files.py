@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import _get_all_tensors, set_external_data, uses_external_data
 
-from prefix_runtime.external_files import external_files
+from prefix_runtime.bundle.external_files import external_files
 
 
 def named(model):

@@ -10,7 +10,7 @@ from transformers import GenerationConfig as TheirConfig
 
 import prefix_runtime
 from prefix_runtime import Bundle, BundleError, GenerationConfig, GenerationDefaults, RequestError, Sampling
-from prefix_runtime.generation_config import FOLLOWED, PLAIN, shown_defaults
+from prefix_runtime.generation.generation_config import FOLLOWED, PLAIN, shown_defaults
 
 VOCAB_SIZE = 384
 NOT_A_NUMBER = float("nan")
@@ -101,7 +101,7 @@ def test_a_file_that_is_no_object_is_refused(bundle, rewrite, content, found):
 
 
 def test_a_file_that_is_too_large_is_refused(bundle, rewrite, monkeypatch):
-    monkeypatch.setattr("prefix_runtime.generation_config._MOST_BYTES", 100)
+    monkeypatch.setattr("prefix_runtime.generation.generation_config._MOST_BYTES", 100)
     rewrite(bundle, "generation_config.json", b'{"suppress_tokens": [' + b"1, " * 100 + b"1]}")
     with pytest.raises(BundleError, match=r"generation_config\.json: expected at most 100 bytes, found 324"):
         prefix_runtime.load(bundle)

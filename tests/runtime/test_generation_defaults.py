@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import prefix_runtime
 from prefix_runtime import RequestError, Sampling
-from prefix_runtime.generation import GrowingAnswer
-from prefix_runtime.generation_config import PLAIN
-from prefix_runtime.kv_cache import KeyValueCache
-from prefix_runtime.sampling import distribution
+from prefix_runtime.backends.onnxruntime.shared_cache import KeyValueCache
+from prefix_runtime.generation.answer import GrowingAnswer
+from prefix_runtime.generation.generation_config import PLAIN
+from prefix_runtime.generation.sampling import distribution
 
 TASK, LENGTH = "p10", 10
 LENGTHS = (1, 10, 50, 200)  # of the bundle that the comparison with PEFT builds too

@@ -68,7 +68,7 @@ for name in foreign:
 """
 
 GENERATE = """
-import prefix_runtime, prefix_runtime.cli
+import prefix_runtime, prefix_runtime.cli.main
 
 engine = prefix_runtime.load(sys.argv[2], threads=1)
 print(json.dumps([engine.generate("the lazy dog", task=task, max_new_tokens=9).text for task in (None, *engine.tasks)]))
@@ -84,7 +84,7 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 COMMAND_LINE = """
 import json, sys
 from click.testing import CliRunner
-from prefix_runtime.cli import main
+from prefix_runtime.cli.main import main
 
 assert CliRunner().invoke(main, ["generate", "--help"]).exit_code == 0
 print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))

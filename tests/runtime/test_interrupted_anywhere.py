@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import prefix_runtime
-from prefix_runtime import pages, session
-from prefix_runtime.cache import Cache
-from prefix_runtime.cache_pool import CachePool
-from prefix_runtime.tasks import TaskStore
+from prefix_runtime.backends.onnxruntime import huge_pages as pages
+from prefix_runtime.backends.onnxruntime import session
+from prefix_runtime.bundle.tasks import TaskStore
+from prefix_runtime.cache.cache import Cache
+from prefix_runtime.cache.pool import CachePool
 from tests.interruption import Interrupted, interrupted
 
 IDS = [5, 6, 7]
@@ -265,8 +266,8 @@ bindings.runtime, bindings.driver = runtime, driver
 sys.modules |= {"cuda": types.ModuleType("cuda"), "cuda.bindings": bindings, "cuda.bindings.runtime": runtime,
                 "cuda.bindings.driver": driver}
 
-from prefix_runtime.device import Device
-from prefix_runtime.provider import Cuda
+from prefix_runtime.backends.gpu.device import Device
+from prefix_runtime.backends.options import Cuda
 
 device = Device(Cuda(stream=7))
 memory, last = device.allocate(10), device.allocate(10)

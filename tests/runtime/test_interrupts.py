@@ -129,10 +129,10 @@ main()
     ("package", "module", "arguments"),
     [
         ("prefix_runtime", "click", ["--help"]),
-        ("prefix_runtime", "prefix_runtime.cli", ["--help"]),
+        ("prefix_runtime", "prefix_runtime.cli.main", ["--help"]),
         ("prefix_runtime", "numpy", ["inspect", "nowhere"]),
         ("prefix_export", "click", ["--help"]),
-        ("prefix_export", "prefix_export.request", ["build", "--model", "m"]),
+        ("prefix_export", "prefix_export.build.request", ["build", "--model", "m"]),
         ("prefix_export", "torch", ["build", "--model", "m"]),
         ("prefix_export", "transformers", ["fold", "a/b", "--model", "m", "--output", "out.safetensors"]),
     ],

@@ -15,10 +15,12 @@ import pytest
 from click.testing import CliRunner
 
 import prefix_runtime
-from prefix_runtime import Bundle, BundleIntegrityError, ProviderError, keeping, prepared
-from prefix_runtime.cli import main
-from prefix_runtime.keeping import LARGE, PAUSE, UNUSED, find_or_keep
-from prefix_runtime.prepared import prepare, prepared_graph, writing
+from prefix_runtime import Bundle, BundleIntegrityError, ProviderError
+from prefix_runtime.backends.onnxruntime import keeping
+from prefix_runtime.backends.onnxruntime import packed_graphs as prepared
+from prefix_runtime.backends.onnxruntime.keeping import LARGE, PAUSE, UNUSED, find_or_keep
+from prefix_runtime.backends.onnxruntime.packed_graphs import prepare, prepared_graph, writing
+from prefix_runtime.cli.main import main
 
 IDS = [5, 6, 7]
 
@@ -106,7 +108,7 @@ def test_of_several_processes_one_keeps_it(large, monkeypatch, opened_paths):
 def test_processes_that_open_it_at_once_keep_it_once_and_all_open(large, cache):
     code = """
 import logging, os, prefix_runtime
-from prefix_runtime import keeping
+from prefix_runtime.backends.onnxruntime import keeping
 keeping.LARGE = 0
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 prefix_runtime.load(os.environ["BUNDLE"], threads=1)
@@ -223,9 +225,9 @@ def test_who_is_interrupted_is_and_tries_again(large, cache, monkeypatch, how, r
 def test_a_process_that_is_killed_over_it_is_the_last_for_a_day_and_leaves_nothing_large(large, cache, number):
     code = """
 import os, prefix_runtime
-from prefix_runtime import keeping, prepared
+from prefix_runtime.backends.onnxruntime import keeping, packed_graphs
 keeping.LARGE = 0
-prepared.save_opened = lambda path, target, _: (target.write_bytes(b"half of it"), os.kill(os.getpid(), NUMBER))
+packed_graphs.save_opened = lambda path, target, _: (target.write_bytes(b"half of it"), os.kill(os.getpid(), NUMBER))
 prefix_runtime.load(os.environ["BUNDLE"], threads=1)
 """.replace("NUMBER", str(int(number)))
     environment = os.environ | {"BUNDLE": str(large.root)}

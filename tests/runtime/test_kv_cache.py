@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import prefix_runtime
 from prefix_runtime import Bundle, BusyError, ContextOverflowError
-from prefix_runtime.cache_format import CacheFormat
-from prefix_runtime.cache_pool import CachePool
-from prefix_runtime.kv_cache import KeyValueCache
-from prefix_runtime.session import Session
+from prefix_runtime.backends.onnxruntime.session import Session
+from prefix_runtime.backends.onnxruntime.shared_cache import KeyValueCache
+from prefix_runtime.cache.pool import CachePool
+from prefix_runtime.prefix.cache_format import CacheFormat
 
 PROMPT, NEXT = [5, 6, 7, 260], [8, 9, 3]
 TOLERANCE = 1e-4

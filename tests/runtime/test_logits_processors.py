@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from prefix_export.generation_defaults import logits_processors
+from prefix_export.models.generation_defaults import logits_processors
 from prefix_runtime import GenerationDefaults
-from prefix_runtime.logits_processors import LogitsProcessors, Step
+from prefix_runtime.generation.logits_processors import LogitsProcessors, Step
 
 VOCAB_SIZE = 60
 ENDS = [7, 59]

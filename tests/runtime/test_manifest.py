@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefix_runtime import BundleError, DuplicateTaskError, Manifest, TaskNameError, UnknownTaskError
-from prefix_runtime.geometry import Geometry, LayerGeometry
-from prefix_runtime.manifest import (
+from prefix_runtime.bundle.manifest import (
     FORMAT_VERSION,
     FileEntry,
     ModelEntry,
@@ -21,6 +20,7 @@ from prefix_runtime.manifest import (
     check_relative_path,
     check_task_name,
 )
+from prefix_runtime.prefix.geometry import Geometry, LayerGeometry
 
 SHA256 = "0123456789abcdef" * 4
 MANIFEST = Manifest(

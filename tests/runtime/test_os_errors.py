@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from prefix_runtime import cli, storage
-from prefix_runtime.bundle import staged
+from prefix_runtime import files as storage
+from prefix_runtime.bundle.folder import staged
+from prefix_runtime.cli import main as cli
+from prefix_runtime.files import check_room, partial_name, shown_size, write_file_atomically
 from prefix_runtime.os_errors import described, write_error
-from prefix_runtime.storage import check_room, partial_name, shown_size, write_file_atomically
 
 
 @pytest.fixture
@@ -166,7 +167,7 @@ def test_the_command_line_ends_with_the_sentence(shared_bundle, monkeypatch, err
     def fail(_):
         raise error
 
-    monkeypatch.setattr("prefix_runtime.bundle.sha256_of_file", fail)
+    monkeypatch.setattr("prefix_runtime.bundle.folder.sha256_of_file", fail)
     result = CliRunner().invoke(cli.main, ["verify", str(shared_bundle)])
     assert (result.exit_code, result.stdout) == (1, "")
     assert re.fullmatch(rf"Error: {re.escape(said)}.*\n", result.stderr)

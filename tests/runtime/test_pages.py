@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 import prefix_runtime
-from prefix_runtime import Bundle, pages
-from prefix_runtime.pages import _difference, _whole_pages, letting_go, on_huge_pages, opening
+from prefix_runtime import Bundle
+from prefix_runtime.backends.onnxruntime import huge_pages as pages
+from prefix_runtime.backends.onnxruntime.huge_pages import _difference, _whole_pages, letting_go, on_huge_pages, opening
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems are left alone")
 SIZE = 16 << 20

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from prefix_runtime import BundleIntegrityError, LayerPrefix, Prefix, PrefixError, Source
-from prefix_runtime.prefix import FORMAT, FORMAT_VERSION, SITES
-from prefix_runtime.storage import sha256_of_file
+from prefix_runtime.files import sha256_of_file
+from prefix_runtime.prefix.prefix import FORMAT, FORMAT_VERSION, SITES
 
 ZEROS = np.zeros((2, 3, 4), np.float32)
 OK = {"format": FORMAT, "format_version": "1", "position_base": "3"}

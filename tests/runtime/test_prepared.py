@@ -17,10 +17,11 @@ import pytest
 from click.testing import CliRunner
 
 import prefix_runtime
-from prefix_runtime import Bundle, BundleIntegrityError, Cuda, ProviderError, RequestError, machine, prepared, private
-from prefix_runtime.cli import main
-from prefix_runtime.manifest import FileEntry
-from prefix_runtime.prepared import cache_folder, forget, prepare, prepared_graph
+from prefix_runtime import Bundle, BundleIntegrityError, Cuda, ProviderError, RequestError, machine, private
+from prefix_runtime.backends.onnxruntime import packed_graphs as prepared
+from prefix_runtime.backends.onnxruntime.packed_graphs import cache_folder, forget, prepare, prepared_graph
+from prefix_runtime.bundle.manifest import FileEntry
+from prefix_runtime.cli.main import main
 
 IDS = [5, 6, 7, 260, 12]
 

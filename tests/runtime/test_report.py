@@ -11,12 +11,12 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from prefix_runtime import BenchError
-from prefix_runtime.charts import BarChart, LineChart, selection_chart, setting_charts, ticks
-from prefix_runtime.html_report import as_html
-from prefix_runtime.measurements import Comparison, Switch
-from prefix_runtime.picture import as_png
-from prefix_runtime.report import WIDTH, as_text, comparison_tables, milliseconds, notes, tables
-from prefix_runtime.svg import draw
+from prefix_runtime.bench.measurements import Comparison, Switch
+from prefix_runtime.bench.report.charts import BarChart, LineChart, selection_chart, setting_charts, ticks
+from prefix_runtime.bench.report.html import as_html
+from prefix_runtime.bench.report.png import as_png
+from prefix_runtime.bench.report.svg import draw
+from prefix_runtime.bench.report.tables import WIDTH, as_text, comparison_tables, milliseconds, notes, tables
 from tests.runtime.conftest import cell, report_of
 
 
@@ -273,5 +273,8 @@ class TestPicture:
             as_png(report)
 
     def test_everything_else_does_without_the_library(self, python):
-        code = "import sys; sys.modules['matplotlib'] = None; import prefix_runtime.html_report, prefix_runtime.picture"
+        code = (
+            "import sys; sys.modules['matplotlib'] = None\n"
+            "import prefix_runtime.bench.report.html, prefix_runtime.bench.report.png"
+        )
         assert python(code).returncode == 0

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from prefix_runtime import RequestError, Sampling
-from prefix_runtime.sampling import distribution, make_sampler
+from prefix_runtime.generation.sampling import distribution, make_sampler
 
 VOCAB_SIZE = 60
 SEEN = [3, 3, 17, 42, 0, 59]

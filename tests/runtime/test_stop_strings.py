@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefix_runtime.detokenizer import SpaceCleanUp, clean_up_spaces
-from prefix_runtime.stop_strings import StopStrings
+from prefix_runtime.generation.detokenizer import SpaceCleanUp, clean_up_spaces
+from prefix_runtime.generation.stop_strings import StopStrings
 
 LETTERS = "ab😀é"
 TOKENS = st.lists(st.text(LETTERS, max_size=3), max_size=15)

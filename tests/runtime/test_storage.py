@@ -9,12 +9,12 @@ import threading
 
 import pytest
 
-from prefix_runtime.storage import locked, partial_name, sha256_of_file, write_file_atomically
+from prefix_runtime.files import locked, partial_name, sha256_of_file, write_file_atomically
 
 ON_A_FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from prefix_runtime.storage import write_file_atomically
+from prefix_runtime.files import write_file_atomically
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
@@ -26,7 +26,7 @@ except OSError as error:
 KILLED_AT_A_SYNC = """
 import os, signal, sys
 from pathlib import Path
-from prefix_runtime.storage import write_file_atomically
+from prefix_runtime.files import write_file_atomically
 
 syncs = []
 

@@ -15,7 +15,7 @@ from prefix_runtime import (
     TaskNameError,
     UnknownTaskError,
 )
-from prefix_runtime.tasks import TaskStore
+from prefix_runtime.bundle.tasks import TaskStore
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import load_file, save_file
 
 from prefix_runtime import PrefixError
-from prefix_runtime.tensor_file import TensorFile
+from prefix_runtime.prefix.tensor_file import TensorFile
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_an_array_stays_what_it_is_when_its_file_is_shortened(path, dtype, pytho
     # Of a mapped file the process would be killed by SIGBUS.
     code = """
 import os, sys
-from prefix_runtime.tensor_file import TensorFile
+from prefix_runtime.prefix.tensor_file import TensorFile
 array = TensorFile(sys.argv[1]).array("x")
 os.truncate(sys.argv[1], 0)
 print(float(array.astype("f4").sum()))

@@ -19,13 +19,19 @@ import pytest
 
 import prefix_runtime
 from prefix_runtime import Bundle, BundleError, Cuda, ProviderError, RequestError
-from prefix_runtime import tensorrt_engine as module
+from prefix_runtime.backends.tensorrt import session as module
+from prefix_runtime.backends.tensorrt.engine_file import (
+    EngineRecord,
+    add_engine,
+    engines_folder,
+    graph_hash,
+    read_engines,
+)
+from prefix_runtime.backends.tensorrt.library import Library
+from prefix_runtime.backends.tensorrt.profile import limits, profiles, tensors
+from prefix_runtime.backends.tensorrt.session import open_engine
+from prefix_runtime.bundle.manifest import FileEntry
 from prefix_runtime.engine import Engine
-from prefix_runtime.engine_file import EngineRecord, add_engine, engines_folder, graph_hash, read_engines
-from prefix_runtime.engine_profile import limits, profiles, tensors
-from prefix_runtime.manifest import FileEntry
-from prefix_runtime.tensorrt_engine import open_engine
-from prefix_runtime.tensorrt_library import Library
 
 VERSION = "1.0"
 PLAN = b"a serialized engine"

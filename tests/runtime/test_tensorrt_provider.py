@@ -12,10 +12,11 @@ import onnxruntime as ort
 import pytest
 
 import prefix_runtime
-from prefix_runtime import Bundle, BundleError, ProviderError, open_session
-from prefix_runtime.bundle import MANIFEST_NAME
-from prefix_runtime.session import Session
-from prefix_runtime.tensorrt_provider import add_plugin, provider_options
+from prefix_runtime import Bundle, BundleError, ProviderError
+from prefix_runtime.backends import registry as open_session
+from prefix_runtime.backends.onnxruntime.session import Session
+from prefix_runtime.backends.onnxruntime.tensorrt_provider import add_plugin, provider_options
+from prefix_runtime.bundle.folder import MANIFEST_NAME
 
 NAME = "NvTensorRTRTXExecutionProvider"
 

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer
 
 from prefix_runtime import BundleError, RequestError
-from prefix_runtime.detokenizer import Detokenizer
-from prefix_runtime.text import GrowingText, TextCodec
+from prefix_runtime.generation.detokenizer import Detokenizer
+from prefix_runtime.generation.text import GrowingText, TextCodec
 
 TEXTS = [
     "é€😀 naïve 你好",

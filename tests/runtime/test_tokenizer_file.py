@@ -8,9 +8,10 @@ import os
 import pytest
 from tokenizers import Tokenizer, models
 
-from prefix_runtime import BundleError, tokenizer_file
-from prefix_runtime.text import TextCodec
-from prefix_runtime.tokenizer_file import open_tokenizer
+from prefix_runtime import BundleError
+from prefix_runtime.generation import tokenizer_file
+from prefix_runtime.generation.text import TextCodec
+from prefix_runtime.generation.tokenizer_file import open_tokenizer
 
 DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}

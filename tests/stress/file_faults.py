@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 from prefix_runtime import Bundle, Prefix, PrefixRuntimeError
-from prefix_runtime.prepared import _is_intact, prepare, prepared_graph
+from prefix_runtime.backends.onnxruntime.packed_graphs import _is_intact, prepare, prepared_graph
 
 WAYS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EACCES": errno.EACCES, "kill": 0}
 _DONE, _REFUSED, _BUG = 0, 3, 4
@@ -171,8 +171,8 @@ def keep(folder, bundle):
 
 def build_bundle(folder, model, adapter):
     """`build`, from the moment on when the traced graph is to be written; tracing writes nothing and takes seconds."""
-    from prefix_export import graph
     from prefix_export.build import BuildRequest, build
+    from prefix_export.graph import export as graph
 
     output, save, told, children = folder / "out", graph.ir.save, {}, []
 

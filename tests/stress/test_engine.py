@@ -19,9 +19,9 @@ import pytest
 
 import prefix_runtime
 from prefix_runtime import UnknownTaskError
-from prefix_runtime.composition import concatenated
-from prefix_runtime.kv_cache import KeyValueCache
-from prefix_runtime.tasks import TaskStore
+from prefix_runtime.backends.onnxruntime.shared_cache import KeyValueCache
+from prefix_runtime.bundle.tasks import TaskStore
+from prefix_runtime.prefix.composition import concatenated
 from tests.stress.conftest import SECONDS
 
 pytestmark = pytest.mark.stress

@@ -12,7 +12,7 @@ from protocol import Generation, serve
 
 import prefix_runtime
 from prefix_runtime import Cuda
-from prefix_runtime.bench_inputs import random_prefix
+from prefix_runtime.bench.inputs import random_prefix
 
 _CACHE_BYTES = 8 << 30
 

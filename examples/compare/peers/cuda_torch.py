@@ -15,9 +15,9 @@ import torch
 from protocol import Generation, serve
 from transformers import DynamicCache, StaticCache
 
-from prefix_export.random_model import random_base_model
+from prefix_export.models.random_model import random_base_model
 from prefix_runtime import Bundle
-from prefix_runtime.bench_inputs import random_prefix
+from prefix_runtime.bench.inputs import random_prefix
 
 _EAGER_TOKENS = 20  # each takes as long as fifty of the others
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from protocol import Generation, serve, stand_in
 
 import prefix_runtime
-from prefix_runtime.bench_inputs import random_prefix
-from prefix_runtime.measurements import Subject
+from prefix_runtime.bench.inputs import random_prefix
+from prefix_runtime.bench.measurements import Subject
 
 TASKS = 100
 _DISABLE_HUGE_PAGES = 41  # PR_SET_THP_DISABLE of prctl(2)

@@ -1,0 +1,214 @@
+"""`prefix-export inspect`, `fold` and `compose`: what is done with prefixes before there is a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from prefix_runtime.cli import main as runtime
+from prefix_runtime.cli.base import HUB_ID_OR_PATH, PATH, UserPath, print_fields
+
+from .console import libraries_quiet
+
+if TYPE_CHECKING:
+    from prefix_export.prefixes.fold import Folded
+    from prefix_runtime import Prefix
+
+_TEXT_FILE = UserPath(exists=True, dir_okay=False)
+_REVISION = click.option("--revision", help="Of a Hub id given as --model.")
+_FORMAT = click.option("--format", "wanted", help="What SOURCE is, whatever its content says; see FORMATS.md.")
+
+
+@click.command()
+@click.argument("path", type=PATH)
+@click.option("--model", type=HUB_ID_OR_PATH, help="The base model, as of fold: also say how the prefix would fold.")
+@_REVISION
+@_FORMAT
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(path: Path, model: str | None, revision: str | None, wanted: str | None, as_json: bool) -> None:
+    """Say what the bundle, prefix file or checkpoint at PATH holds, and how it would fold."""
+    from prefix_runtime.bundle.folder import MANIFEST_NAME, Bundle
+
+    if (path / MANIFEST_NAME).exists():
+        runtime.print_bundle(Bundle.open(path), as_json)
+        return
+
+    from prefix_export import formats
+    from prefix_export.models.hub import with_revision
+    from prefix_export.models.names import check_checkpoint, check_model
+
+    model = with_revision(model, revision)
+    formats.check_format(wanted)
+    check_checkpoint(path)
+    if model is not None:
+        check_model(model)
+    fields = dict(formats.describe(path if path.exists() else _fetched(path), wanted))
+    if model is not None:
+        with libraries_quiet():
+            folded = _folded(path, model, wanted)
+        for name, prefix in folded.prefixes.items():
+            fields[f"folds to{f' {name}' if name else ''}"] = _shown(prefix)
+        fields |= {f"warning {number}": line for number, line in enumerate(folded.warnings, 1)}
+    print_fields(fields, as_json)
+
+
+@click.command()
+@click.argument("source", type=PATH, required=False)
+@click.option("--text", help="In place of SOURCE: keys and values of this text.")
+@click.option("--text-file", type=_TEXT_FILE, help="The same, from a file.")
+@click.option(
+    "--model",
+    type=HUB_ID_OR_PATH,
+    required=True,
+    help="The base model: a Hub id, ID@REVISION, a folder or a GGUF file.",
+)
+@_REVISION
+@click.option(
+    "--output",
+    type=PATH,
+    required=True,
+    help="The prefix file, or a folder for a SOURCE of several; must not exist.",
+)
+@click.option("--part", "parts", multiple=True, help="Of a SOURCE of several prefixes only this one. Repeatable.")
+@_FORMAT
+def fold(source: Path | None, model: str, revision: str | None, output: Path, **options: Any) -> None:
+    """Fold the checkpoint SOURCE, or a text, to the keys and values that a model runs with.
+
+    Keys and values are folded by the model's configuration alone; soft prompts and texts are run through the model.
+    """
+    from prefix_export.models.hub import with_revision
+
+    model = with_revision(model, revision) or model
+    text, text_file = options["text"], options["text_file"]
+    if sum(given is not None for given in (source, text, text_file)) != 1:
+        raise click.UsageError("expected one of SOURCE, --text and --text-file")
+    if source is None and options["wanted"]:
+        raise click.UsageError("--format goes with SOURCE; a text is of no format")
+    if source is None and options["parts"]:
+        raise click.UsageError("--part goes with SOURCE; a text is one prefix")
+    _check_fold(source, model, output, options["wanted"])
+    with libraries_quiet():
+        from prefix_export.models import load_base_model
+        from prefix_export.prefixes.fold import Folded, fold_text
+
+        if source is not None:
+            folded = _folded(source, model, options["wanted"])
+        else:
+            base = load_base_model(model)
+            words = text if text is not None else _read_text(text_file)
+            folded = Folded({"": fold_text(words, base)})
+    _write(_chosen(folded.prefixes, options["parts"]), output)
+    for warning in folded.warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+
+@click.command()
+@click.argument("prefixes", type=PATH, nargs=-1, required=True)
+@click.option(
+    "--average", "is_average", is_flag=True, help="Average prefixes of equal shape; else one follows another."
+)
+@click.option(
+    "--weight", "weights", type=float, multiple=True, help="Of each prefix in the average. Default: all alike."
+)
+@click.option("--output", type=PATH, required=True, help="The prefix file; must not exist.")
+def compose(prefixes: tuple[Path, ...], is_average: bool, weights: tuple[float, ...], output: Path) -> None:
+    """Make one prefix file of several: one after another, or their average."""
+    from prefix_export.prefixes.compose import average
+    from prefix_runtime import Prefix
+    from prefix_runtime.bundle.folder import check_output
+    from prefix_runtime.prefix.composition import concatenated
+
+    if weights and not is_average:
+        raise click.UsageError("--weight: expected --average with it, found none")
+    check_output(output)
+    loaded = [Prefix.load(path) for path in prefixes]
+    _write({"": average(loaded, weights or None) if is_average else concatenated(loaded)}, output)
+
+
+def _check_fold(source: Path | None, model: str, output: Path, wanted: str | None) -> None:
+    """Refuse what is wrong with the options, before torch is imported."""
+    from prefix_export import formats
+    from prefix_export.models.names import check_checkpoint, check_model
+    from prefix_runtime.bundle.folder import check_output
+
+    check_output(output)
+    formats.check_format(wanted)
+    check_model(model)
+    if source is not None:
+        check_checkpoint(source)
+
+
+def _fetched(path: Path) -> Path:
+    """The folder that a Hub id's files lie in."""
+    with libraries_quiet():
+        from prefix_export.prefixes.fold import located
+
+        return located(path)
+
+
+def _folded(source: Path, model: str, wanted: str | None) -> Folded:
+    from dataclasses import replace
+    from functools import cache, partial
+
+    from prefix_export.models import load_base_model, load_config
+    from prefix_export.models.model_shape import Shape
+    from prefix_export.prefixes.fold import fold as fold_checkpoint
+    from prefix_export.prefixes.lint import lint
+
+    shape = Shape.of_config(model, load_config(model))
+    folded = fold_checkpoint(source, shape, cache(partial(load_base_model, model)), wanted)
+    own = [
+        f"{name}: {line}" if name else line for name, prefix in folded.prefixes.items() for line in lint(prefix, shape)
+    ]
+    return replace(folded, warnings=(*folded.warnings, *own))
+
+
+def _read_text(path: Path | None) -> str:
+    from prefix_export.errors import CheckpointError
+
+    assert path is not None
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: expected text in UTF-8, found {error}") from error
+
+
+def _chosen(prefixes: Mapping[str, Prefix], parts: tuple[str, ...]) -> Mapping[str, Prefix]:
+    from prefix_export.errors import CheckpointError
+
+    unknown = sorted(set(parts) - set(prefixes))
+    if unknown:
+        known = ", ".join(sorted(filter(None, prefixes))) or "one prefix without a name"
+        raise CheckpointError(f"part {unknown[0]!r}: expected one of {known}")
+    if len(parts) == 1:
+        return {"": prefixes[parts[0]]}
+    return {part: prefixes[part] for part in parts} if parts else prefixes
+
+
+def _write(prefixes: Mapping[str, Prefix], output: Path) -> None:
+    """A file for one prefix, a folder of files for several; whole or not at all."""
+    from prefix_runtime.bundle.folder import check_output, staged
+
+    check_output(output)
+    if list(prefixes) == [""]:
+        prefixes[""].save(output)
+        click.echo(f"{output}: {_shown(prefixes[''])}")
+        return
+    with staged(output) as folder:
+        for name, prefix in prefixes.items():
+            prefix.save(folder / f"{name}.safetensors")
+    for name, prefix in prefixes.items():
+        click.echo(f"{output / name}.safetensors: {_shown(prefix)}")
+
+
+def _shown(prefix: Prefix) -> str:
+    """What a prefix is, in a line."""
+    begins = f"text from position {prefix.position_base}"
+    head = f", head {', '.join(sorted(prefix.head))}" if prefix.head else ""
+    if prefix.embeddings is not None:
+        return f"soft prompt of {prefix.prefix_length} embeddings{head}"
+    sites = ", ".join(f"{site} ({len(layers)} layers)" for site, layers in prefix.sites.items())
+    return f"prefix of length {prefix.prefix_length} for {sites}; {begins}; {prefix.nbytes / 1e6:.2f} MB{head}"

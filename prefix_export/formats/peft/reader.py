@@ -1,0 +1,271 @@
+"""PEFT's prompt-learning adapters: prefix tuning, cartridges, and everything that trains embeddings before the text's.
+
+Their tensor, `prompt_embeddings`, is [prefix_length, 2 * layers * num_key_value_heads * head_dim] for `PREFIX_TUNING`
+and `CARTRIDGE`; with `prefix_projection` PEFT evaluates the MLP when it saves. For the others it is
+[prefix_length, embedding_size] (and as much again for the decoder of an encoder-decoder, which PEFT never reads).
+`MULTITASK_PROMPT_TUNING` has a low-rank factor for each task beside it. `peft_adapter` says where adapters are found.
+
+Source: PEFT 0.21.2, `PeftModel.get_prompt`, `get_prompt_embedding_to_save` and the `forward` of each task's model; text
+begins at position `prefix_length` (`_adjust_prompt_learning_kwargs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from prefix_export.errors import CheckpointError
+from prefix_export.formats.shared.checkpoint import Checkpoint
+from prefix_export.formats.shared.trained import SoftPrompt, Trained, check_embedding_size, folded, make_prefix
+from prefix_export.formats.shared.untrained import DEVIATION, UNTRAINED, is_normal
+from prefix_export.models.model_shape import BOTH, Shape
+from prefix_runtime import LayerGeometry, LayerPrefix, Prefix, PrefixMismatchError
+from prefix_runtime.checks import is_whole
+
+from .adapter import CONFIG_NAME, KEYS_AND_VALUES, PROMPTS, Adapter, adapters_of, head_name
+from .prompt_encoder import COLUMNS, PROMPT, ROWS, PromptEncoder, has_prompt_encoders
+
+__all__ = ["CONFIG_NAME", "NAME", "TITLE", "Saved", "describe", "matches", "read", "saved"]
+
+NAME = "peft"
+TITLE = "PEFT adapter"
+
+_FACTORS = 2000
+"""Numbers of the tasks' factors, which are few, that have to be there to tell whether they were trained."""
+
+
+def matches(checkpoint: Checkpoint) -> bool:
+    """Whether it has PEFT's tensor, or PEFT's modules."""
+    return PROMPT in checkpoint.shapes or has_prompt_encoders(checkpoint)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An adapter as PEFT's `save_pretrained` writes it.
+
+    Attributes:
+        config: the content of `adapter_config.json`.
+        tensors: by PEFT's names.
+        task: of a multitask prompt, else None.
+        where: names the adapter in messages.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, np.ndarray]
+    task: int | None
+    where: str
+
+
+def saved(checkpoint: Checkpoint, part: str) -> Saved | None:
+    """One part of a checkpoint as PEFT loads it for a causal language model; None if PEFT does not load it for one.
+
+    Args:
+        checkpoint: that `matches`.
+        part: a name of `Trained.parts`.
+
+    Raises:
+        CheckpointError: as `read`.
+    """
+    adapter, task = _owner(adapters_of(checkpoint), part)
+    if adapter.config_path is None or adapter.config["task_type"] != "CAUSAL_LM":
+        return None
+    tensors = {name: adapter.tensors.array(name) for name in adapter.tensors.shapes}
+    return Saved(adapter.config, tensors, task, adapter.config_where)
+
+
+def _owner(adapters: Mapping[str, Adapter], part: str) -> tuple[Adapter, int | None]:
+    """The adapter that a part is of, and which task of it."""
+    for name, adapter in adapters.items():
+        if adapter.kind != "MULTITASK_PROMPT_TUNING":
+            if part == name:
+                return adapter, None
+        elif part.rpartition("-")[0] == name:
+            return adapter, int(part.rpartition("-")[2])
+    raise CheckpointError(f"part {part!r}: expected one of {', '.join(adapters) or 'one adapter'}")
+
+
+def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
+    """What the configs and tensors of its adapters say."""
+    adapters = adapters_of(checkpoint)
+    if list(adapters) == [""]:
+        return _described(adapters[""])
+    return {"adapters": ", ".join(adapters)} | {
+        f"{name}: {field}": text for name, adapter in adapters.items() for field, text in _described(adapter).items()
+    }
+
+
+def _described(adapter: Adapter) -> dict[str, str]:
+    shapes = adapter.tensors.shapes
+    tasks = (
+        {"tasks": str((shapes.get(COLUMNS) or ("unknown",))[0])} if adapter.kind == "MULTITASK_PROMPT_TUNING" else {}
+    )
+    head = ", ".join(sorted(map(head_name, shapes.keys() - PROMPTS)))
+    shown = {
+        "task_type": "task type",
+        "num_virtual_tokens": "prefix length",
+        "num_layers": "layers",
+        "num_attention_heads": "key/value heads",
+        "token_dim": "width of a layer",
+        "prefix_projection": "trained behind an MLP",
+        "base_model_name_or_path": "base model",
+    }
+    said = {title: str(adapter.config[key]) for key, title in shown.items() if adapter.config.get(key) is not None}
+    stored = {"stored as": "a state dict with PEFT's modules"} if isinstance(adapter.tensors, PromptEncoder) else {}
+    return {
+        "kind": adapter.kind,
+        "tensor": " x ".join(map(str, shapes[PROMPT])),
+        **stored,
+        **tasks,
+        **said,
+        **({"head": head} if head else {}),
+    }
+
+
+def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
+    """See `formats.read`; several adapters are parts by their names."""
+    parts: dict[str, Prefix | SoftPrompt] = {}
+    warnings: list[str] = []
+    for name, adapter in adapters_of(checkpoint, shape).items():
+        read_one = _read_keys_and_values if adapter.kind in KEYS_AND_VALUES else _read_embeddings
+        trained = read_one(adapter, shape)
+        parts |= {"-".join(filter(None, (name, part))): prefix for part, prefix in trained.parts.items()}
+        lines = (*adapter.warnings, *trained.warnings)
+        warnings += [f"{name}: {line}" if name else line for line in lines]
+    return Trained(parts, tuple(warnings))
+
+
+def _read_keys_and_values(adapter: Adapter, shape: Shape) -> Trained:
+    prompt = adapter.prompt()
+    said = adapter.config.get("num_virtual_tokens")
+    if said != len(prompt):
+        raise CheckpointError(
+            f"{adapter.config_where}: num_virtual_tokens: expected {len(prompt)}, as the tensor in "
+            f"{adapter.checkpoint.weights.name} has, found {said}"
+        )
+    is_paired = adapter.config["task_type"] == "SEQ_2_SEQ_LM"
+    submodules = adapter.config.get("num_transformer_submodules")
+    if submodules not in (None, 2 if is_paired else 1):
+        raise CheckpointError(
+            f"{adapter.config_where}: num_transformer_submodules: expected {2 if is_paired else 1}, found {submodules}"
+        )
+    if is_paired != (shape.kind == BOTH):
+        raise PrefixMismatchError(
+            f"{adapter.config_where}: task_type: expected one for a {shape.kind}, as {shape.name!r} is, found "
+            f"{adapter.config['task_type']}"
+        )
+    warnings: tuple[str, ...] = ()
+    if is_paired:
+        site = "decoder"
+        layers, warnings = _paired_layers(adapter, prompt, shape.site("decoder", adapter.where))
+    else:
+        (site,) = shape.sites
+        _check_config(adapter, shape.sites[site])
+        layers = folded(prompt, shape.sites[site], adapter.where)
+    prefix = make_prefix(
+        {site: layers},
+        moves_positions=True,
+        source=adapter.source,
+        weights=adapter.checkpoint.weights,
+        head=adapter.head(),
+        metadata=adapter.metadata(),
+    )
+    return Trained({"": prefix}, warnings)
+
+
+def _paired_layers(
+    adapter: Adapter, prompt: np.ndarray, layers: tuple[LayerGeometry, ...]
+) -> tuple[tuple[LayerPrefix, ...], tuple[str, ...]]:
+    """A decoder's layers in an encoder-decoder's adapter, by PEFT's own map.
+
+    PEFT doubles its 2L slots and takes four for each layer, of which the last two, meant for cross-attention, are
+    replaced by an empty cache: decoder layer i has the key of slot 4i mod 2L and the value of the next.
+    """
+    first = layers[0]
+    width = first.key_value_heads * first.head_dim
+    if prompt.shape[1] % (2 * width):
+        raise PrefixMismatchError(
+            f"{adapter.where}: expected a width that is a multiple of {2 * width} = 2 x {first.key_value_heads} heads "
+            f"x head size {first.head_dim}, found {prompt.shape[1]}"
+        )
+    slots = prompt.reshape(len(prompt), -1, first.key_value_heads, first.head_dim).transpose(1, 2, 0, 3)
+    count = len(slots) // 2
+    if len(layers) > count:
+        raise PrefixMismatchError(
+            f"{adapter.where}: expected slots for at least {len(layers)} layers, as the decoder has, found them for "
+            f"{count}; PEFT itself cannot run such a model"
+        )
+    used = [(4 * index % (2 * count), (4 * index + 1) % (2 * count)) for index in range(len(layers))]
+    pairs = tuple(
+        LayerPrefix(np.ascontiguousarray(slots[key]), np.ascontiguousarray(slots[value])) for key, value in used
+    )
+    never = sorted(set(range(2 * count)) - {slot for pair in used for slot in pair})
+    warning = (
+        f"of the {2 * count} trained slots PEFT reads {2 * count - len(never)}, so this does too: never read are "
+        f"{', '.join(map(str, never[:8]))}{', …' if len(never) > 8 else ''}; some layers share theirs"
+    )
+    return pairs, (warning,) if never else ()
+
+
+def _read_embeddings(adapter: Adapter, shape: Shape) -> Trained:
+    prompt, length = adapter.prompt(), adapter.config.get("num_virtual_tokens")
+    count = 2 if shape.kind == BOTH else 1
+    if not is_whole(length) or len(prompt) not in (length, count * length):
+        raise CheckpointError(
+            f"{adapter.config_where}: num_virtual_tokens: expected {len(prompt) // count}, as the tensor in "
+            f"{adapter.checkpoint.weights.name} has, found {length!r}"
+        )
+    check_embedding_size(prompt.shape, shape, adapter.where)
+    if adapter.kind == "MULTITASK_PROMPT_TUNING":
+        if len(prompt) > length:
+            raise CheckpointError(
+                f"{adapter.where}: expected a prompt of the encoder alone, found one of the decoder too, which goes "
+                "through the decoder with the text and has no keys and values of its own; it cannot be folded"
+            )
+        prompts = {
+            str(task): prompt.astype(np.float32) * factor for task, factor in enumerate(_factors(adapter, prompt))
+        }
+    else:
+        prompts = {"": prompt[:length]}
+    unread = len(prompt) - length
+    parts = {
+        name: SoftPrompt(each, adapter.source, adapter.head(), adapter.metadata()) for name, each in prompts.items()
+    }
+    warnings = [f"the last {unread} rows, meant for the decoder, are read neither by PEFT nor here"] if unread else []
+    if ROWS in adapter.tensors.shapes and is_normal(adapter.tensors.array(ROWS), DEVIATION, _FACTORS):
+        warnings.append(f"{ROWS}: {UNTRAINED.format(framework='PEFT')}")
+    return Trained(parts, tuple(warnings))
+
+
+def _factors(adapter: Adapter, prompt: np.ndarray) -> np.ndarray:
+    """What each task multiplies the shared prompt by, [tasks, prefix_length, hidden_size]."""
+    shapes = adapter.tensors.shapes
+    columns, rows = shapes.get(COLUMNS, ()), shapes.get(ROWS, ())
+    fits = len(columns) == len(rows) == 3 and columns == (rows[0], len(prompt), rows[1]) and rows[2] == prompt.shape[1]
+    if not fits:
+        raise CheckpointError(
+            f"{adapter.checkpoint.weights}: expected {COLUMNS} [tasks, {len(prompt)}, rank] and {ROWS} [tasks, rank, "
+            f"{prompt.shape[1]}], found {list(columns)} and {list(rows)}"
+        )
+    left, right = (adapter.tensors.array(name).astype(np.float32) for name in (COLUMNS, ROWS))
+    factors: np.ndarray = left @ right
+    return factors
+
+
+def _check_config(adapter: Adapter, layers: tuple[LayerGeometry, ...]) -> None:
+    """Refuse an adapter for another shape of model by what its config says, before its tensor is looked at."""
+    first = layers[0]
+    for key, expected, what in (
+        ("num_layers", len(layers), "layers"),
+        ("num_attention_heads", first.key_value_heads, "key/value heads"),
+        (
+            "token_dim",
+            first.key_value_heads * first.head_dim,
+            f"= {first.key_value_heads} heads x head size {first.head_dim}",
+        ),
+    ):
+        said = adapter.config.get(key)
+        if said is not None and said != expected:
+            raise PrefixMismatchError(f"{adapter.config_where}: {key}: expected {expected} {what}, found {said}")

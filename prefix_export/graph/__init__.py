@@ -1,0 +1,1 @@
+"""The traced program to an ONNX graph."""

@@ -1,0 +1,1 @@
+"""Changes to a graph, one kind a module."""

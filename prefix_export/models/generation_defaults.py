@@ -1,0 +1,245 @@
+"""A model's generation defaults: what the runtime follows, what it does not, and what transformers makes of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+
+from prefix_export.errors import ModelError
+from prefix_runtime import GenerationDefaults, RequestError
+from prefix_runtime.generation.generation_config import FOLLOWED
+
+if TYPE_CHECKING:
+    from . import BaseModel
+
+FILE = "generation_config.json"
+_REFUSALS = (AttributeError, IndexError, OverflowError, RuntimeError, TypeError, ValueError)
+"""What transformers raises for defaults that it cannot use: it has no error of its own for them."""
+
+_INERT = frozenset(
+    {
+        # How fast, in which form and how many bytes, but not which tokens.
+        "use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile",
+        "continuous_batching_config", "low_memory", "prefill_chunk_size", "output_attentions", "output_hidden_states",
+        "output_scores", "output_logits", "return_dict_in_generate", "transformers_version",
+        # Speculation changes the time alone.
+        "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+        "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind",
+        "target_lookbehind", "assistant_ensemble_weight", "speculation_type", "use_mtp",
+        # Nothing without beams, and `num_beams` is named itself.
+        "early_stopping", "length_penalty", "diversity_penalty", "num_beam_groups",
+        # Of padding and of encoder-decoders; a prompt's first token is the tokenizer's part.
+        "pad_token_id", "bos_token_id", "decoder_start_token_id",
+    }
+)  # fmt: skip
+"""transformers' settings that do not change the tokens of one prompt of a decoder."""
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "guidance_scale": (1,),
+    "penalty_alpha": (0,),
+    "token_healing": (False,),
+}
+"""Values with which a setting that is not followed changes nothing."""
+
+
+@dataclass(frozen=True)
+class GenerationReport:
+    """What is made of a model's generation defaults.
+
+    Attributes:
+        followed: names of settings that the runtime follows, and that are set.
+        not_followed: settings that change what transformers generates, and that the runtime does not follow.
+        warnings: what the user should know, a line each.
+    """
+
+    followed: tuple[str, ...]
+    not_followed: dict[str, Any]
+    warnings: tuple[str, ...]
+
+    def record(self) -> dict[str, Any]:
+        """The manifest's entry."""
+        return {"followed": list(self.followed), "not_followed": self.not_followed}
+
+
+def check_generation_config(name: str, path: Path | None, vocab_size: int) -> None:
+    """Refuse a model's `generation_config.json` before its weights load.
+
+    Args:
+        name: the model's, for messages.
+        path: of the file; None where the model has none.
+        vocab_size: the model's.
+
+    Raises:
+        ModelError: the file is no JSON object, or the runtime or transformers refuses what it asks for.
+    """
+    if path is None:
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"model {name!r}: {FILE}: expected a JSON object, found text that is none") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"model {name!r}: {FILE}: expected a JSON object, found {type(content).__name__}")
+    _checked(name, content, vocab_size)
+    try:
+        GenerationConfig.from_dict(content)
+    except _REFUSALS as error:
+        raise _refused(name, error) from error
+
+
+def generation_report(base: BaseModel) -> GenerationReport:
+    """What a bundle of a model follows of its generation defaults.
+
+    Raises:
+        ModelError: transformers' `generate` or the runtime refuses the defaults.
+    """
+    settings = _settings(base.model)
+    defaults = _checked(base.name, settings, base.geometry.vocab_size)
+    _check_processors(base)
+    not_followed = _not_followed(settings, has_tokenizer=base.tokenizer is not None)
+    followed = tuple(sorted(name for name in settings if name in FOLLOWED and name not in not_followed))
+    warnings = [*_warnings_of_settings(defaults, not_followed), *_warnings_of_ends(defaults, base)]
+    return GenerationReport(followed, not_followed, tuple(f"{base.name}: {line}" for line in warnings))
+
+
+def followed_config(model: PreTrainedModel, *, greedy: bool = True) -> GenerationConfig:
+    """The part of a model's generation defaults that the runtime follows, as transformers' `generate` takes it.
+
+    Stop strings are left out, because `generate` wants a tokenizer for them, and so are the model's own lengths, which
+    every comparison sets.
+
+    Args:
+        model: with its generation configuration.
+        greedy: without sampling, as `Sampling()` is for the runtime.
+    """
+    apart = {"stop_strings", "max_length", "max_new_tokens"}
+    settings = {name: value for name, value in _settings(model).items() if name in FOLLOWED and name not in apart}
+    padding = getattr(model.generation_config, "pad_token_id", None)
+    return GenerationConfig(**{**settings, "pad_token_id": padding, **({"do_sample": False} if greedy else {})})
+
+
+def logits_processors(
+    model: PreTrainedModel, config: GenerationConfig, prompt: torch.Tensor, new_tokens: int
+) -> LogitsProcessorList:
+    """The processors of transformers itself for a prompt [1, length] int64 and so many new tokens at most.
+
+    They are called with the token ids [1, length] of prompt and text and the logits [1, vocab].
+
+    Raises:
+        ValueError, TypeError, RuntimeError: the configuration makes no sense; as transformers raises them.
+
+    Source: transformers 5.23, `GenerationMixin.generate`, steps 1, 3, 6 and 8.
+    """
+    own, length = model.generation_config, prompt.shape[1]
+    mixin: Any = model  # its methods are private, but the truth about the order is nowhere else
+    try:
+        model.generation_config = config
+        prepared, _ = mixin._prepare_generation_config(None, max_new_tokens=new_tokens)  # noqa: SLF001
+        mixin._prepare_special_tokens(prepared, True, device="cpu")  # noqa: SLF001
+        prepared.max_length = new_tokens + length
+        if prepared.min_new_tokens is not None:
+            prepared.min_length = prepared.min_new_tokens + length
+        found: LogitsProcessorList = mixin._get_logits_processor(  # noqa: SLF001
+            prepared, input_ids_seq_length=length, encoder_input_ids=prompt, device="cpu"
+        )
+    finally:
+        model.generation_config = own
+    return found
+
+
+def _settings(model: PreTrainedModel) -> dict[str, Any]:
+    """The settings that a model's generation configuration has, as JSON has them."""
+    config = model.generation_config or GenerationConfig()
+    settings: dict[str, Any] = json.loads(config.to_json_string(ignore_metadata=True))
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _checked(name: str, settings: dict[str, Any], vocab_size: int) -> GenerationDefaults:
+    try:
+        return GenerationDefaults.of_config(settings, vocab_size)
+    except RequestError as error:
+        raise ModelError(f"model {name!r}: {FILE}: {error}") from error
+
+
+def _check_processors(base: BaseModel) -> None:
+    """Refuse what transformers refuses when it first processes logits."""
+    prompt = torch.zeros(1, 2, dtype=torch.int64)
+    try:
+        processors: Any = logits_processors(base.model, followed_config(base.model, greedy=False), prompt, 2)
+        processors(prompt, torch.zeros(1, base.geometry.vocab_size))
+    except _REFUSALS as error:
+        raise _refused(base.name, error) from error
+
+
+def _refused(name: str, error: Exception) -> ModelError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ModelError(
+        f"model {name!r}: {FILE}: expected defaults that transformers' generate takes, found that it refuses them: "
+        f"{reason[:300]}"
+    )
+
+
+def _not_followed(settings: dict[str, Any], *, has_tokenizer: bool) -> dict[str, Any]:
+    known = vars(GenerationConfig())
+    found = {
+        name: value
+        for name, value in settings.items()
+        if name in known
+        and not name.startswith("_")
+        and name not in FOLLOWED
+        and name not in _INERT
+        and value not in _NEUTRAL.get(name, ())
+    }
+    if settings.get("do_sample") or settings.get("num_beams", 1) != 1:
+        found.pop("penalty_alpha", None)  # only greedy text is searched by contrast
+    if "stop_strings" in settings and not has_tokenizer:
+        found["stop_strings"] = settings["stop_strings"]
+    return found
+
+
+def _warnings_of_settings(defaults: GenerationDefaults, not_followed: dict[str, Any]) -> list[str]:
+    found = []
+    if not_followed:
+        listed = ", ".join(f"{name} {str(value)[:60]}" for name, value in sorted(not_followed.items()))
+        found.append(
+            f"{FILE}: the runtime does not follow {listed}: its text can differ from what PEFT's generate makes by "
+            "default"
+        )
+    if not defaults.sampling.is_greedy:
+        shown = ", ".join(
+            f"{name} {value}" for name, value in defaults.described().items() if name in vars(defaults.sampling)
+        )
+        found.append(
+            f"{FILE}: the model samples by default ({shown}), and so does the runtime; for greedy text pass "
+            "sampling=Sampling() or --temperature 0"
+        )
+    return found
+
+
+def _warnings_of_ends(defaults: GenerationDefaults, base: BaseModel) -> list[str]:
+    found = []
+    ends, vocab_size, tokenizer = defaults.end_tokens, base.geometry.vocab_size, base.tokenizer
+    if beyond := [end for end in ends if end >= vocab_size]:
+        found.append(f"{FILE}: end token {beyond[0]} is beyond the vocabulary of {vocab_size}: it never comes")
+    configured = getattr(base.model.config.get_text_config(), "eos_token_id", None)
+    if not ends and configured is not None:
+        found.append(
+            f"{FILE} names no end token, though config.json names {configured}: text goes on to max_new_tokens, as "
+            f"with transformers' generate; to end there, pass end_tokens={configured} (--end-token)"
+        )
+    own = getattr(tokenizer, "eos_token_id", None)
+    if tokenizer is not None and own is not None and own < vocab_size and ends and own not in ends:
+        named = ", ".join(f"{tokenizer.convert_ids_to_tokens(end)!r} ({end})" for end in ends if end < vocab_size)
+        found.append(
+            f"the tokenizer's end token is {tokenizer.eos_token!r} ({own}), but {FILE} ends text at {named}, and so "
+            f"does PEFT's generate; to end at the tokenizer's, pass end_tokens={own} "
+            f"(--end-token '{tokenizer.eos_token}')"
+        )
+    return found

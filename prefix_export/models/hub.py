@@ -1,0 +1,59 @@
+"""Names of models and adapters: a path, a Hub id, or a Hub id with a revision."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from prefix_export.errors import ModelError
+
+_HUB_PATH = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)*")
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """The Hub id and the revision of `ID@REVISION`; the name itself and None for anything else.
+
+    A file or folder that exists is a path, even if its name contains `@`.
+    """
+    found, at, revision = name.partition("@")
+    if not at or not revision or Path(name).exists() or not _HUB_PATH.fullmatch(found):
+        return name, None
+    return found, revision
+
+
+def with_revision(model: str | None, revision: str | None) -> str | None:
+    """The name `ID@REVISION` of a Hub id and a revision that was given apart; the name itself without a revision.
+
+    Raises:
+        ModelError: there is a revision, but no Hub id, or one with a revision already.
+    """
+    if revision is None:
+        return model
+    if model is None:
+        raise ModelError(f"--revision {revision}: expected --model with a Hub id, found none")
+    found, own = split_revision(model)
+    if own is not None or Path(model).exists():
+        what = f"one with the revision {own!r} already" if own is not None else "a path, which has no revisions"
+        raise ModelError(f"--revision {revision}: expected a Hub id as --model, found {what}")
+    return f"{found}@{revision}"
+
+
+def shown_name(name: str) -> str:
+    """What to call a model: a folder's last part, a GGUF file's stem, a Hub id without its revision."""
+    path = Path(name)
+    if path.is_dir():
+        return path.resolve().name
+    found, _ = split_revision(name)
+    return Path(found).stem if found.lower().endswith(".gguf") else found
+
+
+def commit_of(cached: str | Path) -> str | None:
+    """The commit of a file in Hugging Face's cache, or None for a path elsewhere.
+
+    Source: huggingface_hub 1, `snapshots/COMMIT/FILE` of the cache's layout.
+    """
+    parts = Path(cached).parts
+    if "snapshots" not in parts[:-2]:
+        return None
+    commit = parts[parts.index("snapshots") + 1]
+    return commit if parts[parts.index("snapshots") - 1].startswith("models--") else None

@@ -1,0 +1,220 @@
+"""Whatever was trained to the prefixes that a model runs with: checkpoints, soft prompts, text."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import DynamicCache
+
+from prefix_export import formats
+from prefix_export.errors import CheckpointError, PrefixExportError
+from prefix_export.formats import SoftPrompt
+from prefix_export.models import BaseModel, cached, load_config
+from prefix_export.models.hub import split_revision
+from prefix_export.models.model_shape import DECODER, Shape
+from prefix_export.prefixes.adapter_tokenizer import tokenizer_warnings_for_bundle
+from prefix_runtime import Bundle, LayerPrefix, Prefix, PrefixMismatchError, Source
+from prefix_runtime.prefix.geometry import LEAST_TEXT
+from prefix_runtime.prefix.prefix import TEXT_HAS_BEGUN
+
+from .lint import lint, lint_prompt
+
+_HUB_PATH = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:/([\w][\w.=-]*(?:/[\w][\w.=-]*)*))?")
+_HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.pt", "*.ckpt", "*.npy"]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The prefixes of a source, by name (a single one's is empty), and what a user should know, a line each."""
+
+    prefixes: Mapping[str, Prefix]
+    warnings: tuple[str, ...] = ()
+
+
+def located(path: Path) -> Path:
+    """A checkpoint on disk: the path itself, or the folder that the files of a Hub id lie in.
+
+    A Hub id is `OWNER/NAME`, with a folder or a file of the repository `OWNER/NAME/FOLDER`, with a branch, a tag or a
+    commit `OWNER/NAME@REVISION`. Hugging Face's cache and offline variables apply; only configurations and tensors of a
+    repository are fetched.
+
+    Raises:
+        CheckpointError: there is neither a file or folder nor such a repository.
+    """
+    name, revision = split_revision(str(path))
+    match = _HUB_PATH.fullmatch(name)
+    if path.exists() or match is None:
+        return path
+    repository, inside = match.groups()
+    try:
+        fetched = Path(snapshot_download(repository, revision=revision, allow_patterns=_wanted(inside)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{path}: expected a trained prefix, a file, a folder or a Hub id, found no such file, and of the Hub: "
+            f"{reason}"
+        ) from error
+    if inside and not (fetched / inside).exists():
+        raise CheckpointError(f"{path}: expected {inside} in the repository {repository}, found none there")
+    return fetched / inside if inside else fetched
+
+
+def _wanted(inside: str | None) -> list[str]:
+    """What is fetched from a repository: its configurations and tensors, or those of one folder or file in it."""
+    if inside is None:
+        return _HUB_FILES
+    beside = str(PurePosixPath(inside).parent / "*.json")  # a pattern's * goes into folders too
+    return [inside, beside, *(f"{inside}/{pattern}" for pattern in _HUB_FILES)]
+
+
+def fold(path: Path, shape: Shape, load: Callable[[], BaseModel], wanted: str | None = None) -> Folded:
+    """The prefixes in a checkpoint.
+
+    Args:
+        path: a file, a folder or a Hub id.
+        shape: of the base model.
+        load: the base model itself, which soft prompts of decoder-only models are run through; not called otherwise.
+        wanted: see `formats.find_reader`.
+
+    Raises:
+        CheckpointError, PrefixError, PrefixMismatchError: as `formats.read`.
+        ModelError: as `load`.
+    """
+    trained = formats.read(located(path), shape, wanted)
+    prefixes = {name: _as_prefix(part, shape, load, path) for name, part in trained.parts.items()}
+    warnings = list(trained.warnings)
+    for name, part in trained.parts.items():
+        if isinstance(part, SoftPrompt) and shape.kind == DECODER:
+            lines = lint_prompt(part.embeddings, _vocabulary(load()))
+            warnings += [f"{name}: {line}" if name else line for line in lines]
+    limit = shape.context_length
+    for prefix in prefixes.values():
+        if limit is not None and prefix.position_base > limit - LEAST_TEXT:
+            raise PrefixMismatchError(
+                f"{path}: expected a prefix that leaves {LEAST_TEXT} of the {limit} positions of {shape.name!r} for "
+                f"text, found one of length {prefix.prefix_length}"
+            )
+    return Folded(prefixes, tuple(warnings))
+
+
+def _vocabulary(base: BaseModel) -> np.ndarray:
+    table: Any = base.model.get_input_embeddings()
+    found: np.ndarray = table.weight.detach().float().numpy()
+    return found
+
+
+def fold_for_bundle(path: Path, bundle: Bundle) -> tuple[Prefix, tuple[str, ...]]:
+    """The prefix in a checkpoint that holds one, by what a bundle knows of its model, and what a user should know.
+
+    Raises:
+        CheckpointError: it holds several, or a soft prompt, which only the model itself can fold; else as `fold`.
+    """
+    model = bundle.manifest.model.name
+    config = load_config(str(bundle.root))
+    shape = Shape.of_config(model, config, bundle.manifest.geometry.layers)
+
+    def refuse() -> BaseModel:
+        raise CheckpointError(
+            f"{path}: expected keys and values, found a soft prompt, which only the model can turn into them; fold it "
+            f"first: prefix-export fold {path} --model {model} --output FILE"
+        )
+
+    at = located(path)
+    folded = fold(at, shape, refuse)
+    if len(folded.prefixes) > 1:
+        raise CheckpointError(
+            f"{path}: expected one prefix, found {len(folded.prefixes)}; fold them first: prefix-export fold {path} "
+            f"--model {model} --output FOLDER"
+        )
+    (prefix,) = folded.prefixes.values()
+    bundle.manifest.geometry.check_prefix(prefix, str(path))
+    warnings = (*folded.warnings, *tokenizer_warnings_for_bundle(at, bundle, config))
+    return prefix, (*warnings, *lint(prefix, shape, bundle.manifest.max_length))
+
+
+def _as_prefix(part: Prefix | SoftPrompt, shape: Shape, load: Callable[[], BaseModel], path: Path) -> Prefix:
+    if isinstance(part, Prefix):
+        return part
+    if not np.isfinite(part.embeddings).all():
+        raise CheckpointError(f"{path}: soft prompt: expected finite numbers, found others")
+    if shape.kind != DECODER:
+        # In an encoder what a soft prompt becomes depends on the text behind it.
+        return Prefix({}, 0, source=part.source, head=part.head, metadata=part.metadata, embeddings=part.embeddings)
+    try:
+        prefix = fold_soft_prompt(part.embeddings, load())
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return replace(prefix, source=part.source, head=part.head, metadata=part.metadata)
+
+
+def fold_soft_prompt(embeddings: np.ndarray, base: BaseModel) -> Prefix:
+    """What a decoder-only model computes for a soft prompt [prefix_length, hidden_size]: text begins behind it.
+
+    Source: Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", EMNLP 2021, section 2.
+
+    Raises:
+        CheckpointError: it is longer than the model's context.
+    """
+    inputs = torch.from_numpy(np.array(embeddings, np.float32))[None]
+    return _run(base, inputs.shape[1], inputs_embeds=inputs)
+
+
+def fold_text(text: str, base: BaseModel) -> Prefix:
+    """The keys and values of a text, so that it costs no prefill later; its tokens are those of the model's tokenizer.
+
+    Special tokens that the tokenizer puts before a text are part of it, those that it puts behind are not; the runtime
+    puts none before a prompt that follows.
+
+    Raises:
+        PrefixExportError: the model has no tokenizer, or the text has no tokens.
+        CheckpointError: it is longer than the model's context.
+    """
+    if base.tokenizer is None:
+        raise PrefixExportError(f"model {base.name!r}: expected a tokenizer to fold a text with, found none")
+    ids = _tokens(text, base)
+    if not ids:
+        raise PrefixExportError("text: expected at least one token, found none")
+    prefix = _run(base, len(ids), input_ids=torch.tensor([ids]))
+    return replace(prefix, source=Source("text", _hash(ids)), metadata={TEXT_HAS_BEGUN: "true"})
+
+
+def _tokens(text: str, base: BaseModel) -> list[int]:
+    assert base.tokenizer is not None
+    found: list[int] = base.tokenizer(text)["input_ids"]
+    plain: list[int] = base.tokenizer(text, add_special_tokens=False)["input_ids"]
+    behind = len(found) - len(plain)
+    while behind and found and found[-1] in base.tokenizer.all_special_ids and found[-len(plain) :] != plain:
+        found, behind = found[:-1], behind - 1
+    return found
+
+
+def _hash(ids: list[int]) -> str:
+    return hashlib.sha256(np.array(ids, np.int64).tobytes()).hexdigest()
+
+
+def _run(base: BaseModel, length: int, **inputs: torch.Tensor) -> Prefix:
+    if length > base.geometry.context_length - LEAST_TEXT:
+        raise CheckpointError(
+            f"expected a soft prompt or text that leaves {LEAST_TEXT} of {base.geometry.context_length} positions, "
+            f"found one of {length}"
+        )
+    cache = DynamicCache()
+    with torch.no_grad():
+        base.model(
+            **inputs,
+            attention_mask=torch.ones(1, length, dtype=torch.int64),
+            position_ids=torch.arange(length)[None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+    layers = tuple(LayerPrefix(key, value) for key, value in cached(cache))
+    return Prefix({"decoder": layers}, position_base=length, base_fingerprint=base.fingerprint)

@@ -1,0 +1,1 @@
+"""The certificate: the graph against the source framework, and what rounding costs."""

@@ -1,0 +1,1 @@
+"""What runs a graph: a folder each, found through `registry`."""

@@ -1,0 +1,1 @@
+"""A GPU's memory and streams, and prefixes that lie there."""

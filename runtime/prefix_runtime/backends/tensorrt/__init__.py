@@ -1,0 +1,1 @@
+"""TensorRT engines: built elsewhere, opened and run here."""

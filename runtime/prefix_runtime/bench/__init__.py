@@ -1,0 +1,1 @@
+"""The benchmark: what is measured, measuring it, and its figures."""

@@ -1,0 +1,204 @@
+"""A bench's files: JSON, which is read again to compare with, and CSV, a line a row."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import types
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from prefix_runtime.checks import is_finite
+from prefix_runtime.errors import BenchError
+
+from .measurements import BYTES_PER_VALUE, BenchReport, Cell, Ratio, quartiles
+
+FORMAT = "prefix-export.bench"
+FORMAT_VERSION = 2
+MOST_BYTES = 256 << 20
+"""Of a report that is read; a larger file is none."""
+
+FIGURES = ("time_to_first_token", "task_selection", "prefill", "first_step", "inter_token_latency", "tokens_per_second")
+"""Of a `Sample`, by their names."""
+
+# Of seconds and of bytes a second: ratios of what lies between stay numbers.
+_LEAST, _MOST = 1e-12, 1e15
+_LONGEST_TEXT = 10_000
+
+T = TypeVar("T")
+
+
+def to_json(report: BenchReport, against: BenchReport | None = None) -> str:
+    """A report's text: every sample, and under `summary` what follows from them; the other's under `against`."""
+    content = _document(report)
+    if against is not None:
+        content["against"] = _document(against)
+    return json.dumps(content, indent=1) + "\n"
+
+
+def from_json(text: str, where: str) -> BenchReport:
+    """The report in a text; its `summary` and `against` are not read. `where` names it in messages.
+
+    Raises:
+        BenchError: naming the field, what was expected and what was found.
+    """
+    try:
+        content = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise BenchError(f"{where}: expected a report that `bench --json` wrote, found no JSON ({error})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise BenchError(f"{where}: expected a report that `bench --json` wrote, of format {FORMAT!r}, found {found!r}")
+    version = _read(int, content.get("format_version"), f"{where}: format_version")
+    if version != FORMAT_VERSION:
+        advice = "update prefix-runtime" if version > FORMAT_VERSION else "measure again"
+        raise BenchError(f"{where}: expected format version {FORMAT_VERSION}, found {version}; {advice}")
+    report = _read(BenchReport, content, where)
+    _check(report, where)
+    return report
+
+
+def to_csv(reports: Sequence[BenchReport]) -> str:
+    """One line a row of one or more reports, with a header; seconds, and ratios against prefix 0."""
+    rows = [row for report in reports for row in summary(report)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def summary(report: BenchReport) -> list[dict[str, object]]:
+    """What follows from the samples, by row: quartiles in seconds, floors, overhead against prefix 0."""
+    return [_summary_of(report, cell) for cell in report.cells]
+
+
+def _summary_of(report: BenchReport, cell: Cell) -> dict[str, object]:
+    row: dict[str, object] = {
+        "bundle": report.subject.name,
+        "model": report.subject.model,
+        "precision": report.subject.precision,
+        "task": cell.task,
+        "prefix_length": cell.prefix_length,
+        "prompt_length": cell.prompt_length,
+        "batch_size": cell.batch_size,
+        "rounds": len(cell.samples),
+    }
+    for name in FIGURES:
+        found = cell.quartiles(name)
+        row |= {name: found.median, f"{name}_first_quartile": found.first, f"{name}_third_quartile": found.third}
+    step, switch = report.step_floor(cell), report.switch(cell)
+    row |= {
+        "task_switch_cold": quartiles(switch.cold).median if switch else None,
+        "task_switch_warm": quartiles(switch.warm).median if switch else None,
+        "open_seconds": report.open_seconds(cell),
+        "bytes_per_second": report.bytes_per_second,
+        "time_to_first_token_floor": report.first_token_floor(cell).seconds,
+        "inter_token_latency_floor": step.seconds,
+        "floor_of_weights": step.weights,
+        "floor_of_keys_and_values": step.key_values,
+        "tokens_per_second_ceiling": report.most_tokens_per_second(cell),
+        "peak_bytes": report.peak_bytes(cell),
+    }
+    for name in ("time_to_first_token", "inter_token_latency"):
+        row |= _overhead_of(name, report.overhead(cell, name))
+    return row
+
+
+def _overhead_of(name: str, ratio: Ratio | None) -> dict[str, object]:
+    low, high = (ratio.interval if ratio else None) or (None, None)
+    ends = {f"{name}_ratio_low": low, f"{name}_ratio_high": high}
+    return {f"{name}_ratio": ratio.median if ratio else None, **ends}
+
+
+def _document(report: BenchReport) -> dict[str, Any]:
+    head = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    return {**head, **asdict(report), "summary": summary(report)}
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _read(kind: type[T], value: Any, where: str) -> T:
+    """A value of a type that dataclasses, tuples, mappings of text, numbers, text and None make up, from JSON."""
+    found: Any
+    if is_dataclass(kind):
+        found = _read_object(kind, value, where)
+    elif get_origin(kind) in (types.UnionType, Union):
+        found = None if value is None else _read(get_args(kind)[0], value, where)
+    elif get_origin(kind) is tuple:
+        items = _expect(list, value, where)
+        found = tuple(_read(get_args(kind)[0], item, f"{where}[{index}]") for index, item in enumerate(items))
+    elif get_origin(kind) is Mapping:
+        found = {name: _expect(str, text, f"{where}.{name}") for name, text in _expect(dict, value, where).items()}
+    elif kind is float:
+        found = _read_float(value, where)
+    else:
+        found = _expect(kind, value, where)
+    return found  # type: ignore[no-any-return]  # by the branches above
+
+
+def _read_object(kind: type[Any], value: Any, where: str) -> Any:
+    content = _expect(dict, value, where)
+    hints = get_type_hints(kind)
+    missing = [each.name for each in fields(kind) if each.name not in content]
+    if missing:
+        raise BenchError(f"{where}: {missing[0]}: expected a value, found nothing")
+    found = {each.name: _read(hints[each.name], content[each.name], f"{where}: {each.name}") for each in fields(kind)}
+    try:
+        return kind(**found)
+    except BenchError as error:
+        raise BenchError(f"{where}: {error}") from error
+
+
+def _expect(kind: type[T], value: Any, where: str) -> T:
+    # JSON's true is Python's 1: a number must not be a truth value.
+    if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and not 0 <= value <= _MOST):  # type: ignore[operator]
+        raise BenchError(f"{where}: expected {kind.__name__}, found {type(value).__name__} {str(value)[:60]!r}")
+    if isinstance(value, str) and (len(value) > _LONGEST_TEXT or any(map(_is_control, value))):
+        raise BenchError(f"{where}: expected at most {_LONGEST_TEXT} characters, no control ones, found {value[:60]!r}")
+    return value
+
+
+def _is_control(character: str) -> bool:
+    """Whether it would steer a terminal, or is half of a character, which no file takes."""
+    return unicodedata.category(character) in ("Cc", "Cs")
+
+
+def _read_float(value: Any, where: str) -> float:
+    if not is_finite(value) or not (value == 0 or _LEAST <= value <= _MOST):
+        raise BenchError(f"{where}: expected 0 or a number from {_LEAST:g} to {_MOST:g}, found {str(value)[:60]!r}")
+    return float(value)
+
+
+def _check(report: BenchReport, where: str) -> None:
+    """Refuse what no bench writes and what could not be divided by."""
+    rounds = report.request.rounds
+    counts = {
+        "bandwidth": [len(report.bandwidth)],
+        "cells": [len(cell.samples) for cell in report.cells],
+        "switches": [len(times) for switch in report.switches for times in (switch.cold, switch.warm)],
+    }
+    for name, found in counts.items():
+        if any(count != rounds for count in found):
+            raise BenchError(f"{where}: {name}: expected a sample for each of {rounds} rounds, found {min(found)}")
+    if not report.cells or len({cell.key for cell in report.cells}) != len(report.cells):
+        raise BenchError(f"{where}: cells: expected at least one, and each once")
+    if not all(size for cell in report.cells for size in (cell.prompt_length, cell.batch_size)):
+        raise BenchError(f"{where}: cells: expected prompts of a token or more in a row or more, found 0")
+    figures = [figure for cell in report.cells for name in FIGURES[-2:] for figure in cell.figure(name)]
+    figures += [figure for cell in report.cells for figure in cell.figure("time_to_first_token")]
+    if not all((*figures, *report.bandwidth, report.subject.weight_bytes)):
+        raise BenchError(f"{where}: expected times, rates and weight_bytes above 0, found 0")
+    if any(each < 0 for cell in report.cells for each in cell.figure("prefill")):
+        raise BenchError(
+            f"{where}: cells: expected a task_selection of at most the time_to_first_token, found a longer"
+        )
+    if report.subject.cache not in BYTES_PER_VALUE:
+        raise BenchError(
+            f"{where}: subject: cache: expected one of {', '.join(BYTES_PER_VALUE)}, found {report.subject.cache!r}"
+        )

@@ -1,0 +1,101 @@
+"""Which rows of a bundle a bench measures, and why it leaves others out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from prefix_runtime.bundle.folder import Bundle
+from prefix_runtime.bundle.manifest import unknown_task
+from prefix_runtime.errors import BenchError, UnknownTaskError
+from prefix_runtime.prefix.geometry import LEAST_TEXT
+
+from .measurements import MOST_TASKS, BenchRequest
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a row runs under; `task` is the bundle's, or None where the prefix is random or there is none."""
+
+    task: str | None
+    prefix_length: int
+    prompt_length: int = 0
+    batch_size: int = 0
+
+    @property
+    def prefix(self) -> str:
+        """What it runs under, in words."""
+        return f"task {self.task}" if self.task else f"prefix {self.prefix_length}"
+
+    def __str__(self) -> str:
+        return f"{self.prefix}, prompt {self.prompt_length}, batch {self.batch_size}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows of one bundle: those to measure, the prefixes that occur in them, and why others are not measured."""
+
+    bundle: Bundle
+    rows: tuple[Row, ...]
+    prefixes: tuple[Row, ...]
+    skipped: tuple[str, ...]
+
+    @property
+    def selections(self) -> tuple[Row, ...]:
+        """Prefixes whose selection is measured; one that the graph holds is never new to an engine."""
+        return self.prefixes if self.bundle.manifest.mode == "feed" else ()
+
+
+def plan_rows(bundle: Bundle, request: BenchRequest) -> Plan:
+    """What of a request fits a bundle.
+
+    Raises:
+        BenchError: nothing does.
+        UnknownTaskError: a task that was named is not there.
+    """
+    wanted, unmeasured = _tasks(bundle, request)
+    if bundle.manifest.mode == "bake":
+        unmeasured.append("random prefixes and selecting a task: the graph holds its own prefixes")
+    else:
+        wanted = [*(Row(None, length) for length in request.prefix_lengths), *wanted]
+    room = {row: _room(bundle, row) for row in wanted}
+    limit = bundle.manifest.max_length
+    fitting = [row for row in wanted if room[row] >= LEAST_TEXT]
+    skipped = [f"{row.prefix}: leaves no room for text in {limit} positions" for row in wanted if row not in fitting]
+    rows = []
+    for row in _settings(fitting, request):
+        if row.prompt_length + request.new_tokens <= room[Row(row.task, row.prefix_length)]:
+            rows.append(row)
+        elif row.batch_size == request.batch_sizes[0]:
+            skipped.append(
+                f"{row.prefix}, prompt {row.prompt_length}: with {request.new_tokens} new tokens it does not fit "
+                f"{limit} positions"
+            )
+    if not rows:
+        raise BenchError(f"{bundle.root}: expected something that fits the bundle, found {'; '.join(skipped)}")
+    return Plan(bundle, tuple(rows), tuple(row for row in fitting if row.prefix_length), (*skipped, *unmeasured))
+
+
+def _tasks(bundle: Bundle, request: BenchRequest) -> tuple[list[Row], list[str]]:
+    """The tasks to measure, and a line about those that are left out."""
+    names = bundle.tasks[:MOST_TASKS] if request.tasks is None else request.tasks
+    for name in names:
+        if name not in bundle.manifest.tasks:
+            raise UnknownTaskError(f"{bundle.root.name}: {unknown_task(name, bundle.tasks)}")
+    left = len(bundle.tasks) - len(names) if request.tasks is None else 0
+    lines = [f"{left} more tasks: of a bundle the first {MOST_TASKS} are measured, unless others are named"]
+    return [Row(name, bundle.manifest.tasks[name].prefix_length) for name in names], lines[: bool(left)]
+
+
+def _room(bundle: Bundle, row: Row) -> int:
+    """Tokens of text that fit behind a row's prefix."""
+    manifest = bundle.manifest
+    base = manifest.tasks[row.task].position_base if row.task else row.prefix_length
+    return min(manifest.max_length - row.prefix_length, manifest.geometry.context_length - base)
+
+
+def _settings(prefixes: Sequence[Row], request: BenchRequest) -> Iterator[Row]:
+    for batch_size in request.batch_sizes:
+        for prompt_length in request.prompt_lengths:
+            for row in prefixes:
+                yield replace(row, prompt_length=prompt_length, batch_size=batch_size)

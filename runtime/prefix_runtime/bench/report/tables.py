@@ -1,0 +1,252 @@
+"""A bench as tables: what stands in them, and how they look on a terminal. Milliseconds, because people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from prefix_runtime.bench.measurements import (
+    BenchReport,
+    Cell,
+    Comparison,
+    Opening,
+    Quartiles,
+    Ratio,
+    Switch,
+    quartiles,
+)
+from prefix_runtime.text_table import as_table, folded
+
+WIDTH = 100
+"""Characters that a table takes on a terminal, at the most, where its first column can be cut to that."""
+
+_OPENING_SECONDS = ("import_seconds", "open_seconds")
+_OPENING_BYTES = ("opened_bytes", "generated_bytes", "resident_bytes")
+_LATENCIES = (("time_to_first_token", "to first token"), ("inter_token_latency", "a token"))
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, a header and rows of text; the first column names the row."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def as_text(
+    report: BenchReport,
+    comparison: Comparison | None = None,
+    *,
+    line_width: int | None = None,
+    table_width: int | None = None,
+) -> str:
+    """A report for a terminal, and what it is compared with.
+
+    Args:
+        report: what was measured.
+        comparison: with another report.
+        line_width: characters after which lines of text are folded; None folds none.
+        table_width: characters that a table may take; at most, and by default, `WIDTH`.
+    """
+    blocks = ["\n".join(folded(line, line_width) for line in headline(report))]
+    found = [*tables(report), *(comparison_tables(comparison) if comparison else ())]
+    blocks += [_render(table, min(table_width or WIDTH, WIDTH)) for table in found]
+    blocks.append("\n".join(folded(line, line_width) for line in notes(report, comparison)))
+    return "\n\n".join(blocks) + "\n"
+
+
+def headline(report: BenchReport) -> list[str]:
+    """What was measured, on what, and how, a line each."""
+    machine, request = report.machine, report.request
+    threads = f"threads {request.threads}" if request.threads else "onnxruntime's choice of threads"
+    found = quartiles(report.bandwidth)
+    read = "memory is read" if request.provider == "cpu" else "a copy on the GPU reads and writes"
+    return [
+        f"{report.subject.label} ({report.subject.name}), {report.subject.weight_bytes / 1e6:.1f} MB of weights a step",
+        f"{', '.join(machine.values())}; {threads}, provider {request.provider}",
+        ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        f"{request.rounds} interleaved rounds of {request.new_tokens} new tokens; median [first, third quartile]",
+        f"{read} at {_spread(found, 1e-9, 1)} GB/s",
+    ]
+
+
+def tables(report: BenchReport) -> list[Table]:
+    """Everything that a report says in figures."""
+    found = [table for setting in report.settings for table in setting_tables(report, setting)]
+    return found + general_tables(report)
+
+
+def setting_tables(report: BenchReport, setting: tuple[int, int]) -> list[Table]:
+    """The tables of one prompt length and batch size: latencies, overhead where there is a prefix 0, breakdown."""
+    cells, name = report.cells_of(setting), setting_name(setting)
+    latency = ("prefix", "ms to first token", "floor", "ms a token", "floor", "tokens/s", "ceiling")
+    overhead = ("prefix", *(f"{shown}, 95 % interval" for _, shown in _LATENCIES))
+    breakdown = ("prefix", "selection", "prefill", "first step", "a token: weights", "keys, values", "rest")
+    compared = [cell for cell in cells if report.overhead(cell, "inter_token_latency")]
+    found = [
+        Table(f"{name}: latency", latency, tuple(_latency_row(report, cell) for cell in cells)),
+        Table(f"{name}: overhead against prefix 0", overhead, tuple(_overhead_row(report, cell) for cell in compared)),
+        Table(f"{name}: breakdown in ms", breakdown, tuple(_breakdown_row(report, cell) for cell in cells)),
+    ]
+    return [table for table in found if table.rows]
+
+
+def general_tables(report: BenchReport) -> list[Table]:
+    """The tables that no prompt length or batch size belongs to: selecting a task, opening the bundle."""
+    found = []
+    if report.switches:
+        selecting = ("prefix", "ms cold, first request", "ms warm, later requests")
+        found.append(Table("selecting a task", selecting, tuple(map(_switch_row, report.switches))))
+    if report.openings:
+        opening = ("prefix", "s to import", "s to open", "MB once open", "peak MB", "MB after the row")
+        several = len(report.settings) > 1
+        rows = [_opening_row(_opening_name(each, several=several), [each]) for each in report.openings]
+        if len(report.openings) > 1:
+            rows.append(_opening_row("median", report.openings))
+        found.append(Table("opening the bundle and running a row, each in a fresh process", opening, tuple(rows)))
+    return found
+
+
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """Both reports' latencies and their ratios, for the rows that both have."""
+    found = []
+    for setting in comparison.report.settings:
+        pairs = [pair for pair in comparison.cells if pair[0].setting == setting]
+        for figure, shown in _LATENCIES:
+            title = f"{setting_name(setting)}: A against B, {shown}"
+            rows = tuple(_comparison_row(comparison, cell, other, figure) for cell, other in pairs)
+            found.append(Table(title, ("prefix", *_heads(shown)), rows))
+    return [table for table in found if table.rows]
+
+
+def notes(report: BenchReport, comparison: Comparison | None = None) -> list[str]:
+    """What a reader has to know to read the figures right, and what was not measured, a line each."""
+    return [*_notes(report), *(_comparison_notes(comparison) if comparison else ())]
+
+
+def setting_name(setting: tuple[int, int]) -> str:
+    """A prompt length and a batch size, for people."""
+    return f"prompt {setting[0]}, batch {setting[1]}"
+
+
+def row_name(row: Cell | Opening | Switch) -> str:
+    """A row's name: its prefix length, with the task that it belongs to."""
+    return f"{row.task} ({row.prefix_length})" if row.task else str(row.prefix_length)
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as milliseconds, to about four digits."""
+    return f"{seconds * 1e3:.{_digits(seconds * 1e3)}f}"
+
+
+def _notes(report: BenchReport) -> Iterator[str]:
+    yield "floor: the time to read the weights once, and every row's keys and values, at the measured bandwidth"
+    if any(_is_below_floor(report, cell) for cell in report.cells):
+        yield (
+            "faster than the floor: weights that fit the processor's caches need not be read from memory, or memory "
+            "was slower when it was measured"
+        )
+    if len(report.cells) > 1 and not any(report.overhead(cell, "inter_token_latency") for cell in report.cells):
+        yield "no overhead: there is no row of prefix 0 beside another"
+    for line in report.skipped:
+        yield f"not measured: {line}"
+
+
+def _heads(shown: str) -> tuple[str, str, str]:
+    return f"A, ms {shown}", f"B, ms {shown}", "A / B"
+
+
+def _comparison_notes(comparison: Comparison) -> Iterator[str]:
+    yield from (f"{letter}: {label}" for letter, label in zip("AB", comparison.labels, strict=True))
+    if not comparison.interleaved:
+        yield "A and B were not interleaved: what changed on the machine between the two runs is in their ratio"
+    left = len(comparison.report.cells) - len(comparison.cells)
+    if left:
+        yield f"not compared: {left} rows that B does not have"
+
+
+def _is_below_floor(report: BenchReport, cell: Cell) -> bool:
+    return cell.quartiles("inter_token_latency").median < report.step_floor(cell).seconds
+
+
+def _latency_row(report: BenchReport, cell: Cell) -> tuple[str, ...]:
+    rate = cell.quartiles("tokens_per_second").median
+    return (
+        row_name(cell),
+        _spread_ms(cell.quartiles("time_to_first_token")),
+        milliseconds(report.first_token_floor(cell).seconds),
+        _spread_ms(cell.quartiles("inter_token_latency")),
+        milliseconds(report.step_floor(cell).seconds),
+        f"{rate:.1f}",
+        f"{report.most_tokens_per_second(cell):.1f}",
+    )
+
+
+def _overhead_row(report: BenchReport, cell: Cell) -> tuple[str, ...]:
+    return (row_name(cell), *(_shown_overhead(report.overhead(cell, figure)) for figure, _ in _LATENCIES))
+
+
+def _breakdown_row(report: BenchReport, cell: Cell) -> tuple[str, ...]:
+    floor = report.step_floor(cell)
+    parts = [cell.quartiles(name).median for name in ("task_selection", "prefill", "first_step")]
+    # A step that is faster than the floor, which a note tells of, has nothing left.
+    rest = max(0.0, cell.quartiles("inter_token_latency").median - floor.seconds)
+    return (row_name(cell), *map(milliseconds, (*parts, floor.weights, floor.key_values, rest)))
+
+
+def _switch_row(switch: Switch) -> tuple[str, ...]:
+    return (row_name(switch), _spread_ms(quartiles(switch.cold)), _spread_ms(quartiles(switch.warm)))
+
+
+def _opening_name(opening: Opening, *, several: bool) -> str:
+    """A row's name, with its prompt length and batch size where the bench has several."""
+    setting = f", {setting_name((opening.prompt_length, opening.batch_size))}" if several else ""
+    return row_name(opening) + setting
+
+
+def _opening_row(name: str, openings: Sequence[Opening]) -> tuple[str, ...]:
+    seconds = (f"{median(getattr(each, field) for each in openings):.2f}" for field in _OPENING_SECONDS)
+    return (name, *seconds, *(_megabytes([getattr(each, field) for each in openings]) for field in _OPENING_BYTES))
+
+
+def _megabytes(found: Sequence[int | None]) -> str:
+    known = [each for each in found if each is not None]
+    return f"{median(known) / 1e6:.0f}" if known else "unknown"
+
+
+def _comparison_row(comparison: Comparison, cell: Cell, other: Cell, figure: str) -> tuple[str, ...]:
+    ratio = comparison.ratio(cell, other, figure)
+    interval = f" [{ratio.interval[0]:.3f}, {ratio.interval[1]:.3f}]" if ratio.interval else ""
+    spreads = (_spread_ms(each.quartiles(figure)) for each in (cell, other))
+    return (row_name(cell), *spreads, f"{ratio.median:.3f}{interval}")
+
+
+def _shown_overhead(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return ""
+
+    def percent(value: float) -> str:
+        return f"{(value - 1) * 100:+.1f}"
+
+    interval = f" [{percent(ratio.interval[0])}, {percent(ratio.interval[1])}]" if ratio.interval else ""
+    return f"{percent(ratio.median)} %{interval}"
+
+
+def _spread_ms(found: Quartiles) -> str:
+    return _spread(found, 1e3, _digits(found.median * 1e3))
+
+
+def _spread(found: Quartiles, scale: float, digits: int) -> str:
+    median, first, third = (f"{value * scale:.{digits}f}" for value in (found.median, found.first, found.third))
+    return f"{median} [{first}, {third}]"
+
+
+def _digits(value: float) -> int:
+    """Digits behind the point that leave about four in all."""
+    return 1 if value >= 100 else 2 if value >= 1 else 3
+
+
+def _render(table: Table, width: int) -> str:
+    return f"{table.title}\n{as_table(table.header, table.rows, width)}"

@@ -1,0 +1,1 @@
+"""Bundles on disk: the manifest, the folder, and which tasks there are."""

@@ -1,0 +1,1 @@
+"""Prefixes: the value, its file, several as one, and the geometry that they must fit."""
