@@ -15,7 +15,7 @@ from importlib import import_module
 from prefix_export.__main__ import main as prefix_export_main
 from prefix_runtime.__main__ import main as prefix_runtime_main
 
-IMPORTED = ("onnxruntime", "peft", "torch.onnx", "transformers", "prefix_export.build", "prefix_export.cli")
+IMPORTED = ("onnxruntime", "peft", "torch.onnx", "transformers", "prefix_export.build.recipe", "prefix_export.cli.main")
 
 
 def run(argv):
