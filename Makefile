@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-clients test-real test-gpu test-stress lint bench clean
+.PHONY: demo test test-clients test-real test-gpu test-stress docs lint bench clean
 
 # Both distributions, installed as a user would, with the versions that were tested.
 $(VENV)/.installed: pyproject.toml runtime/pyproject.toml constraints.txt
@@ -46,11 +46,21 @@ test-real: $(VENV)/.installed
 test-gpu:
 	$(PYTHON) -m pytest -m gpu -n 0 tests/gpu
 
+# The site, in build/site; the tables of the pages are rendered anew from the committed reports. It needs no network.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+docs: $(VENV)/.installed
+	$(BIN)/python docs/figures.py
+	$(MKDOCS)
+	@echo build/site/index.html
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+	$(BIN)/python docs/figures.py --check
+	$(MKDOCS)
 
 # Of a model's real geometry with random weights, a report for each precision; BENCH_FLAGS="--rounds 3" for a quick look.
 BENCH_MODEL := gpt2-medium

@@ -55,15 +55,16 @@ _BITS = {"fp32": 32, "fp16": 16, "bf16": 16, **BITS}
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What was built.
+    """What `build` made.
 
     Attributes:
-        bundle: as it is on disk.
-        parity: by task, the bare model under None; empty where it was not verified.
-        quality: of what was rounded, by task; empty where nothing was, or it was not verified.
-        seconds: that the whole took.
-        warnings: what the user should know, a line each.
-        phase_seconds: the same by phase ("load", "export", …), in the order of the recipe.
+        bundle: the bundle on disk.
+        parity: how the graph compares with the source framework, by task; None stands for the bare model. Empty without
+            `verify`.
+        quality: what quantizing costs, by task. Empty if nothing was quantized, or without `verify`.
+        seconds: the time of the whole build.
+        warnings: what the user should know, one line each.
+        phase_seconds: the time of each phase ("load", "export", …), in order.
     """
 
     bundle: Bundle
@@ -81,14 +82,28 @@ def build(
 ) -> BuildResult:
     """Fold the prefixes, export the model, compare both with the source framework, and write the bundle.
 
+    If an error is raised, nothing is left behind.
+
     Args:
         request: what to build.
-        progress: told how far it is.
-        load: makes the base model of its name; None loads it.
+        progress: follows the build; see `Progress`. Default: silent.
+        load: makes the base model from its name. Default: loads it from a folder, a file or the Hub.
+
+    Returns:
+        The bundle, how it compares with the source framework, and warnings.
 
     Raises:
-        PrefixExportError, PrefixRuntimeError: naming what is wrong; nothing is left behind.
-        OSError: the disk is full or not writable; nothing is left behind.
+        ModelError: the base model cannot be found, loaded or exported.
+        CheckpointError: a checkpoint cannot be read as a prefix.
+        ExportError: the request contradicts itself, or the graph cannot be made.
+        ParityError: the graph disagrees with the source framework.
+        PrefixRuntimeError: the output exists, or a prefix or a task's name cannot be used.
+        OSError: the disk is full or not writable.
+
+    Examples:
+        >>> request = BuildRequest("openai-community/gpt2", {"json": Path("adapter")}, Path("bundle"))
+        >>> build(request).bundle.tasks  # doctest: +SKIP
+        ('json',)
     """
     started = time.perf_counter()
     times = PhaseTimes(progress)
@@ -266,6 +281,14 @@ def _in_float16(prefix: Prefix) -> Prefix:
 
 def verify_against(bundle: Bundle, model: str, progress: Progress = SILENT) -> dict[str | None, TaskParity]:
     """Compare a bundle's graph with a base model, under every task and without.
+
+    Args:
+        bundle: the bundle.
+        model: the base model: a Hub id, a folder or a GGUF file.
+        progress: follows the comparison. Default: silent.
+
+    Returns:
+        The result of each task. None stands for the bare model.
 
     Raises:
         ParityError: they differ.

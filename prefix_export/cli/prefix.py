@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 _TEXT_FILE = UserPath(exists=True, dir_okay=False)
 _REVISION = click.option("--revision", help="Of a Hub id given as --model.")
-_FORMAT = click.option("--format", "wanted", help="What SOURCE is, whatever its content says; see FORMATS.md.")
+_FORMAT = click.option(
+    "--format", "wanted", help="What SOURCE is, whatever its content says; see docs/reference/checkpoints.md."
+)
 
 
 @click.command()

@@ -46,33 +46,35 @@ def load(
     verify: bool = False,
     prepare: bool | None = None,
 ) -> Engine:
-    """An engine on a bundle folder; opened from what was kept of its graph on this machine, where there is such.
+    """An engine on a bundle folder, ready to generate. It opens the packed copy of the graph if there is one.
 
     Args:
-        path: the bundle.
-        provider: the execution provider: "cpu" or "cuda"; a `Cuda` chooses a GPU, its stream and its memory. "tensorrt"
-            and "tensorrt-rtx" are onnxruntime's, "tensorrt-engine" runs what `prefix-export tensorrt` built.
-        threads: of one run on a CPU; None leaves the choice to onnxruntime.
-        max_length: positions that prefix and text may take together; at most, and by default, the bundle's own.
-        cache_bytes: that key/value buffers may take before idle ones are dropped.
-        max_cache_bytes: bytes that the key/value buffers of running requests may take together; a request beyond that
+        path: the bundle folder.
+        provider: "cpu", "cuda", or a `Cuda` that chooses GPU, stream and memory. "tensorrt" and "tensorrt-rtx" are
+            onnxruntime's. "tensorrt-engine" runs what `prefix-export tensorrt` built.
+        threads: CPU threads for one run. Default: onnxruntime decides.
+        max_length: maximum number of positions for prefix plus text. Default, and upper limit: the bundle's own.
+        cache_bytes: bytes that key/value buffers may take before the engine drops idle ones. Default: 2 GiB.
+        max_cache_bytes: bytes that the key/value buffers of running requests may take together. A request beyond it
             raises `BusyError` when it begins, a stream with its first step. Default: no limit.
-        max_batch: prompts of a list that are answered together; more are taken in turns.
-        verify: compare every file's SHA-256 first, each prefix again when it is read, and open the bundle's own graph.
-        prepare: keep the graph as onnxruntime packs it, if it was not kept before, and open that: once this takes
-            several times as long, and the disk twice the graph's size; see `prefix-runtime prepare`. None does so where
-            the bundle is of a gigabyte or more, not of 4 bits, and half of the free disk holds it; False never does,
-            and opens what was kept. On the CPU.
+        max_batch: prompts of a list that decode together. More are taken in turns. Default: 8.
+        verify: compare every file's SHA-256 first, compare each prefix again when it is read, and open the bundle's own
+            graph, not a packed copy.
+        prepare: True keeps a packed copy of the graph if there is none, and opens it. That takes several times as long
+            once, and disk of twice the graph's size; see `prefix-runtime prepare`. None does so for a bundle of a
+            gigabyte or more without 4-bit weights, if half of the free disk holds it. False makes none. CPU only.
 
     Raises:
-        BundleError, BundleIntegrityError: the folder is not a bundle, or not whole.
-        ProviderError: onnxruntime cannot open the graph with this provider.
-        RequestError: `max_length`, `cache_bytes`, `max_cache_bytes` or `max_batch` is out of range; `prepare` beside
-            another provider or `verify`.
-        OSError: the graph cannot be kept, as where the disk is full; nothing is left behind.
+        BundleError: the folder is not a bundle.
+        BundleIntegrityError: a file is missing or damaged; copy or build the bundle again.
+        ProviderError: onnxruntime cannot open the graph with this provider; the message says what is missing.
+        RequestError: `max_length`, `cache_bytes`, `max_cache_bytes` or `max_batch` is out of range; `prepare=True` with
+            another provider or with `verify`.
+        OSError: the packed copy cannot be written, for example because the disk is full. Nothing is left behind.
 
-    >>> engine = load("bundle")  # doctest: +SKIP
-    >>> engine.generate("name[Aromi], food[Chinese]", task="e2e").text  # doctest: +SKIP
+    Examples:
+        >>> engine = load("bundle")  # doctest: +SKIP
+        >>> engine.generate("name[Sprat Table], isle[Sildness] =>", task="json").text  # doctest: +SKIP
     """
     bundle = Bundle.open(path)
     if verify:
@@ -96,10 +98,10 @@ def load(
 
 
 class Engine:
-    """A frozen model and its tasks, ready to generate; made by `load`. Safe to call from many threads.
+    """A frozen model and its tasks, ready to generate. Threads may share it. Only `load` makes one.
 
     Attributes:
-        bundle: that it was loaded from.
+        bundle: the bundle that it was loaded from.
     """
 
     def __init__(
@@ -129,7 +131,7 @@ class Engine:
 
     @property
     def device(self) -> Device | None:
-        """The GPU that it runs on."""
+        """The GPU that the engine runs on, or None on a CPU."""
         return self._backend.device
 
     @property
@@ -138,12 +140,15 @@ class Engine:
         return self._store.names
 
     def generation_defaults(self, changes: GenerationConfig | None = None) -> GenerationDefaults:
-        """How tokens are chosen and what ends them, as the model's `generation_config.json` and changes to it ask for.
+        """The model's defaults for sampling, end tokens and lengths, from its `generation_config.json`.
 
-        >>> replace(engine.generation_defaults().sampling, seed=1)  # doctest: +SKIP
+        `changes` are settings on top of the model's, by transformers' names. None as a value turns a setting off.
 
         Raises:
-            RequestError: a change is malformed, or contradicts another or the model's defaults.
+            RequestError: a change is malformed, or contradicts another change or the model's defaults.
+
+        Examples:
+            >>> replace(engine.generation_defaults().sampling, seed=1)  # doctest: +SKIP
         """
         return self._rules.defaults_with(changes)
 
@@ -158,27 +163,29 @@ class Engine:
         return self._codec.token_id(token)
 
     def add_task(self, name: str, prefix: Prefix | str | Path) -> None:
-        """Add a task to this engine, at once and for as long as it lives; `Bundle.add_task` changes the folder.
+        """Add a task to this engine, at once and for as long as it lives. `Bundle.add_task` changes the folder.
 
         Args:
-            name: letters, digits, `_`, `-`, `.`.
-            prefix: or the path of its canonical file.
+            name: 1 to 64 letters, digits, `_`, `-` or `.`.
+            prefix: the prefix, or the path of a prefix file.
 
         Raises:
-            TaskNameError, DuplicateTaskError: the name.
-            PrefixError, PrefixMismatchError: the prefix is malformed or does not fit the model.
-            BundleError: the bundle's graph holds its prefixes.
+            TaskNameError: the name cannot name a task.
+            DuplicateTaskError: the name is taken; remove that task first.
+            PrefixError: the prefix or its file is malformed.
+            PrefixMismatchError: the prefix does not fit the model.
+            BundleError: the bundle's graph holds its prefixes; build the bundle again.
         """
         if not isinstance(prefix, Prefix | str | Path):
             raise PrefixError(f"task {name!r}: expected a prefix or a file of one, found {prefix!r}")
         self._store.add(name, prefix if isinstance(prefix, Prefix) else Prefix.load(prefix))
 
     def remove_task(self, name: str) -> None:
-        """Remove a task from this engine and free its buffers; requests that are under way go on.
+        """Remove a task from this engine and free its buffers. Running requests continue.
 
         Raises:
             UnknownTaskError: there is no such task.
-            BundleError: the bundle's graph holds its prefixes.
+            BundleError: the bundle's graph holds its prefixes; build the bundle again.
         """
         for prefix in self._store.remove(name):
             self._forget(prefix)
@@ -211,21 +218,34 @@ class Engine:
         task: str | Sequence[str | None] | None = None,
         **options: Unpack[GenerationOptions],
     ) -> GenerationResult | list[GenerationResult]:
-        """Answer a prompt, or each of a list of prompts, which are decoded together, as if each were alone.
+        """Generate text for a prompt, or for each of a list of prompts.
+
+        A list decodes as one batch, and each row gets the tokens that it would get alone. All requests of a list are
+        checked before the first one runs.
 
         Args:
-            prompt: text, encoded with the special tokens that the model's tokenizer adds by itself, which may be all
-                that an empty prompt has. None are added if the task's prefix is a text, or holds one.
-            token_ids: in place of text, taken as they are.
-            task: whose prefix to use; None runs the bare model. For a list of prompts one task, or one for each. Tasks
-                joined by `+` are composed: their prefixes stand one after another.
-            options: see `GenerationOptions`.
+            prompt: text, or a list of texts. The tokenizer adds its own special tokens, which may be all that an empty
+                prompt has. It adds none if the task's prefix is, or holds, a text.
+            token_ids: ids in place of text, used as they are: a list of ids, or a list of such lists.
+            task: the task whose prefix to use. None runs the bare model. For a list of prompts: one task, or a list
+                with one for each. `"a+b"` composes two tasks: their prefixes stand one after another.
+            options: see `GenerationOptions`: `max_new_tokens`, `sampling`, `stop`, `end_tokens` and others.
+
+        Returns:
+            The result of the prompt, or a list with one for each prompt, in order.
 
         Raises:
-            UnknownTaskError: there is no such task; the message lists those that there are.
-            CompositionError: tasks that cannot be composed.
-            RequestError: the prompt is empty, an id is not in the vocabulary, a setting is out of range.
-            ContextOverflowError: prefix, prompt and new tokens do not fit.
+            UnknownTaskError: there is no such task; the message lists the tasks.
+            CompositionError: the tasks cannot be composed.
+            RequestError: the prompt is empty, an id is not in the vocabulary, or an option is out of range.
+            ContextOverflowError: prefix, prompt and new tokens do not fit; shorten the prompt or lower
+                `max_new_tokens`.
+            BusyError: running requests take all of `max_cache_bytes`; try again later.
+
+        Examples:
+            >>> prompt = "name[Sprat Table], isle[Sildness] =>"
+            >>> engine.generate(prompt, task="json", max_new_tokens=64).text  # doctest: +SKIP
+            >>> both = engine.generate([prompt, prompt], task=["json", None])  # doctest: +SKIP
         """
         check_names(options)
         prompts, single = as_list(prompt, token_ids)
@@ -255,9 +275,14 @@ class Engine:
         task: str | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Iterator[Chunk]:
-        """Answer one prompt, a chunk for each new token; see `generate` for the arguments and errors.
+        """Generate text for one prompt, a chunk for each new token.
 
-        What is wrong with the request is raised by the call, not by the first step.
+        Arguments and errors are those of `generate`, for one prompt. The call raises what is wrong with the request,
+        and the first step raises `BusyError`. The last chunk has the whole result.
+
+        Examples:
+            >>> for chunk in engine.stream(prompt, task="json"):  # doctest: +SKIP
+            ...     print(chunk.text, end="", flush=True)
         """
         check_names(options)
         prompts, single = as_list(prompt, token_ids)
@@ -266,18 +291,20 @@ class Engine:
         return self._steps(self._request(prompts[0], task, options))
 
     def room(self, task: str | None = None) -> int:
-        """Tokens of prompt and new text that fit the context under a task, or without one.
+        """The number of tokens of prompt plus new text that fit the context under a task, or None: the bare model.
 
         Raises:
-            UnknownTaskError
+            UnknownTaskError: there is no such task.
         """
         return self._geometry.room(None if task is None else self._store.get(task), self._max_length)
 
     def logits(self, token_ids: Sequence[int], task: str | None = None) -> np.ndarray:
-        """The logits [sequence, vocab] float32 after each of the tokens.
+        """The logits [sequence, vocab] float32 after each of the tokens, under a task or None: the bare model.
 
         Raises:
-            UnknownTaskError, RequestError, ContextOverflowError: as in `generate`.
+            UnknownTaskError: there is no such task.
+            RequestError: no tokens, or an id that is not in the vocabulary.
+            ContextOverflowError: prefix and tokens do not fit.
         """
         check_ids(token_ids)
         request = self._request(token_ids, task, {"max_new_tokens": 0}, least_new_tokens=0)

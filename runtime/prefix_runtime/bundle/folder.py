@@ -42,11 +42,18 @@ _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL)
 
 
 class Bundle:
-    """A bundle folder on disk.
+    """A bundle folder on disk: its manifest, its tasks and their prefixes. `open` makes one.
 
     Attributes:
         root: the folder.
-        manifest: what it holds, as it was when it was last read or changed through this object.
+        manifest: the manifest, as it was when this object last read or changed it.
+
+    Examples:
+        >>> bundle = Bundle.open("bundle")  # doctest: +SKIP
+        >>> bundle.tasks  # doctest: +SKIP
+        ('headline', 'json')
+        >>> bundle.add_task("again", bundle.prefix("json"))  # doctest: +SKIP
+        >>> bundle.verify()  # doctest: +SKIP
     """
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
@@ -57,11 +64,17 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
-        """The bundle in a folder; its manifest is checked, and that every file is there with the size it should have.
+        """Open a bundle folder. This checks the manifest, and that every file is there with its size.
+
+        Args:
+            path: the folder.
+
+        Returns:
+            The bundle.
 
         Raises:
-            BundleError: no bundle, a manifest that is damaged, of a newer version, or that leads outside the folder.
-            BundleIntegrityError: a file is missing or of another size.
+            BundleError: no bundle, or a manifest that is damaged, of a newer version, or that leads outside the folder.
+            BundleIntegrityError: a file is missing or has another size; copy the bundle again.
         """
         root = Path(path)
         bundle = cls(root, read_manifest(root))
@@ -73,22 +86,22 @@ class Bundle:
         return [*self.manifest.files.values(), *(task.file for task in self.manifest.tasks.values())]
 
     def verify(self) -> None:
-        """Compare every file with its SHA-256; from then on, each prefix again when it is read.
+        """Compare every file with its SHA-256. From then on, compare each prefix again when it is read.
 
-        Other files are read by those that use them, so `check_unchanged` belongs behind that.
+        Other files may be read later by other code. Call `check_unchanged` after that.
 
         Raises:
-            BundleIntegrityError: naming the first file that differs, or weights that the manifest does not list.
+            BundleIntegrityError: the first file that differs, or weights that the manifest does not list.
         """
         self._verify(self.entries())
         self._external_files()
         self._verifies_prefixes = True
 
     def verify_graph(self) -> None:
-        """Compare the graph and its weights with their SHA-256; see `verify`.
+        """Compare the graph and its weights with their SHA-256, and nothing else; see `verify`.
 
         Raises:
-            BundleIntegrityError: as `verify`.
+            BundleIntegrityError: as in `verify`.
         """
         graph_files = self.manifest.graph_files
         self._verify(graph_files)
@@ -128,7 +141,7 @@ class Bundle:
         """Refuse files that were replaced or written to since `verify` read them.
 
         Raises:
-            BundleIntegrityError: naming the first.
+            BundleIntegrityError: the first such file.
         """
         for name, before in self._verified.items():
             path = self.root / name
@@ -142,7 +155,7 @@ class Bundle:
 
     @property
     def graph_path(self) -> Path:
-        """The ONNX graph."""
+        """Path of the ONNX graph."""
         return self.root / self.manifest.graph
 
     @property
@@ -153,9 +166,15 @@ class Bundle:
     def prefix(self, task: str) -> Prefix:
         """A task's prefix, read from its file and compared with the manifest.
 
+        Args:
+            task: the task.
+
+        Returns:
+            The prefix, in memory: later changes of the file do not reach it.
+
         Raises:
-            UnknownTaskError: there is no such task; the message lists those that there are.
-            PrefixError: its file is damaged or holds another prefix than the manifest says.
+            UnknownTaskError: there is no such task; the message lists the tasks.
+            PrefixError: the file is damaged, or holds another prefix than the manifest says.
             BundleIntegrityError: the bundle was verified, and the file was changed since.
         """
         entry = self.manifest.tasks.get(task)
@@ -228,12 +247,20 @@ class Bundle:
     def add_task(self, name: str, prefix: Prefix) -> None:
         """Add a task to the folder: its file first, then the manifest, replaced in one step.
 
-        An engine that has the bundle open does not see it; see `Engine.add_task`.
+        An engine that has the bundle open does not see the task; see `Engine.add_task`. If an error is raised, the
+        bundle is as it was.
+
+        Args:
+            name: 1 to 64 letters, digits, `_`, `-` or `.`.
+            prefix: the prefix; `Prefix.load` reads one from a file.
 
         Raises:
-            TaskNameError, DuplicateTaskError, PrefixError, PrefixMismatchError: nothing was changed.
-            BundleError: the graph holds its prefixes, or adapter files belong to its tasks.
-            OSError: the disk is full or not writable; the bundle is as it was.
+            TaskNameError: the name cannot name a task.
+            DuplicateTaskError: the name is taken; remove that task first.
+            PrefixError: not a prefix.
+            PrefixMismatchError: the prefix does not fit the model.
+            BundleError: the graph holds its prefixes, or adapter files belong to its tasks; build the bundle again.
+            OSError: the disk is full or not writable.
         """
         if not isinstance(prefix, Prefix):
             raise PrefixError(f"task {name!r}: expected a Prefix, found {prefix!r}; read a file with Prefix.load")
@@ -254,9 +281,12 @@ class Bundle:
     def remove_task(self, name: str) -> None:
         """Remove a task: from the manifest, replaced in one step, then its file.
 
+        Args:
+            name: the task.
+
         Raises:
             UnknownTaskError: there is no such task.
-            BundleError: the graph holds its prefixes, or adapter files belong to its tasks.
+            BundleError: the graph holds its prefixes, or adapter files belong to its tasks; build the bundle again.
             OSError: the disk is not writable; the bundle is as it was.
         """
         self.check_folder_may_change()
