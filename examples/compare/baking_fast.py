@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from prefix_export.build import BuildRequest, build
 from prefix_runtime import Bundle, Engine, Prefix, load
+from prefix_runtime.backends.onnxruntime.backend import OnnxRuntime
 from prefix_runtime.backends.onnxruntime.session import Session
 from prefix_runtime.machine import processor_name
 
@@ -101,7 +102,7 @@ def engines(source: Path, length: int, folder: Path, threads: int) -> dict[str, 
     graph = folder / f"joined-{length}" / "model.onnx"
     graph.parent.mkdir()
     bake_joined(made[FED].bundle.graph_path, baked.prefix(TASK), graph)
-    made[JOINED] = Engine(baked, Session(graph, threads=threads), baked.manifest.max_length)
+    made[JOINED] = Engine(baked, OnnxRuntime(baked, Session(graph, threads=threads)), baked.manifest.max_length)
     return made
 
 

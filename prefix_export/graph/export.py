@@ -29,7 +29,8 @@ from .contract import check_attention, check_axes, check_operators
 from .lowering import lowered
 from .passes.cleaning import clean
 from .passes.fuse import fuse
-from .passes.simplify import join_rounded, simplify
+from .passes.join_rounded import join_rounded
+from .passes.simplify import simplify
 
 _MOST_IN_ONE_FILE = 2_000_000_000
 """Bytes of weights; protobuf's own limit is 2 GiB."""

@@ -21,6 +21,7 @@ from prefix_export.quantize.modules import as_exact
 from prefix_export.quantize.options import BITS
 from prefix_export.tokenizers.held_out import HeldOut
 from prefix_runtime import Bundle, Engine, ProviderError, load
+from prefix_runtime.backends.onnxruntime.backend import OnnxRuntime
 from prefix_runtime.backends.onnxruntime.session import Session, check_provider, run_with_adapter
 from prefix_runtime.bundle import graph_contract as contract
 from prefix_runtime.bundle.folder import adapter_path
@@ -174,12 +175,13 @@ def _exact_engine(bundle: Bundle) -> Iterator[Engine]:
     manifest = bundle.manifest
     provider = _provider(manifest.target)
     if manifest.flavour == "portable" or manifest.precision not in BITS:
-        yield Engine(bundle, Session(bundle.graph_path, provider, is_exact=True), manifest.max_length)
+        session = Session(bundle.graph_path, provider, is_exact=True)
+        yield Engine(bundle, OnnxRuntime(bundle, session), manifest.max_length)
         return
     with tempfile.TemporaryDirectory(dir=bundle.root.absolute().parent, prefix=".exact.") as folder:
         graph = Path(folder) / bundle.graph_path.name
         _write_exact_graph(bundle.graph_path, graph)
-        yield Engine(bundle, Session(graph, provider), manifest.max_length)
+        yield Engine(bundle, OnnxRuntime(bundle, Session(graph, provider)), manifest.max_length)
 
 
 def check_can_run(precision: str) -> None:

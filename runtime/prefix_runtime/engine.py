@@ -10,16 +10,11 @@ from typing import TYPE_CHECKING, Any, Unpack, cast, overload
 
 import numpy as np
 
-from .backends.onnxruntime.appending_cache import GrowingCache
-from .backends.onnxruntime.session import Session
-from .backends.onnxruntime.shared_cache import KeyValueCache
 from .backends.options import Cuda
-from .backends.registry import open_session
-from .backends.tensorrt.cache import TensorRTCache
-from .backends.tensorrt.session import EngineSession
+from .backends.registry import Backend, OpenRequest, open_backend
 from .bundle.folder import Bundle
 from .bundle.tasks import TaskStore
-from .cache.pool import CAPACITY_STEP, CacheMaker, CachePool
+from .cache.pool import CachePool
 from .checks import is_whole
 from .errors import CompositionError, ContextOverflowError, PrefixError, RequestError, TaskError
 from .generation.answer import GrowingAnswer, Request
@@ -33,7 +28,6 @@ from .prefix.prefix import TEXT_HAS_BEGUN, Prefix
 
 if TYPE_CHECKING:
     from .backends.gpu.device import Device
-    from .backends.gpu.prefix_store import ResidentPrefixes
 
 DEFAULT_MAX_NEW_TOKENS = 256
 DEFAULT_CACHE_BYTES = 2 << 30
@@ -96,10 +90,8 @@ def load(
         raise RequestError(f"max_batch: expected a whole number, 1 or more, found {max_batch!r}")
     if prepare is not None and not isinstance(prepare, bool):
         raise RequestError(f"prepare: expected True, False or None, found {prepare!r}")
-    session = open_session(bundle, provider, threads, max_batch, only_own=verify, prepares=prepare)
-    if isinstance(session, EngineSession):
-        max_batch = min(max_batch, session.limits.batch)
-    engine = Engine(bundle, session, max_length or limit, cache_bytes, max_batch, max_cache_bytes=max_cache_bytes)
+    backend = open_backend(bundle, OpenRequest(provider, threads, max_batch, only_own=verify, prepare=prepare))
+    engine = Engine(bundle, backend, max_length or limit, cache_bytes, max_batch, max_cache_bytes=max_cache_bytes)
     if verify:
         bundle.check_unchanged()
     return engine
@@ -115,45 +107,32 @@ class Engine:
     def __init__(
         self,
         bundle: Bundle,
-        session: Session | EngineSession,
+        backend: Backend,
         max_length: int,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         max_batch: int = DEFAULT_MAX_BATCH,
         *,
         max_cache_bytes: int | None = None,
     ) -> None:
-        self.bundle, self._session = bundle, session
+        self.bundle, self._backend = bundle, backend
         self._geometry = bundle.manifest.geometry
-        self._max_length, self._max_batch = max_length, max_batch
+        limits = backend.limits
+        self._max_length = max_length
+        self._max_batch = max_batch if limits.rows is None else min(max_batch, limits.rows)
         self._store = TaskStore(bundle)
-        cache_format = bundle.cache_format
         task_id = self._store.place if bundle.manifest.mode == "bake" else None
-        make: CacheMaker
-        step = CAPACITY_STEP
-        self._resident: ResidentPrefixes | None = None
-        if isinstance(session, EngineSession):
-            make = partial(TensorRTCache, session, self._geometry, cache_format=cache_format, task_id=task_id)
-        elif bundle.manifest.flavour == "portable":
-            make = partial(GrowingCache, session, self._geometry, cache_format=cache_format, task_id=task_id)
-        elif session.device is not None:
-            from .backends.gpu.prefix_store import ResidentPrefixes
-            from .backends.onnxruntime.cuda_cache import DeviceCache
-
-            budget = session.device.options.prefix_bytes
-            self._resident = ResidentPrefixes(session.device, self._geometry, cache_format, budget)
-            make = partial(DeviceCache, session, self._geometry, cache_format=cache_format, prefixes=self._resident)
-            step = DeviceCache.CAPACITY_STEP
-        else:
-            make = partial(KeyValueCache, session, self._geometry, cache_format=cache_format)
-        position_bytes = cache_format.dtype.itemsize * self._geometry.values_per_position
-        self._pool = CachePool(make, position_bytes, max_length, cache_bytes, step, limit=max_cache_bytes)
+        make = partial(backend.make_cache, task_id=task_id)
+        position_bytes = bundle.cache_format.dtype.itemsize * self._geometry.values_per_position
+        self._pool = CachePool(
+            make, position_bytes, max_length, cache_bytes, limits.capacity_step, limit=max_cache_bytes
+        )
         self._codec = TextCodec.of_bundle(bundle)
         self._rules = RuleBook(bundle)
 
     @property
     def device(self) -> Device | None:
         """The GPU that the engine runs on, or None on a CPU."""
-        return self._session.device
+        return self._backend.device
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -368,8 +347,7 @@ class Engine:
 
     def _forget(self, prefix: Prefix) -> None:
         self._pool.forget(prefix)
-        if self._resident is not None:
-            self._resident.forget(prefix)
+        self._backend.forget(prefix)
 
     def _row(self, index: int, prompt: str | Sequence[int], task: str | None, options: GenerationOptions) -> Request:
         """A request of a list, whose errors say which it is."""

@@ -18,6 +18,7 @@ from prefix_export.verify.all_tasks import observe_all
 from prefix_export.verify.parity import compare
 from prefix_export.verify.yardstick import Arithmetic
 from prefix_runtime import Bundle, Engine
+from prefix_runtime.backends.onnxruntime.backend import OnnxRuntime
 from prefix_runtime.backends.onnxruntime.session import Session
 
 HEAD = 16  # of the test's Llama
@@ -98,7 +99,7 @@ def engine(bundle, folder, spoil):
     spoil(model.graph)
     as_exact(model)
     onnx.save(model, folder / "model.onnx")
-    return Engine(bundle, Session(folder / "model.onnx", is_exact=True), 320)
+    return Engine(bundle, OnnxRuntime(bundle, Session(folder / "model.onnx", is_exact=True)), 320)
 
 
 def test_the_graph_itself_is_accepted(expected, tmp_path):

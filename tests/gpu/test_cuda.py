@@ -168,7 +168,7 @@ def test_thousands_of_prefixes_are_resident_and_the_least_recently_used_brought_
     for index, prefix in enumerate(prefixes):
         engine.add_task(f"t{index}", prefix)
     first = [answer(engine, [5, 6, 7], f"t{index}")[:4] for index in range(3000)]
-    assert engine._resident.nbytes == 2000 * one
+    assert engine._backend.prefixes.nbytes == 2000 * one
     for index in np.random.default_rng(0).permutation(3000)[:500].tolist():
         assert answer(engine, [5, 6, 7], f"t{index}")[:4] == first[index]
     assert len(set(map(tuple, first))) > 100  # the tasks differ

@@ -310,7 +310,7 @@ class TestVerifying:
     @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json", "generation_config.json"])
     @pytest.mark.parametrize("how", ["replaced", "written to", "removed"])
     def test_a_file_that_is_changed_while_it_is_opened_is_refused(self, bundle, monkeypatch, name, how):
-        path, open_session = bundle / name, engine.open_session
+        path, open_backend = bundle / name, engine.open_backend
 
         def change(*arguments, **options):
             if how == "replaced":
@@ -319,12 +319,12 @@ class TestVerifying:
                 before = path.stat()
                 path.write_bytes(path.read_bytes())
                 os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-            session = open_session(*arguments, **options)
+            backend = open_backend(*arguments, **options)
             if how == "removed":
                 path.rename(path.with_name("moved"))
-            return session
+            return backend
 
-        monkeypatch.setattr(engine, "open_session", change)
+        monkeypatch.setattr(engine, "open_backend", change)
         monkeypatch.setattr(engine, "Engine", lambda *_, **__: None)  # which might miss the file itself
         with pytest.raises(BundleIntegrityError, match=f"^{path}: expected "):
             load(bundle, threads=1, verify=True)

@@ -15,6 +15,7 @@ import prefix_runtime
 from prefix_runtime import Bundle, ContextOverflowError, Cuda, Geometry, LayerGeometry, ProviderError, Sampling
 from prefix_runtime.backends.gpu.buffer import DeviceBuffer
 from prefix_runtime.backends.gpu.prefix_store import ResidentPrefixes
+from prefix_runtime.backends.onnxruntime.backend import OnnxRuntime
 from prefix_runtime.backends.onnxruntime.cuda_cache import DeviceCache, _Chosen
 from prefix_runtime.backends.onnxruntime.session import Session
 from prefix_runtime.backends.onnxruntime.shared_cache import KeyValueCache
@@ -72,7 +73,7 @@ def prefixes(make_prefix):
 
 @pytest.fixture
 def engine(opened, session):
-    return Engine(opened, session, opened.manifest.max_length)
+    return Engine(opened, OnnxRuntime(opened, session), opened.manifest.max_length)
 
 
 @pytest.fixture(scope="module")
@@ -375,7 +376,7 @@ class TestEngine:
         engine.add_task("gone", make_prefix(8))
         before = engine.generate(token_ids=[5, 6], task="gone", max_new_tokens=6).token_ids
         engine.remove_task("gone")
-        assert engine._resident.nbytes == 0
+        assert engine._backend.prefixes.nbytes == 0
         engine.add_task("gone", make_prefix(8, seed=5))
         assert engine.generate(token_ids=[5, 6], task="gone", max_new_tokens=6).token_ids != before
 

@@ -20,6 +20,7 @@ import pytest
 import prefix_runtime
 from prefix_runtime import Bundle, BundleError, Cuda, ProviderError, RequestError
 from prefix_runtime.backends.tensorrt import session as module
+from prefix_runtime.backends.tensorrt.backend import TensorRT
 from prefix_runtime.backends.tensorrt.engine_file import (
     EngineRecord,
     add_engine,
@@ -231,7 +232,9 @@ def opened(made, monkeypatch):
         library = Library("tensorrt-rtx", stand_in(options.get("engine", engine), options.get("version", VERSION)))
         device = StandInDevice()
         session = open_engine(bundle, Cuda(), library, device)
-        return Engine(bundle, session, bundle.manifest.max_length, max_batch=session.limits.batch), device
+        return Engine(
+            bundle, TensorRT(bundle, session), bundle.manifest.max_length, max_batch=session.limits.batch
+        ), device
 
     return open_it
 

@@ -13,7 +13,7 @@ import pytest
 
 import prefix_runtime
 from prefix_runtime import Bundle, BundleError, ProviderError
-from prefix_runtime.backends import registry as open_session
+from prefix_runtime.backends.onnxruntime import backend
 from prefix_runtime.backends.onnxruntime.session import Session
 from prefix_runtime.backends.onnxruntime.tensorrt_provider import add_plugin, provider_options
 from prefix_runtime.bundle.folder import MANIFEST_NAME
@@ -66,8 +66,8 @@ def test_that_folder_is_there_when_a_session_is_opened_and_goes_if_none_is(opene
             raise ProviderError("no GPU")
         return Session(path)
 
-    monkeypatch.setattr(open_session, "Session", opens)
-    monkeypatch.setattr(open_session, "check_provider", lambda provider: None)
+    monkeypatch.setattr(backend, "Session", opens)
+    monkeypatch.setattr(backend, "check_provider", lambda provider: None)
     with nullcontext() if is_opened else pytest.raises(ProviderError, match="no GPU"):
         prefix_runtime.load(opened.root, provider="tensorrt")
     assert folders[0].is_relative_to(tmp_path / "cache")

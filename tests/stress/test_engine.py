@@ -145,7 +145,7 @@ def check_at_rest(engine, truth, version):
     assert engine._pool.lent_bytes == 0
     idle = set(map(id, engine._pool._idle))
     caches = [each for each in gc.get_objects() if type(each) is KeyValueCache]
-    alive = [cache for cache in caches if cache._prompt._session is engine._session]
+    alive = [cache for cache in caches if cache._prompt._session is engine._backend.session]
     assert [each for each in alive if id(each) not in idle] == []
     for task in TASKS:
         for place, prompt in enumerate(PROMPTS):

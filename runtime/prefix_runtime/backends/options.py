@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prefix_runtime.bundle.folder import Bundle
 from prefix_runtime.checks import is_whole
 from prefix_runtime.errors import ProviderError
 
@@ -48,38 +47,6 @@ class Cuda:
         for name in ("memory_limit", "stream"):
             if (value := getattr(self, name)) is not None:
                 _check(name, value, 1)
-
-
-def check_known(provider: object) -> None:
-    """Refuse a name that is no execution provider's; whether it is installed only onnxruntime can say.
-
-    Raises:
-        ProviderError: the message lists the names.
-    """
-    known = [*PROVIDERS, TENSORRT_ENGINE]
-    if not isinstance(provider, str) or provider not in known:
-        raise ProviderError(f"provider: expected one of {', '.join(known)}, found {provider!r}")
-
-
-def check_fits(provider: str | Cuda, bundle: Bundle) -> None:
-    """Refuse a provider that is unknown or does not run a bundle's graph.
-
-    Raises:
-        ProviderError
-    """
-    if not isinstance(provider, Cuda):
-        check_known(provider)
-    manifest = bundle.manifest
-    if (provider == "cuda" or isinstance(provider, Cuda)) and manifest.flavour == "fast" and manifest.target != "cuda":
-        raise ProviderError(
-            f"{bundle.root}: provider: expected cpu for a bundle of target {manifest.target}, found cuda; build it "
-            "with --target cuda for a GPU"
-        )
-    if manifest.cache == "bf16" and provider == "cpu":
-        raise ProviderError(
-            f"{bundle.root}: provider: expected cuda for a bundle in bfloat16, which onnxruntime does not run on a "
-            "CPU, found 'cpu'; build it with --precision fp16 for both"
-        )
 
 
 def check_threads(threads: int) -> None:

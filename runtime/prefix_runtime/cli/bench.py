@@ -137,7 +137,8 @@ def check_flags(flags: dict[str, Any]) -> None:
             in one file, or the picture's library is not installed.
         ProviderError: the provider is unknown or not installed, or cannot have so many threads.
     """
-    from prefix_runtime.backends.options import check_known, check_threads
+    from prefix_runtime.backends.options import check_threads
+    from prefix_runtime.backends.registry import check_known
 
     request = _request(flags)
     check_known(request.provider)

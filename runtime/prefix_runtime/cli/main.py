@@ -321,7 +321,8 @@ def _prompt(prompt: str | None, token_ids: str | None) -> dict[str, Any]:
 
 def _check_generation(bundle: Path, names: tuple[str, ...], flags: dict[str, Any]) -> None:
     """Refuse what a bundle cannot run, before onnxruntime is imported and the prompt is read."""
-    from prefix_runtime.backends.options import check_fits, check_threads
+    from prefix_runtime.backends.options import check_threads
+    from prefix_runtime.backends.registry import check_fits
     from prefix_runtime.bundle.folder import Bundle
     from prefix_runtime.bundle.tasks import TaskStore
     from prefix_runtime.checks import is_whole

@@ -25,7 +25,8 @@ except ImportError as error:
     message = "prefix-runtime needs onnxruntime: pip install 'prefix-runtime[cpu]'"
     raise ImportError(message, name="onnxruntime") from error
 
-from prefix_runtime.backends.options import PROVIDERS, TENSORRT_ENGINE, Cuda, check_known, check_threads
+from prefix_runtime.backends.options import PROVIDERS, TENSORRT_ENGINE, Cuda, check_threads
+from prefix_runtime.backends.registry import check_known
 from prefix_runtime.errors import ProviderError
 from prefix_runtime.os_errors import write_error
 
