@@ -394,9 +394,8 @@ HEAVY = {"torch", "transformers", "peft", "optimum", "onnx", "onnx_ir", "onnxscr
 def test_help_and_version_load_nothing_heavy(package, command):
     if (package, command[0]) == ("prefix_runtime", "build"):
         command = ["generate", "--help"]
-    script = (
-        f"import sys; from {package}.cli import main; main({command!r}, standalone_mode=False); print(*sys.modules)"
-    )
+    called = f"main({command!r}, standalone_mode=False)"
+    script = f"import sys; from {package}.cli.main import main; {called}; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     *said, modules = run.stdout.splitlines()
     assert said[0].startswith("Usage:") or prefix_export.__version__ in said[0]

@@ -114,7 +114,7 @@ def test_every_setting_of_transformers_is_followed_inert_or_named():
 
 
 def test_the_documentation_has_a_row_for_every_setting():
-    page = (Path(__file__).parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "generation.md").read_text(encoding="utf-8")
     followed, not_followed = page.split("## What is followed")[1].split("## What is not followed")
     assert {name for name in FOLLOWED if f"`{name}`" not in followed} == set()
     named = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {
