@@ -21,7 +21,7 @@ import onnxruntime as ort
 from figures import markdown_table, quartiles, show
 
 from prefix_runtime import Bundle
-from prefix_runtime.backends.onnxruntime.session import Binding
+from prefix_runtime.backends.onnxruntime.binding import Binding
 from prefix_runtime.backends.onnxruntime.shared_cache import KeyValueCache
 from prefix_runtime.prefix.cache_format import CacheFormat
 

@@ -12,7 +12,7 @@ import pytest
 
 import prefix_runtime
 from prefix_runtime.backends.onnxruntime import huge_pages as pages
-from prefix_runtime.backends.onnxruntime import session
+from prefix_runtime.backends.onnxruntime.worker_thread import WorkerThread
 from prefix_runtime.bundle.tasks import TaskStore
 from prefix_runtime.cache.cache import Cache
 from prefix_runtime.cache.pool import CachePool
@@ -205,7 +205,7 @@ def test_what_a_collected_binding_asks_of_the_gpus_thread_waits_for_no_lock(no_h
     class Device:
         turn = threading.RLock
 
-    thread, done = session._RunningThread(Device()), []
+    thread, done = WorkerThread(Device()), []
     with no_hang, thread._pool._shutdown_lock:
         thread.ask_for_later(lambda: done.append("released"))
     assert done == []

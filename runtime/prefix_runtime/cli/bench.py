@@ -160,7 +160,7 @@ def check_flags(flags: dict[str, Any]) -> None:
     if flags["png"]:
         _check_picture(flags["png"])
     if request.provider != "cpu":  # which every onnxruntime has, so that it need not be imported
-        from prefix_runtime.backends.onnxruntime.session import check_provider
+        from prefix_runtime.backends.onnxruntime.providers import check_provider
 
         check_provider(request.provider)
 

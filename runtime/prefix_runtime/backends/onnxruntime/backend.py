@@ -17,7 +17,8 @@ from .appending_cache import GrowingCache
 from .huge_pages import letting_go, on_huge_pages
 from .keeping import discard, find_or_keep
 from .packed_graphs import make_provider_folder, provider_folder
-from .session import Session, check_provider
+from .providers import check_provider
+from .session import Session
 from .shared_cache import KeyValueCache
 from .tensorrt_provider import provider_options
 

@@ -29,7 +29,8 @@ from prefix_runtime.files import PARTIAL_NAMES, locked, read_regular, sha256_of_
 from prefix_runtime.machine import processor_features
 from prefix_runtime.private import NotPrivateError, check_private, make_private
 
-from .session import onnxruntime_version, save_opened
+from .library import onnxruntime_version
+from .opening import save_opened
 
 _PREPARED = "prepared"
 _SECOND = 10**9

@@ -12,7 +12,8 @@ from prefix_runtime.prefix.cache_format import CacheFormat
 from prefix_runtime.prefix.geometry import Geometry
 from prefix_runtime.prefix.prefix import Prefix
 
-from .session import Binding, Session
+from .binding import Binding
+from .session import Session
 
 
 class KeyValueCache(Cache):

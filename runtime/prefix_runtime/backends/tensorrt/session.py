@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from prefix_runtime.backends.gpu import open_device
 from prefix_runtime.backends.options import TENSORRT_ENGINE, Cuda
 from prefix_runtime.bundle import graph_contract as contract
 from prefix_runtime.bundle.folder import Bundle
@@ -119,7 +120,7 @@ def open_engine(
     content = read_engine(folder, record, bundle)
     library = library or Library(record.backend)
     _check_version(record, library)
-    device = device or _device(options)
+    device = device or open_device(options)
     where = f"{folder / record.file.path}"
     with device.turn():
         engine = library.open(content)
@@ -183,11 +184,3 @@ def _check_version(record: EngineRecord, library: Library) -> None:
             f"engine {record.name!r}: expected {record.backend} {record.version}, which built it, found "
             f"{library.version}; install that version, or build the engine anew"
         )
-
-
-def _device(options: Cuda) -> Device:
-    try:
-        from prefix_runtime.backends.gpu.device import Device
-    except ImportError as error:
-        raise ProviderError(str(error)) from error
-    return Device(options)
