@@ -18,7 +18,7 @@ from prefix_export.models import BaseModel, load_base_model
 from prefix_export.models.experts import notes as expert_notes
 from prefix_export.models.generation_defaults import generation_report
 from prefix_export.prefixes.adapter_tokenizer import with_adapters_tokenizer
-from prefix_export.prefixes.fold import fold, located
+from prefix_export.prefixes.fold import fetch_checkpoint, fold
 from prefix_export.prefixes.lint import lint
 from prefix_export.prefixes.reference import PrefixSource, SourcedPrefixes
 from prefix_export.progress import SILENT, PhaseTimes, Progress
@@ -178,7 +178,7 @@ def _certified(
 
 
 def _save_for_clients(
-    plan: targets.Plan, base: BaseModel, prefixes: Mapping[str, Prefix], max_length: int, folder: Path
+    plan: targets.GraphPlan, base: BaseModel, prefixes: Mapping[str, Prefix], max_length: int, folder: Path
 ) -> None:
     """Write what other people's programs read beside the graph."""
     if plan.has_adapters:
@@ -190,7 +190,7 @@ def _save_for_clients(
 
 
 def _fold_all(
-    request: BuildRequest, plan: targets.Plan, base: BaseModel, max_length: int, progress: Progress
+    request: BuildRequest, plan: targets.GraphPlan, base: BaseModel, max_length: int, progress: Progress
 ) -> tuple[SourcedPrefixes, tuple[str, ...]]:
     """Every prefix of every source, checked against the model and marked as made for it, and what to warn of."""
     prefixes: dict[str, Prefix] = {}
@@ -198,7 +198,7 @@ def _fold_all(
     sources: dict[str, PrefixSource | None] = {}
     warnings: list[str] = []
     for task, named in request.prefixes.items():
-        path = located(named)  # once: what is on the Hub is asked for over the network
+        path = fetch_checkpoint(named)  # once: what is on the Hub is asked for over the network
         folded = fold(path, base.shape, lambda: base)
         warnings += [f"task {task!r}: {line}" for line in folded.warnings]
         for part, prefix in folded.prefixes.items():
@@ -346,7 +346,7 @@ def _described(folder: Path, progress: Progress) -> dict[str, FileEntry]:
 
 
 def _manifest(
-    plan: targets.Plan,
+    plan: targets.GraphPlan,
     settings: Quantization | None,
     base: BaseModel,
     prefixes: Mapping[str, Prefix],

@@ -80,7 +80,7 @@ class CheckedRequest:
     """
 
     request: BuildRequest
-    plan: targets.Plan
+    plan: targets.GraphPlan
     quantization: Quantization | None
 
 
@@ -115,7 +115,7 @@ def check_sources(request: BuildRequest) -> None:
         check_checkpoint(path)
 
 
-def _plan(request: BuildRequest) -> targets.Plan:
+def _plan(request: BuildRequest) -> targets.GraphPlan:
     target = "portable" if request.graph is not None and request.target is None else request.target
     plan = targets.plan(
         target, request.mode, request.precision, request.cache, request.opset, adapters=request.adapters
@@ -135,7 +135,7 @@ def _check_names(prefixes: Mapping[str, Path]) -> None:
         taken[task_key(name)] = name
 
 
-def _check_graph(request: BuildRequest, plan: targets.Plan) -> None:
+def _check_graph(request: BuildRequest, plan: targets.GraphPlan) -> None:
     """Refuse options that would change a graph that the bundle is to use unchanged."""
     if request.graph is None:
         return

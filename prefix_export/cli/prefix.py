@@ -146,9 +146,9 @@ def _check_fold(source: Path | None, model: str, output: Path, wanted: str | Non
 def _fetched(path: Path) -> Path:
     """The folder that a Hub id's files lie in."""
     with libraries_quiet():
-        from prefix_export.prefixes.fold import located
+        from prefix_export.prefixes.fold import fetch_checkpoint
 
-        return located(path)
+        return fetch_checkpoint(path)
 
 
 def _folded(source: Path, model: str, wanted: str | None) -> Folded:
@@ -156,11 +156,11 @@ def _folded(source: Path, model: str, wanted: str | None) -> Folded:
     from functools import cache, partial
 
     from prefix_export.models import load_base_model, load_config
-    from prefix_export.models.model_shape import Shape
+    from prefix_export.models.model_shape import ModelShape
     from prefix_export.prefixes.fold import fold as fold_checkpoint
     from prefix_export.prefixes.lint import lint
 
-    shape = Shape.of_config(model, load_config(model))
+    shape = ModelShape.of_config(model, load_config(model))
     folded = fold_checkpoint(source, shape, cache(partial(load_base_model, model)), wanted)
     own = [
         f"{name}: {line}" if name else line for name, prefix in folded.prefixes.items() for line in lint(prefix, shape)

@@ -158,14 +158,14 @@ def check_flags(flags: dict[str, Any]) -> None:
         if found := _obstacle(path.resolve()):
             raise BenchError(f"--{name} {path}: expected a file in a folder that exists, or -, found {found}")
     if flags["png"]:
-        _check_picture(flags["png"])
+        _check_png(flags["png"])
     if request.provider != "cpu":  # which every onnxruntime has, so that it need not be imported
         from prefix_runtime.backends.onnxruntime.providers import check_provider
 
         check_provider(request.provider)
 
 
-def _check_picture(path: Path) -> None:
+def _check_png(path: Path) -> None:
     from prefix_runtime.bench.report.png import check_library
 
     if path == STANDARD_OUTPUT and sys.stdout.isatty():

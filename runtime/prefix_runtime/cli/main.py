@@ -79,12 +79,14 @@ def prepare(bundle: Path, remove: bool) -> None:
     from prefix_runtime.bundle.folder import Bundle
 
     opened = Bundle.open(bundle)
-    from prefix_runtime.backends.onnxruntime import keeping  # after the bundle was found, as it imports onnxruntime
+    from prefix_runtime.backends.onnxruntime import (
+        automatic_packing as packing,  # after the bundle was found, as it imports onnxruntime
+    )
 
     if remove:
-        click.echo(f"removed what was kept of {bundle}" if keeping.discard(opened) else "nothing was kept")
+        click.echo(f"removed what was kept of {bundle}" if packing.discard_packed(opened) else "nothing was kept")
         return
-    graph = keeping.keep(opened, compares=True)
+    graph = packing.pack_for_good(opened, compares=True)
     size = sum(path.stat().st_size for path in graph.parent.iterdir())
     click.echo(f"{graph.parent}: {size / 1e6:.1f} MB")
 
