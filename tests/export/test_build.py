@@ -16,6 +16,7 @@ import transformers
 from tokenizers import Tokenizer
 
 import prefix_export
+from prefix_export.build import folding, writing
 from prefix_export.build import plan as export
 from prefix_export.build import recipe as build_module
 from prefix_export.build.recipe import BuildRequest, build, verify_against
@@ -351,16 +352,16 @@ def test_a_head_size_that_the_operator_cannot_run_is_refused_before_the_export(p
 
 STAGES = [
     (build_module, "load_base_model"),
-    (build_module, "fold"),
+    (folding, "fold"),
     (export, "export_graph"),
-    (build_module, "save_configs"),
-    (build_module, "describe_file"),
-    (build_module, "write_prefix"),
-    (build_module, "_write_manifest"),
+    (writing, "save_configs"),
+    (writing, "describe_file"),
+    (writing, "write_prefix"),
+    (writing, "_write_manifest"),
     (verification, "Session"),
     (verification, "observe"),
     (verification, "compare"),
-    (build_module, "certificate"),
+    (writing, "certificate"),
     (bundle_module, "sync_tree"),
 ]
 

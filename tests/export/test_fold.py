@@ -33,7 +33,7 @@ from prefix_export.errors import CheckpointError, PrefixExportError
 from prefix_export.models import load_base_model
 from prefix_export.models.hub import split_revision
 from prefix_export.models.model_shape import ModelShape
-from prefix_export.prefixes.fold import fold, fold_for_bundle, fold_soft_prompt, fold_text, located
+from prefix_export.prefixes.fold import fetch_checkpoint, fold, fold_for_bundle, fold_soft_prompt, fold_text
 from prefix_export.prefixes.reference import CacheReference, PrefixSource, reference
 from prefix_runtime import Bundle, Prefix, PrefixMismatchError
 
@@ -334,7 +334,7 @@ def test_a_revision_and_a_place_in_a_repository_are_fetched(tmp_path, monkeypatc
 
     fetched, patterns = [], []
     monkeypatch.setattr("prefix_export.prefixes.fold.snapshot_download", download)
-    assert located(Path(asked)) == tmp_path / inside
+    assert fetch_checkpoint(Path(asked)) == tmp_path / inside
     assert fetched == [(repository, revision)]
     wanted = f"{inside}/adapter_model.safetensors" if inside else "adapter_model.safetensors"
     assert any(fnmatch(wanted, pattern) for pattern in patterns)
@@ -344,14 +344,14 @@ def test_a_revision_and_a_place_in_a_repository_are_fetched(tmp_path, monkeypatc
 def test_a_place_that_a_repository_has_not_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("prefix_export.prefixes.fold.snapshot_download", lambda name, **_: str(tmp_path))
     with pytest.raises(CheckpointError, match=r"^a/b/c@main: expected c in the repository a/b, found none there$"):
-        located(Path("a/b/c@main"))
+        fetch_checkpoint(Path("a/b/c@main"))
 
 
 def test_a_path_with_an_at_sign_that_is_there_is_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs/a@b").mkdir(parents=True)
     assert split_revision("runs/a@b") == ("runs/a@b", None)
-    assert located(Path("runs/a@b")) == Path("runs/a@b")
+    assert fetch_checkpoint(Path("runs/a@b")) == Path("runs/a@b")
     assert split_revision("runs/other@b") == ("runs/other", "b")
     for name in ("/absolute@b", "../up@b", "a/b@", "@b", "a/b"):
         assert split_revision(name) == (name, None)
