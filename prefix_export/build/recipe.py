@@ -23,7 +23,7 @@ from prefix_export.verify.all_tasks import (
 from prefix_export.verify.parity import TaskParity
 from prefix_export.verify.quality import TaskQuality
 from prefix_runtime import Bundle
-from prefix_runtime.bundle.folder import staged
+from prefix_runtime.bundle.staging import staged
 from prefix_runtime.prefix.cache_format import CacheFormat
 
 from .folding import load_and_fold

@@ -120,7 +120,7 @@ def compose(prefixes: tuple[Path, ...], is_average: bool, weights: tuple[float, 
     """Make one prefix file of several: one after another, or their average."""
     from prefix_export.prefixes.compose import average
     from prefix_runtime import Prefix
-    from prefix_runtime.bundle.folder import check_output
+    from prefix_runtime.bundle.staging import check_output
     from prefix_runtime.prefix.composition import concatenated
 
     if weights and not is_average:
@@ -134,7 +134,7 @@ def _check_fold(source: Path | None, model: str, output: Path, wanted: str | Non
     """Refuse what is wrong with the options, before torch is imported."""
     from prefix_export import formats
     from prefix_export.models.names import check_checkpoint, check_model
-    from prefix_runtime.bundle.folder import check_output
+    from prefix_runtime.bundle.staging import check_output
 
     check_output(output)
     formats.check_format(wanted)
@@ -192,7 +192,7 @@ def _chosen(prefixes: Mapping[str, Prefix], parts: tuple[str, ...]) -> Mapping[s
 
 def _write(prefixes: Mapping[str, Prefix], output: Path) -> None:
     """A file for one prefix, a folder of files for several; whole or not at all."""
-    from prefix_runtime.bundle.folder import check_output, staged
+    from prefix_runtime.bundle.staging import check_output, staged
 
     check_output(output)
     if list(prefixes) == [""]:

@@ -15,7 +15,7 @@ from prefix_export.build import BuildRequest, build
 from prefix_export.errors import ExportError, ParityError
 from prefix_runtime import Bundle, BundleError
 from prefix_runtime.backends.onnxruntime.adapter_files import save_adapter
-from prefix_runtime.bench.measurements import BenchRequest
+from prefix_runtime.bench.request import BenchRequest
 from prefix_runtime.bench.run import bench
 
 LENGTHS = (3, 20)

@@ -26,7 +26,7 @@ from prefix_export.verify import all_tasks as verification
 from prefix_export.verify.all_tasks import certificate
 from prefix_export.verify.parity import TaskParity
 from prefix_runtime import BundleError, DuplicateTaskError, PrefixMismatchError, TaskNameError
-from prefix_runtime.bundle import folder as bundle_module
+from prefix_runtime.bundle import staging
 from tests.export.conftest import RecordedProgress, Trap, read_prefix
 
 GRAPH = ("model.onnx", "model.onnx.data")
@@ -362,7 +362,7 @@ STAGES = [
     (verification, "observe"),
     (verification, "compare"),
     (writing, "certificate"),
-    (bundle_module, "sync_tree"),
+    (staging, "sync_tree"),
 ]
 
 

@@ -23,8 +23,9 @@ from prefix_runtime.bench import run as bench_module
 from prefix_runtime.bench.file import from_json, summary, to_csv, to_json
 from prefix_runtime.bench.fresh_process import run_in_fresh_process
 from prefix_runtime.bench.inputs import random_prefix
-from prefix_runtime.bench.measurements import BenchReport, BenchRequest, Comparison, Sample, paired_ratio
+from prefix_runtime.bench.measurements import BenchReport, Comparison, Sample, paired_ratio
 from prefix_runtime.bench.report.tables import as_text
+from prefix_runtime.bench.request import BenchRequest
 from prefix_runtime.bench.run import bench, bench_together
 from tests.runtime.conftest import cell, report_of, sample
 from tests.runtime.host_device import HostDevice

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from prefix_runtime import files
-from prefix_runtime.bundle.folder import staged
+from prefix_runtime.bundle.staging import staged
 from prefix_runtime.cli import main as cli
 from prefix_runtime.files import check_room, partial_name, shown_size, write_file_atomically
 from prefix_runtime.os_errors import described, write_error

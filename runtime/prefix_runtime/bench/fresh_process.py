@@ -15,8 +15,9 @@ from prefix_runtime.generation.generation_config import PLAIN
 from prefix_runtime.machine import peak_memory, resident_memory
 
 from .inputs import free_name, random_prefix, random_prompts
-from .measurements import BenchRequest, Opening
+from .measurements import Opening
 from .plan import BenchRow
+from .request import BenchRequest
 
 # The module is imported here, and not by the interpreter's -m, so that its own import can be timed.
 _CHILD = """

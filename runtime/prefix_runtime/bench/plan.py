@@ -10,7 +10,7 @@ from prefix_runtime.bundle.manifest import unknown_task
 from prefix_runtime.errors import BenchError, UnknownTaskError
 from prefix_runtime.prefix.geometry import LEAST_TEXT
 
-from .measurements import MOST_TASKS, BenchRequest
+from .request import MOST_TASKS, BenchRequest
 
 
 @dataclass(frozen=True)

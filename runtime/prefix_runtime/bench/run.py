@@ -22,8 +22,9 @@ from prefix_runtime.generation.generation_config import PLAIN
 from .bandwidth import BandwidthProbe, CopyProbe, Probe
 from .fresh_process import run_in_fresh_process
 from .inputs import free_name, random_prefix, random_prompts
-from .measurements import BenchReport, BenchRequest, Cell, Opening, Sample, Subject, Switch
+from .measurements import BenchReport, Cell, Opening, Sample, Subject, Switch
 from .plan import BenchPlan, BenchRow, plan_rows
+from .request import BenchRequest
 
 if TYPE_CHECKING:
     from prefix_runtime.backends.gpu.device import Device

@@ -19,7 +19,8 @@ from prefix_runtime.errors import BenchError
 from .base import PATH, STANDARD_OUTPUT, is_dumb_terminal, line_width, table_width, write_output
 
 if TYPE_CHECKING:
-    from prefix_runtime.bench.measurements import BenchReport, BenchRequest, Comparison
+    from prefix_runtime.bench.measurements import BenchReport, Comparison
+    from prefix_runtime.bench.request import BenchRequest
     from prefix_runtime.bench.run import StepListener
 
 _OUTPUTS = ("json", "csv", "html", "png")
@@ -249,7 +250,7 @@ def _read_report(path: Path) -> BenchReport:
 
 def _request(flags: dict[str, Any]) -> BenchRequest:
     """What was asked for; what was not is left to the request's own defaults."""
-    from prefix_runtime.bench.measurements import BenchRequest
+    from prefix_runtime.bench.request import BenchRequest
 
     lists = ("prefix_lengths", "prompt_lengths", "batch_sizes", "tasks")
     given = {name: flags[name] for name in lists if flags[name]}

@@ -23,7 +23,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from prefix_runtime.bundle.folder import Bundle, staged
+from prefix_runtime.bundle.folder import Bundle
+from prefix_runtime.bundle.staging import staged
 from prefix_runtime.errors import BundleError, ProviderError
 from prefix_runtime.files import PARTIAL_NAMES, locked, read_regular, sha256_of_file
 from prefix_runtime.machine import processor_features
