@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from prefix_runtime import Prefix
-from prefix_runtime.backends.onnxruntime.session import save_adapter
+from prefix_runtime.backends.onnxruntime.adapter_files import save_adapter
 from prefix_runtime.bundle import graph_contract as contract
 from prefix_runtime.bundle.folder import adapter_path
 

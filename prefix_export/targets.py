@@ -106,7 +106,7 @@ _OPSETS = range(18, 24)
 
 
 @dataclass(frozen=True)
-class Plan:
+class GraphPlan:
     """A target with what was chosen of what it offers; see `build.BuildRequest`."""
 
     name: str
@@ -139,7 +139,7 @@ def plan(
     opset: int | None,
     *,
     adapters: str | None = None,
-) -> Plan:
+) -> GraphPlan:
     """What is to be made, defaults filled in.
 
     Args:
@@ -176,7 +176,7 @@ def plan(
         raise ExportError(f"opset: expected {least} to {_OPSETS[-1]}{why}, found {chosen}")
     if adapters is not None and (found.flavour != "portable" or name == "tensorrt"):
         raise ExportError(f"adapters: expected target portable or web, found {name!r}")
-    return Plan(name, found, mode, precision, cache, chosen, adapters is not None)
+    return GraphPlan(name, found, mode, precision, cache, chosen, adapters is not None)
 
 
 def _expect(what: str, found: str, choices: Collection[str]) -> None:

@@ -19,7 +19,8 @@ from random_model import CONFIGS, save_random_adapter, save_random_model
 from transformers import AutoModelForCausalLM
 
 from prefix_export.build import BuildRequest, build
-from prefix_runtime.bench.measurements import BenchReport, BenchRequest, Cell
+from prefix_runtime.bench.measurements import BenchReport, Cell
+from prefix_runtime.bench.request import BenchRequest
 from prefix_runtime.bench.run import bench_together
 from prefix_runtime.machine import processor_name
 

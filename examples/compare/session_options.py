@@ -21,8 +21,8 @@ import onnxruntime as ort
 from figures import markdown_table, quartiles, show
 
 from prefix_runtime import Bundle
-from prefix_runtime.backends.onnxruntime.session import Binding
-from prefix_runtime.backends.onnxruntime.shared_cache import KeyValueCache
+from prefix_runtime.backends.onnxruntime.binding import Binding
+from prefix_runtime.backends.onnxruntime.shared_cache import SharedCache
 from prefix_runtime.prefix.cache_format import CacheFormat
 
 PROMPT, STEPS = 32, 32
@@ -55,7 +55,7 @@ OPTIONS: dict[str, Callable[[ort.SessionOptions], None]] = {
 class Contestant:
     """A session of the graph, its buffers, and what was measured."""
 
-    cache: KeyValueCache
+    cache: SharedCache
     opening: float
     seconds: list[float] = field(default_factory=list)
 
@@ -97,7 +97,7 @@ def open_with(bundle: Bundle, choose: Callable[[ort.SessionOptions], None], thre
     opening = time.perf_counter() - started
     manifest = bundle.manifest
     cache_format = CacheFormat.of_bundle(bundle.root, manifest.cache, manifest.geometry)
-    cache = KeyValueCache(session, manifest.geometry, 1, PROMPT + STEPS, cache_format)  # type: ignore[arg-type]
+    cache = SharedCache(session, manifest.geometry, 1, PROMPT + STEPS, cache_format)  # type: ignore[arg-type]
     return Contestant(cache, opening)
 
 

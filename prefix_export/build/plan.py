@@ -13,8 +13,8 @@ from prefix_export.models import BaseModel, cast_weights
 from prefix_export.models.experts import traceable_experts
 from prefix_export.progress import SILENT, Progress
 from prefix_export.quantize.modules import QuantizedModel
-from prefix_export.targets import Plan
-from prefix_export.trace.cuda_decoder import DeviceDecoder
+from prefix_export.targets import GraphPlan
+from prefix_export.trace.cuda_decoder import CudaDecoder
 from prefix_export.trace.decoder import Decoder, FastDecoder, PortableDecoder
 from prefix_export.trace.prefix_bank import PrefixBank
 from prefix_export.verify.yardstick import Arithmetic
@@ -23,7 +23,7 @@ from prefix_runtime import LayerPrefix, Prefix
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
-def arithmetic(plan: Plan, scales: Sequence[LayerPrefix] | None) -> Arithmetic:
+def arithmetic(plan: GraphPlan, scales: Sequence[LayerPrefix] | None) -> Arithmetic:
     """What the graph of a plan computes with; `scales` as of `export_plan`."""
     activations, cache = _TYPES[plan.activations], _TYPES[plan.cache]
     return Arithmetic(activations, None if cache == activations else cache, scales)
@@ -31,7 +31,7 @@ def arithmetic(plan: Plan, scales: Sequence[LayerPrefix] | None) -> Arithmetic:
 
 def export_plan(
     base: BaseModel,
-    plan: Plan,
+    plan: GraphPlan,
     prefixes: Mapping[str, Prefix],
     folder: Path,
     *,
@@ -62,7 +62,7 @@ def export_plan(
         bank = PrefixBank.of(prefixes) if plan.mode == "bake" else None
         decoder = PortableDecoder(base.model, base.layers, _TYPES[plan.cache], bank, takes_prefix=plan.has_adapters)
     elif plan.target.is_for_gpu:
-        decoder = DeviceDecoder(base.model, base.layers, _TYPES[plan.cache])
+        decoder = CudaDecoder(base.model, base.layers, _TYPES[plan.cache])
     else:
         decoder = FastDecoder(base.model, base.layers, _TYPES[plan.cache], scales)
     path = folder / plan.graph

@@ -13,8 +13,8 @@ from prefix_export import targets
 from prefix_export.errors import ExportError, ModelError
 from prefix_export.models.names import check_checkpoint, check_model
 from prefix_export.quantize.options import Quantization, quantization
-from prefix_runtime.bundle.folder import check_output
 from prefix_runtime.bundle.manifest import check_free_task_name, task_key
+from prefix_runtime.bundle.staging import check_output
 from prefix_runtime.prefix.geometry import LEAST_TEXT
 
 
@@ -80,7 +80,7 @@ class CheckedRequest:
     """
 
     request: BuildRequest
-    plan: targets.Plan
+    plan: targets.GraphPlan
     quantization: Quantization | None
 
 
@@ -115,7 +115,7 @@ def check_sources(request: BuildRequest) -> None:
         check_checkpoint(path)
 
 
-def _plan(request: BuildRequest) -> targets.Plan:
+def _plan(request: BuildRequest) -> targets.GraphPlan:
     target = "portable" if request.graph is not None and request.target is None else request.target
     plan = targets.plan(
         target, request.mode, request.precision, request.cache, request.opset, adapters=request.adapters
@@ -135,7 +135,7 @@ def _check_names(prefixes: Mapping[str, Path]) -> None:
         taken[task_key(name)] = name
 
 
-def _check_graph(request: BuildRequest, plan: targets.Plan) -> None:
+def _check_graph(request: BuildRequest, plan: targets.GraphPlan) -> None:
     """Refuse options that would change a graph that the bundle is to use unchanged."""
     if request.graph is None:
         return

@@ -11,6 +11,7 @@ from prefix_export import __version__
 from prefix_export.errors import PrefixExportError
 from prefix_runtime.cli import main as runtime
 from prefix_runtime.cli.base import HUB_ID_OR_PATH, PATH, ErrorReportingGroup
+from prefix_runtime.cli.generate import generate
 
 from .bench import bench
 from .console import libraries_quiet, showing_progress
@@ -166,7 +167,7 @@ def add_task(bundle: Path, prefix: str) -> None:
 
 tasks.add_command(runtime.list_tasks)
 tasks.add_command(runtime.remove_task)
-main.add_command(runtime.generate)
+main.add_command(generate)
 main.add_command(runtime.prepare)
 main.add_command(bench)
 for command in (inspect, fold, compose, tensorrt, refit):

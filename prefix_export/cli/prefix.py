@@ -120,7 +120,7 @@ def compose(prefixes: tuple[Path, ...], is_average: bool, weights: tuple[float, 
     """Make one prefix file of several: one after another, or their average."""
     from prefix_export.prefixes.compose import average
     from prefix_runtime import Prefix
-    from prefix_runtime.bundle.folder import check_output
+    from prefix_runtime.bundle.staging import check_output
     from prefix_runtime.prefix.composition import concatenated
 
     if weights and not is_average:
@@ -134,7 +134,7 @@ def _check_fold(source: Path | None, model: str, output: Path, wanted: str | Non
     """Refuse what is wrong with the options, before torch is imported."""
     from prefix_export import formats
     from prefix_export.models.names import check_checkpoint, check_model
-    from prefix_runtime.bundle.folder import check_output
+    from prefix_runtime.bundle.staging import check_output
 
     check_output(output)
     formats.check_format(wanted)
@@ -146,9 +146,9 @@ def _check_fold(source: Path | None, model: str, output: Path, wanted: str | Non
 def _fetched(path: Path) -> Path:
     """The folder that a Hub id's files lie in."""
     with libraries_quiet():
-        from prefix_export.prefixes.fold import located
+        from prefix_export.prefixes.fold import fetch_checkpoint
 
-        return located(path)
+        return fetch_checkpoint(path)
 
 
 def _folded(source: Path, model: str, wanted: str | None) -> Folded:
@@ -156,11 +156,11 @@ def _folded(source: Path, model: str, wanted: str | None) -> Folded:
     from functools import cache, partial
 
     from prefix_export.models import load_base_model, load_config
-    from prefix_export.models.model_shape import Shape
+    from prefix_export.models.model_shape import ModelShape
     from prefix_export.prefixes.fold import fold as fold_checkpoint
     from prefix_export.prefixes.lint import lint
 
-    shape = Shape.of_config(model, load_config(model))
+    shape = ModelShape.of_config(model, load_config(model))
     folded = fold_checkpoint(source, shape, cache(partial(load_base_model, model)), wanted)
     own = [
         f"{name}: {line}" if name else line for name, prefix in folded.prefixes.items() for line in lint(prefix, shape)
@@ -192,7 +192,7 @@ def _chosen(prefixes: Mapping[str, Prefix], parts: tuple[str, ...]) -> Mapping[s
 
 def _write(prefixes: Mapping[str, Prefix], output: Path) -> None:
     """A file for one prefix, a folder of files for several; whole or not at all."""
-    from prefix_runtime.bundle.folder import check_output, staged
+    from prefix_runtime.bundle.staging import check_output, staged
 
     check_output(output)
     if list(prefixes) == [""]:

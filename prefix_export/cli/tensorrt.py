@@ -13,8 +13,8 @@ from prefix_runtime.cli.base import PATH, print_fields
 from .console import showing_progress
 
 if TYPE_CHECKING:
-    from prefix_export.tensorrt.engine import EngineResult
-    from prefix_runtime.backends.tensorrt.engine_file import EngineRecord
+    from prefix_export.tensorrt.engine import TensorRTEngineResult
+    from prefix_runtime.backends.tensorrt.engine_file import TensorRTEngineRecord
 
 _BACKEND = click.option(
     "--backend",
@@ -46,14 +46,14 @@ _BACKEND = click.option(
 @click.option("--timing-cache", type=PATH, help="With --backend tensorrt: file of what it measured, read and written.")
 def tensorrt(bundle: Path, compute_capabilities: tuple[str, ...], **options: Any) -> None:
     """Build a TensorRT engine of BUNDLE's graph, with a profile for prompts and one for decode steps."""
-    from prefix_export.tensorrt.request import EngineRequest, check_request
+    from prefix_export.tensorrt.request import TensorRTEngineRequest, check_request
 
-    request = EngineRequest(bundle, compute_capabilities=compute_capabilities or None, **options)
+    request = TensorRTEngineRequest(bundle, compute_capabilities=compute_capabilities or None, **options)
     check_request(request)
     with showing_progress() as progress:
-        from prefix_export.tensorrt.engine import build_engine  # after the checks, as it imports onnx
+        from prefix_export.tensorrt.engine import build_tensorrt_engine  # after the checks, as it imports onnx
 
-        result = build_engine(request, progress)
+        result = build_tensorrt_engine(request, progress)
     _print(result)
 
 
@@ -71,10 +71,10 @@ def refit(bundle: Path, prefix: str, output: Path, engines: Path | None, name: s
     """
     from prefix_export.models.names import check_checkpoint
     from prefix_runtime import Bundle
-    from prefix_runtime.backends.tensorrt.engine_file import engines_folder
+    from prefix_runtime.backends.tensorrt.engine_file import tensorrt_engines_folder
     from prefix_runtime.backends.tensorrt.library import Library
-    from prefix_runtime.bundle.folder import check_output
     from prefix_runtime.bundle.manifest import unknown_task
+    from prefix_runtime.bundle.staging import check_output
 
     task, path = runtime.split_task(prefix)
     check_output(output)
@@ -82,22 +82,22 @@ def refit(bundle: Path, prefix: str, output: Path, engines: Path | None, name: s
     opened = Bundle.open(bundle)
     if task not in opened.manifest.tasks:
         raise unknown_task(task, opened.tasks)
-    folder = engines or engines_folder(opened)
+    folder = engines or tensorrt_engines_folder(opened)
 
     from prefix_export.prefixes.fold import fold_for_bundle  # after the checks, as these import torch and onnx
-    from prefix_export.tensorrt.engine import find_engine
-    from prefix_export.tensorrt.refit import refit_engine
+    from prefix_export.tensorrt.engine import find_tensorrt_engine
+    from prefix_export.tensorrt.refit import refit_tensorrt_engine
 
-    record = find_engine(folder, opened, name)
+    record = find_tensorrt_engine(folder, opened, name)
     folded, warnings = fold_for_bundle(path, opened)
     for warning in warnings:
         click.echo(f"warning: {path}: {warning}", err=True)
     library, engine = Library(record.backend), folder / record.file.path
-    refitted = refit_engine(opened, engine, record, task=task, prefix=folded, output=output, library=library)
+    refitted = refit_tensorrt_engine(opened, engine, record, task=task, prefix=folded, output=output, library=library)
     click.echo(f"{output / refitted.file.path}: {task} replaced")
 
 
-def _print(result: EngineResult) -> None:
+def _print(result: TensorRTEngineResult) -> None:
     from prefix_runtime.bundle.graph_contract import ATTENTION_MASK, INPUT_IDS
 
     record = result.record
@@ -120,7 +120,7 @@ def _print(result: EngineResult) -> None:
     )
 
 
-def _read_back(record: EngineRecord) -> str:
+def _read_back(record: TensorRTEngineRecord) -> str:
     if record.read_back == "engine":
         return "inputs, outputs and profiles, from the engine"
     return "inputs, outputs and profiles, from the network: there is no GPU here to open the engine on"

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from prefix_export.errors import CheckpointError
-from prefix_export.models.model_shape import Shape
+from prefix_export.models.model_shape import ModelShape
 
 from . import (
     adapterhub,
@@ -110,7 +110,7 @@ def _printable(text: str) -> str:
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
-def read(path: Path, shape: Shape, wanted: str | None = None) -> Trained:
+def read(path: Path, shape: ModelShape, wanted: str | None = None) -> Trained:
     """What a checkpoint holds: keys and values, or soft prompts that only the model can turn into them.
 
     Args:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from prefix_export.errors import CheckpointError
-from prefix_export.models.model_shape import BOTH, Shape
+from prefix_export.models.model_shape import BOTH, ModelShape
 from prefix_runtime import LayerPrefix, PrefixMismatchError, Source
 from prefix_runtime.checks import is_whole
 
@@ -52,7 +52,7 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     return {**said, **shown}
 
 
-def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
+def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
     """See `formats.read`."""
     config, locations = _config(checkpoint), _locations(checkpoint)
     _refuse_what_is_more_than_a_prefix(checkpoint, config)
@@ -129,7 +129,7 @@ def _left_out(checkpoint: Checkpoint, config: Mapping[str, Any]) -> set[int]:
 
 
 def _with_left_out(
-    matrix: np.ndarray, shape: Shape, site: str, left_out: set[int], where: str
+    matrix: np.ndarray, shape: ModelShape, site: str, left_out: set[int], where: str
 ) -> tuple[LayerPrefix, ...]:
     """A site's layers, those that were left out with nothing: the matrix has no slots for them."""
     layers = shape.site(site, where)
@@ -142,7 +142,7 @@ def _with_left_out(
     return tuple(found.get(index, LayerPrefix(nothing[index], nothing[index])) for index in range(len(layers)))
 
 
-def _site(checkpoint: Checkpoint, location: str, shape: Shape) -> str:
+def _site(checkpoint: Checkpoint, location: str, shape: ModelShape) -> str:
     if len(shape.sites) == 1:
         (site,) = shape.sites
         return site

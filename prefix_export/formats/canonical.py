@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from prefix_export.models.model_shape import Shape
+from prefix_export.models.model_shape import ModelShape
 from prefix_runtime import Prefix
 from prefix_runtime.prefix.prefix import FORMAT
 
@@ -25,7 +25,7 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     return Prefix.load(checkpoint.weights).describe()
 
 
-def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
+def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
     """See `formats.read`; the prefix is as it is in the file."""
     prefix = Prefix.load(checkpoint.weights)
     shape.check(prefix, str(checkpoint.weights))

@@ -20,14 +20,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from prefix_export.errors import CheckpointError
-from prefix_export.models.model_shape import Shape
+from prefix_export.models.model_shape import ModelShape
 from prefix_runtime import Prefix, Source
 from prefix_runtime.checks import is_whole
 from prefix_runtime.prefix.composition import GENERAL, PLACE, TABLE
 
 from .li_liang import TABLES
 from .shared.checkpoint import Checkpoint
-from .shared.reparameterised import Table, described, lead, matrix, required_lead, site_layers, through_mlp, untrained
+from .shared.reparameterised import (
+    PromptTable,
+    described,
+    lead,
+    matrix,
+    required_lead,
+    site_layers,
+    through_mlp,
+    untrained,
+)
 from .shared.trained import Trained, make_prefix
 
 NAME = "control-prefixes"
@@ -66,7 +75,7 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     return described(checkpoint, lambda name: "wte" in name and "seq2seq_model." not in name)
 
 
-def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
+def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
     """See `formats.read`."""
     start = required_lead(checkpoint, "control_trans.0.weight")
     has_tables = any("M_Prefixes." in name for name in checkpoint.shapes)
@@ -89,7 +98,7 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     return Trained(parts, tuple(warnings))
 
 
-def _part(checkpoint: Checkpoint, shape: Shape, block: _Block, metadata: Mapping[str, str]) -> Prefix:
+def _part(checkpoint: Checkpoint, shape: ModelShape, block: _Block, metadata: Mapping[str, str]) -> Prefix:
     return make_prefix(
         {site: site_layers(checkpoint, shape, site, rows, block.name) for site, rows in block.sites.items()},
         moves_positions=False,
@@ -115,7 +124,9 @@ def _of_tables(checkpoint: Checkpoint, start: str) -> Iterator[_Block]:
         yield from _labels(checkpoint, category, found, rows)
 
 
-def _labels(checkpoint: Checkpoint, category: str, found: Mapping[Table, np.ndarray], rows: int) -> Iterator[_Block]:
+def _labels(
+    checkpoint: Checkpoint, category: str, found: Mapping[PromptTable, np.ndarray], rows: int
+) -> Iterator[_Block]:
     counts = {len(numbers) for numbers in found.values()}
     if len(counts) != 1 or min(counts) % rows:
         raise CheckpointError(

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from prefix_export.errors import CheckpointError
-from prefix_export.models.model_shape import BOTH, Shape
+from prefix_export.models.model_shape import BOTH, ModelShape
 from prefix_runtime import LayerGeometry, LayerPrefix, PrefixMismatchError, Source
 
 from .shared.checkpoint import Checkpoint
@@ -58,7 +58,7 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     return {"arrays": str(len(shapes)), **found}
 
 
-def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
+def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
     """See `formats.read`."""
     where = str(checkpoint.weights)
     if shape.kind == BOTH:

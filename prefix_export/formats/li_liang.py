@@ -21,20 +21,20 @@ from dataclasses import replace
 import numpy as np
 
 from prefix_export.errors import CheckpointError
-from prefix_export.models.model_shape import BOTH, DECODER, Shape
+from prefix_export.models.model_shape import BOTH, DECODER, ModelShape
 from prefix_runtime import LayerGeometry, LayerPrefix, PrefixMismatchError, Source
 
 from .shared.checkpoint import Checkpoint
-from .shared.reparameterised import Table, described, lead, matrix, required_lead, sites_of, untrained
+from .shared.reparameterised import PromptTable, described, lead, matrix, required_lead, sites_of, untrained
 from .shared.trained import SoftPrompt, Trained, check_embedding_size, folded, make_prefix
 
 NAME = "li-liang"
 TITLE = "Li & Liang prefix tuning"
 
 TABLES = (
-    Table("wte", "control_trans", "decoder"),
-    Table("wte2", "control_trans2", "cross"),
-    Table("wte_enc", "control_trans_enc", "encoder"),
+    PromptTable("wte", "control_trans", "decoder"),
+    PromptTable("wte2", "control_trans2", "cross"),
+    PromptTable("wte_enc", "control_trans_enc", "encoder"),
 )
 _FLAT, _STACKED = 1, 5
 
@@ -58,7 +58,7 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     return {**shown, **said}
 
 
-def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
+def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
     """See `formats.read`."""
     if (shallow := _shallow_name(checkpoint)) is not None:
         return _read_shallow(checkpoint, shallow, shape)
@@ -115,7 +115,7 @@ def _shallow_name(checkpoint: Checkpoint) -> str | None:
     )
 
 
-def _read_shallow(checkpoint: Checkpoint, name: str, shape: Shape) -> Trained:
+def _read_shallow(checkpoint: Checkpoint, name: str, shape: ModelShape) -> Trained:
     layers = shape.site("decoder", str(checkpoint.weights))
     numbers, where = checkpoint.array(name), f"{checkpoint.weights}: {name}"
     found = _stacked(numbers, layers, where) if numbers.ndim == _STACKED else _flat(numbers, layers, where)
@@ -139,7 +139,7 @@ def _stacked(numbers: np.ndarray, layers: tuple[LayerGeometry, ...], where: str)
     return [LayerPrefix(slots[2 * index], slots[2 * index + 1]) for index in range(len(layers))]
 
 
-def _refuse_what_depends_on_text(checkpoint: Checkpoint, start: str, present: list[Table]) -> None:
+def _refuse_what_depends_on_text(checkpoint: Checkpoint, start: str, present: list[PromptTable]) -> None:
     names, config = checkpoint.shapes, checkpoint.config("config.json") or {}
     table = names.get(f"{start}wte.weight", ())
     if (
@@ -163,13 +163,13 @@ def _refuse_what_depends_on_text(checkpoint: Checkpoint, start: str, present: li
         )
 
 
-def _is_soft_prompt(checkpoint: Checkpoint, start: str, shape: Shape) -> bool:
+def _is_soft_prompt(checkpoint: Checkpoint, start: str, shape: ModelShape) -> bool:
     """Whether the MLP ends in embeddings (`PrefixEmbTuning`), not in keys and values."""
     last = max(name for name in checkpoint.shapes if name.startswith(f"{start}control_trans.") and "weight" in name)
     return shape.kind == DECODER and checkpoint.shapes[last][:1] == (shape.embedding_size,)
 
 
-def _read_soft_prompt(checkpoint: Checkpoint, start: str, shape: Shape) -> Trained:
+def _read_soft_prompt(checkpoint: Checkpoint, start: str, shape: ModelShape) -> Trained:
     embeddings = matrix(checkpoint, start, TABLES[0])
     check_embedding_size(embeddings.shape, shape, f"{checkpoint.weights}: control_trans")
     warnings = untrained(checkpoint, [f"{start}{TABLES[0].mlp}"], "its code")

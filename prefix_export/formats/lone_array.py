@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from prefix_export.errors import CheckpointError
-from prefix_export.models.model_shape import BOTH, Shape
+from prefix_export.models.model_shape import BOTH, ModelShape
 from prefix_runtime import PrefixMismatchError
 
 from . import keys_values, soft_prompt
@@ -45,7 +45,7 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     }
 
 
-def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
+def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
     """See `formats.read`."""
     found, where = _shape(checkpoint), str(checkpoint.weights)
     if shape.kind == BOTH:

@@ -12,19 +12,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from prefix_export.errors import CheckpointError
-from prefix_export.models.model_shape import BOTH, DECODER, Shape
+from prefix_export.models.model_shape import BOTH, DECODER, ModelShape
 from prefix_runtime import PrefixMismatchError, Source
 
 from .shared.checkpoint import Checkpoint
-from .shared.reparameterised import Table, described, lead, matrix, untrained
+from .shared.reparameterised import PromptTable, described, lead, matrix, untrained
 from .shared.trained import Trained, folded, make_prefix
 
 NAME = "openprompt"
 TITLE = "OpenPrompt prefix tuning"
 
-_DECODER = Table("decoder_wte", "decoder_control_trans", "decoder")
-_ENCODER = Table("wte", "control_trans", "encoder")
-_OLD = Table("wte", "control_trans", "decoder")
+_DECODER = PromptTable("decoder_wte", "decoder_control_trans", "decoder")
+_ENCODER = PromptTable("wte", "control_trans", "encoder")
+_OLD = PromptTable("wte", "control_trans", "decoder")
 
 
 def matches(checkpoint: Checkpoint) -> bool:
@@ -43,7 +43,7 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     )
 
 
-def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
+def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
     """See `formats.read`."""
     found = _starts(checkpoint)
     if list(found) == [_ENCODER] and shape.kind == DECODER:
@@ -66,7 +66,7 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     return Trained({"": prefix}, tuple(untrained(checkpoint, stems, "OpenPrompt")))
 
 
-def _starts(checkpoint: Checkpoint) -> dict[Table, str]:
+def _starts(checkpoint: Checkpoint) -> dict[PromptTable, str]:
     """The tables that have an MLP, and what stands before its name."""
     starts = {table: lead(checkpoint, f"{table.mlp}.0.weight") for table in (_DECODER, _ENCODER)}
     found = {table: start for table, start in starts.items() if start is not None}

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from prefix_export.errors import CheckpointError
-from prefix_export.models.model_shape import ENCODER, Shape
+from prefix_export.models.model_shape import ENCODER, ModelShape
 from prefix_runtime import PrefixMismatchError, Source
 
 from .shared.checkpoint import Checkpoint
@@ -52,7 +52,7 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     return {**parts, **({"head": head} if head else {})}
 
 
-def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
+def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
     """See `formats.read`."""
     start = required_lead(checkpoint, _EMBEDDING)
     for name, what in _REFUSED.items():

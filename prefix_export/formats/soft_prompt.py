@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from prefix_export.errors import CheckpointError
-from prefix_export.models.model_shape import Shape
+from prefix_export.models.model_shape import ModelShape
 from prefix_runtime import Source
 
 from .shared.checkpoint import Checkpoint
@@ -34,7 +34,7 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     return {"prefix length": str(length), "embedding size": str(width)}
 
 
-def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
+def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
     """See `formats.read`."""
     where = str(checkpoint.weights)
     # Before anything is read: a file may be a hole of any size.

@@ -12,20 +12,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from prefix_export.errors import CheckpointError
-from prefix_export.models.model_shape import Shape
+from prefix_export.models.model_shape import ModelShape
 from prefix_runtime import Source
 
 from .shared.checkpoint import Checkpoint
-from .shared.reparameterised import Table, described, lead, required_lead, sites_of, untrained
+from .shared.reparameterised import PromptTable, described, lead, required_lead, sites_of, untrained
 from .shared.trained import Trained, make_prefix
 
 NAME = "unified-skg"
 TITLE = "UnifiedSKG prefix tuning"
 
 _TABLES = (
-    Table("wte", "control_trans", "decoder"),
-    Table("wte_dec", "control_trans_dec", "cross"),
-    Table("wte_enc", "control_trans_enc", "encoder"),
+    PromptTable("wte", "control_trans", "decoder"),
+    PromptTable("wte_dec", "control_trans_dec", "cross"),
+    PromptTable("wte_enc", "control_trans_enc", "encoder"),
 )
 _DEPENDS_ON_TEXT = {
     "knowledge_trans": "knowledge, which is computed from the text",
@@ -46,7 +46,7 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     )
 
 
-def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
+def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
     """See `formats.read`."""
     start = required_lead(checkpoint, "wte_dec.weight")
     for part, what in _DEPENDS_ON_TEXT.items():

@@ -19,7 +19,7 @@ import torch.fx.experimental._config
 from prefix_export.errors import ExportError
 from prefix_export.progress import SILENT, Progress
 from prefix_export.trace.attention import counting_layers
-from prefix_export.trace.cuda_decoder import DeviceDecoder
+from prefix_export.trace.cuda_decoder import CudaDecoder
 from prefix_export.trace.decoder import Decoder, PortableDecoder
 from prefix_runtime.bundle import graph_contract as contract
 from prefix_runtime.files import check_room
@@ -78,7 +78,7 @@ def export_graph(
         clean(graph)
         simplify(graph, positions)
         join_rounded(graph)
-        if isinstance(decoder, DeviceDecoder):
+        if isinstance(decoder, CudaDecoder):
             fuse(graph)
     _drop_traces_of_the_machine(graph)
     if isinstance(decoder, PortableDecoder):

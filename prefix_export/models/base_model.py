@@ -17,7 +17,7 @@ from prefix_export.trace.attention import AttentionLayer, probe
 from prefix_runtime import Geometry, LayerGeometry
 
 from .hub import shown_name
-from .model_shape import Shape
+from .model_shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class BaseModel:
     warnings: tuple[str, ...] = ()
 
     @cached_property
-    def shape(self) -> Shape:
+    def shape(self) -> ModelShape:
         """What a prefix has to fit; its layers are those that were found by running the model."""
-        shape = Shape.of_config(self.name, self.model.config, self.geometry.layers)
+        shape = ModelShape.of_config(self.name, self.model.config, self.geometry.layers)
         embeddings: Any = self.model.get_input_embeddings()
         return replace(shape, embedding_size=int(embeddings.weight.shape[-1]))
 

@@ -27,7 +27,7 @@ _EMBEDDING_SIZES = ("word_embed_proj_dim", "input_embedding_size", "embedding_si
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """A base model, as far as folding keys and values needs it.
 
     Attributes:
@@ -57,7 +57,9 @@ class Shape:
             object.__setattr__(self, "embedding_size", self.hidden_size)
 
     @classmethod
-    def of_config(cls, name: str, config: PreTrainedConfig, layers: tuple[LayerGeometry, ...] | None = None) -> Shape:
+    def of_config(
+        cls, name: str, config: PreTrainedConfig, layers: tuple[LayerGeometry, ...] | None = None
+    ) -> ModelShape:
         """The shape that a configuration of transformers' (5.23) describes.
 
         Args:

@@ -20,7 +20,7 @@ from prefix_export.errors import CheckpointError, PrefixExportError
 from prefix_export.formats import SoftPrompt
 from prefix_export.models import BaseModel, cached, load_config
 from prefix_export.models.hub import split_revision
-from prefix_export.models.model_shape import DECODER, Shape
+from prefix_export.models.model_shape import DECODER, ModelShape
 from prefix_export.prefixes.adapter_tokenizer import tokenizer_warnings_for_bundle
 from prefix_runtime import Bundle, LayerPrefix, Prefix, PrefixMismatchError, Source
 from prefix_runtime.prefix.geometry import LEAST_TEXT
@@ -40,7 +40,7 @@ class Folded:
     warnings: tuple[str, ...] = ()
 
 
-def located(path: Path) -> Path:
+def fetch_checkpoint(path: Path) -> Path:
     """A checkpoint on disk: the path itself, or the folder that the files of a Hub id lie in.
 
     A Hub id is `OWNER/NAME`, with a folder or a file of the repository `OWNER/NAME/FOLDER`, with a branch, a tag or a
@@ -76,7 +76,7 @@ def _wanted(inside: str | None) -> list[str]:
     return [inside, beside, *(f"{inside}/{pattern}" for pattern in _HUB_FILES)]
 
 
-def fold(path: Path, shape: Shape, load: Callable[[], BaseModel], wanted: str | None = None) -> Folded:
+def fold(path: Path, shape: ModelShape, load: Callable[[], BaseModel], wanted: str | None = None) -> Folded:
     """The prefixes in a checkpoint.
 
     Args:
@@ -89,7 +89,7 @@ def fold(path: Path, shape: Shape, load: Callable[[], BaseModel], wanted: str | 
         CheckpointError, PrefixError, PrefixMismatchError: as `formats.read`.
         ModelError: as `load`.
     """
-    trained = formats.read(located(path), shape, wanted)
+    trained = formats.read(fetch_checkpoint(path), shape, wanted)
     prefixes = {name: _as_prefix(part, shape, load, path) for name, part in trained.parts.items()}
     warnings = list(trained.warnings)
     for name, part in trained.parts.items():
@@ -120,7 +120,7 @@ def fold_for_bundle(path: Path, bundle: Bundle) -> tuple[Prefix, tuple[str, ...]
     """
     model = bundle.manifest.model.name
     config = load_config(str(bundle.root))
-    shape = Shape.of_config(model, config, bundle.manifest.geometry.layers)
+    shape = ModelShape.of_config(model, config, bundle.manifest.geometry.layers)
 
     def refuse() -> BaseModel:
         raise CheckpointError(
@@ -128,7 +128,7 @@ def fold_for_bundle(path: Path, bundle: Bundle) -> tuple[Prefix, tuple[str, ...]
             f"first: prefix-export fold {path} --model {model} --output FILE"
         )
 
-    at = located(path)
+    at = fetch_checkpoint(path)
     folded = fold(at, shape, refuse)
     if len(folded.prefixes) > 1:
         raise CheckpointError(
@@ -141,7 +141,7 @@ def fold_for_bundle(path: Path, bundle: Bundle) -> tuple[Prefix, tuple[str, ...]
     return prefix, (*warnings, *lint(prefix, shape, bundle.manifest.max_length))
 
 
-def _as_prefix(part: Prefix | SoftPrompt, shape: Shape, load: Callable[[], BaseModel], path: Path) -> Prefix:
+def _as_prefix(part: Prefix | SoftPrompt, shape: ModelShape, load: Callable[[], BaseModel], path: Path) -> Prefix:
     if isinstance(part, Prefix):
         return part
     if not np.isfinite(part.embeddings).all():

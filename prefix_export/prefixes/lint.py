@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from prefix_export.formats.shared.untrained import DEVIATION, UNTRAINED, is_normal, is_uniform
-from prefix_export.models.model_shape import Shape
+from prefix_export.models.model_shape import ModelShape
 from prefix_runtime import Prefix
 
 from .task_heads import lint_head
@@ -23,7 +23,7 @@ _LESTER = 0.5
 """Bound of a soft prompt's uniform numbers: Lester et al., EMNLP 2021, section 3.2."""
 
 
-def lint(prefix: Prefix, shape: Shape, max_length: int | None = None) -> list[str]:
+def lint(prefix: Prefix, shape: ModelShape, max_length: int | None = None) -> list[str]:
     """What a user should know of a prefix under a model, a line each.
 
     Args:
@@ -35,7 +35,7 @@ def lint(prefix: Prefix, shape: Shape, max_length: int | None = None) -> list[st
             *lint_head(prefix, shape), *_untrained(prefix)]  # fmt: skip
 
 
-def _base(prefix: Prefix, shape: Shape) -> Iterator[str]:
+def _base(prefix: Prefix, shape: ModelShape) -> Iterator[str]:
     said = prefix.metadata.get("base_model") or prefix.metadata.get("base_folder", "")
     # Of a folder only the last part says anything, of a Hub id all of it.
     both = (said, shape.name) if "/" in said and "/" in shape.name else (Path(said).name, Path(shape.name).name)
@@ -43,7 +43,7 @@ def _base(prefix: Prefix, shape: Shape) -> Iterator[str]:
         yield f"the prefix says that it was trained on {said!r}, not on {shape.name!r}"
 
 
-def _windows(prefix: Prefix, shape: Shape, max_length: int | None) -> Iterator[str]:
+def _windows(prefix: Prefix, shape: ModelShape, max_length: int | None) -> Iterator[str]:
     limit = max_length or shape.context_length
     if not shape.sliding_windows or (limit is not None and min(shape.sliding_windows) >= limit):
         return
@@ -54,7 +54,7 @@ def _windows(prefix: Prefix, shape: Shape, max_length: int | None) -> Iterator[s
     )
 
 
-def _context(prefix: Prefix, shape: Shape, max_length: int | None) -> Iterator[str]:
+def _context(prefix: Prefix, shape: ModelShape, max_length: int | None) -> Iterator[str]:
     limit = max_length or shape.context_length
     if limit and prefix.prefix_length > _MUCH * limit:
         yield f"the prefix takes {prefix.prefix_length} of {limit} positions"

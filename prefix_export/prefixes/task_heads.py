@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from prefix_export.formats.p_tuning_v2 import BASE_MODULE
-from prefix_export.models.model_shape import Shape
+from prefix_export.models.model_shape import ModelShape
 from prefix_runtime import Prefix
 
 _CLASSES = {
@@ -30,7 +30,7 @@ _LAST = ("classifier.weight", "score.weight", "out_proj.weight")
 _NO_LABELS = {0: "LABEL_0", 1: "LABEL_1"}  # transformers' own, where nobody said any
 
 
-def lint_head(prefix: Prefix, shape: Shape) -> Iterator[str]:
+def lint_head(prefix: Prefix, shape: ModelShape) -> Iterator[str]:
     """What tells that a prefix' head is another model's, a line each."""
     yield from _shapes(prefix.head, shape)
     if prefix.head and shape.config is not None:
@@ -39,7 +39,7 @@ def lint_head(prefix: Prefix, shape: Shape) -> Iterator[str]:
         yield from _trained_on(prefix, shape.config)
 
 
-def _shapes(head: Mapping[str, np.ndarray], shape: Shape) -> Iterator[str]:
+def _shapes(head: Mapping[str, np.ndarray], shape: ModelShape) -> Iterator[str]:
     for name, array in head.items():
         if array.ndim != 2:  # of a weight, [outputs, inputs]
             continue

@@ -11,13 +11,13 @@ from prefix_export.progress import Progress
 from prefix_runtime.backends.tensorrt.library import Library
 from prefix_runtime.files import write_file_atomically
 
-from .request import EngineRequest, capabilities
+from .request import TensorRTEngineRequest, capabilities
 
 _DEPTH = 2
 """Phases within phases that are told; below, there are thousands of some milliseconds."""
 
 
-def configure(request: EngineRequest, builder: Any, library: Library) -> Any:
+def configure(request: TensorRTEngineRequest, builder: Any, library: Library) -> Any:
     """A configuration (`IBuilderConfig`) of what was chosen.
 
     Raises:

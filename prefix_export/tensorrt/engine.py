@@ -10,11 +10,11 @@ from prefix_export.errors import EngineError
 from prefix_export.progress import SILENT, Progress
 from prefix_runtime import Bundle, BundleIntegrityError
 from prefix_runtime.backends.tensorrt.engine_file import (
-    EngineRecord,
-    add_engine,
-    check_engine,
+    TensorRTEngineRecord,
+    add_tensorrt_engine,
+    check_tensorrt_engine,
     graph_hash,
-    read_engines,
+    read_tensorrt_engines,
     recipe_hash,
 )
 from prefix_runtime.backends.tensorrt.library import Library, check_profiles, check_tensors, gpu_capability
@@ -24,14 +24,14 @@ from prefix_runtime.bundle.manifest import FileEntry
 from . import network as networks
 from .builder import configure, run, save_timing_cache, use_timing_cache
 from .refit import mark_prefixes, prefix_weights
-from .request import RTX, EngineRequest, check_choices, check_request, check_timing_cache
+from .request import RTX, TensorRTEngineRequest, check_choices, check_request, check_timing_cache
 
 _NOT_YET = FileEntry("", 0, "0" * 64)
 Tensors = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
-class EngineResult:
+class TensorRTEngineResult:
     """What was built.
 
     Attributes:
@@ -41,11 +41,13 @@ class EngineResult:
     """
 
     folder: Path
-    record: EngineRecord
+    record: TensorRTEngineRecord
     seconds: float
 
 
-def build_engine(request: EngineRequest, progress: Progress = SILENT, library: Library | None = None) -> EngineResult:
+def build_tensorrt_engine(
+    request: TensorRTEngineRequest, progress: Progress = SILENT, library: Library | None = None
+) -> TensorRTEngineResult:
     """Parse a bundle's graph, build a serialized engine for the sizes that its manifest implies, and record it.
 
     Args:
@@ -66,24 +68,24 @@ def build_engine(request: EngineRequest, progress: Progress = SILENT, library: L
     check_timing_cache(request.timing_cache, library)
     bundle.verify_graph()  # an engine is known by the graph's hash
     if (known := _up_to_date(folder, request, bundle, library, ranges)) is not None:
-        return EngineResult(folder, known, 0.0)
+        return TensorRTEngineResult(folder, known, 0.0)
     record, plan = _build(request, bundle, library, ranges, progress)
     progress.phase("write the engine")
     folder.mkdir(exist_ok=True)
-    return EngineResult(folder, add_engine(folder, record, plan), time.perf_counter() - started)
+    return TensorRTEngineResult(folder, add_tensorrt_engine(folder, record, plan), time.perf_counter() - started)
 
 
 def _up_to_date(
-    folder: Path, request: EngineRequest, bundle: Bundle, library: Library, ranges: tuple[Profile, ...]
-) -> EngineRecord | None:
+    folder: Path, request: TensorRTEngineRequest, bundle: Bundle, library: Library, ranges: tuple[Profile, ...]
+) -> TensorRTEngineRecord | None:
     """The engine of this very recipe, where it is there and whole."""
     wanted = recipe_hash(graph_hash(bundle.manifest), library.backend, library.version, request.options(), ranges)
     here = _capabilities_here(library)
-    for record in read_engines(folder):
+    for record in read_tensorrt_engines(folder):
         found = recipe_hash(record.graph, record.backend, record.version, record.options, record.profiles)
         if found == wanted and here in ((), record.compute_capabilities):
             try:
-                check_engine(folder, record, bundle)
+                check_tensorrt_engine(folder, record, bundle)
             except BundleIntegrityError:
                 return None  # missing or damaged: to be built anew
             return record
@@ -91,12 +93,12 @@ def _up_to_date(
 
 
 def _build(
-    request: EngineRequest,
+    request: TensorRTEngineRequest,
     bundle: Bundle,
     library: Library,
     ranges: tuple[Profile, ...],
     progress: Progress,
-) -> tuple[EngineRecord, bytes]:
+) -> tuple[TensorRTEngineRecord, bytes]:
     expected = tensors(bundle.manifest)
     progress.phase("parse the graph")
     builder = library.api.Builder(library.logger)
@@ -120,7 +122,7 @@ def _build(
     check_tensors(expected, found.tensors, "the engine")
     check_profiles(ranges, found.profiles, "the engine")
     inputs, outputs = found.tensors
-    record = EngineRecord(
+    record = TensorRTEngineRecord(
         name=request.name,
         file=_NOT_YET,
         backend=library.backend,
@@ -162,14 +164,14 @@ def _read_back(plan: bytes, library: Library, given: Tensors, kept: tuple[Profil
     return _ReadBack(library.tensors(engine), library.profiles(engine, names), "engine")
 
 
-def find_engine(folder: Path, bundle: Bundle, name: str | None = None) -> EngineRecord:
+def find_tensorrt_engine(folder: Path, bundle: Bundle, name: str | None = None) -> TensorRTEngineRecord:
     """The engine of a folder, by its name where there are several; it is of the bundle's graph, and whole.
 
     Raises:
         EngineError: there is none, or several and no name.
         BundleError, BundleIntegrityError: it is stale, or damaged.
     """
-    records = read_engines(folder)
+    records = read_tensorrt_engines(folder)
     fitting = [record for record in records if name in (None, record.name)]
     if len(fitting) != 1:
         listed = ", ".join(record.name for record in records)
@@ -177,5 +179,5 @@ def find_engine(folder: Path, bundle: Bundle, name: str | None = None) -> Engine
         advice = "name one of them" if records else f"build it with: prefix-export tensorrt {bundle.root}"
         raise EngineError(f"{folder}: expected {wanted}, found {listed or 'none'}; {advice}")
     bundle.verify_graph()
-    check_engine(folder, fitting[0], bundle)
+    check_tensorrt_engine(folder, fitting[0], bundle)
     return fitting[0]

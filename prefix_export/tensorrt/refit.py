@@ -16,10 +16,10 @@ from onnx.external_data_helper import load_external_data_for_tensor, uses_extern
 from prefix_export.errors import EngineError
 from prefix_export.trace.prefix_bank import PrefixBank
 from prefix_runtime import Bundle, Prefix, PrefixMismatchError
-from prefix_runtime.backends.tensorrt.engine_file import EngineRecord, add_engine
+from prefix_runtime.backends.tensorrt.engine_file import TensorRTEngineRecord, add_tensorrt_engine
 from prefix_runtime.backends.tensorrt.library import Library
-from prefix_runtime.bundle.folder import check_output
 from prefix_runtime.bundle.manifest import unknown_task
+from prefix_runtime.bundle.staging import check_output
 from prefix_runtime.prefix.cache_format import CACHE_TYPES
 
 
@@ -52,9 +52,16 @@ def mark_prefixes(network: Any, weights: Mapping[str, str]) -> None:
             raise EngineError(f"refit: {key}: expected a weight {name!r} of the network, found none")
 
 
-def refit_engine(
-    bundle: Bundle, engine: Path, record: EngineRecord, *, task: str, prefix: Prefix, output: Path, library: Library
-) -> EngineRecord:
+def refit_tensorrt_engine(
+    bundle: Bundle,
+    engine: Path,
+    record: TensorRTEngineRecord,
+    *,
+    task: str,
+    prefix: Prefix,
+    output: Path,
+    library: Library,
+) -> TensorRTEngineRecord:
     """Write a copy of an engine that holds another prefix in the place of a task's; this needs a GPU that runs it.
 
     Args:
@@ -85,7 +92,7 @@ def refit_engine(
     digest = hashlib.sha256(b"".join(array.tobytes() for array in weights.values())).hexdigest()
     options = {**record.options, "refitted": {**record.options.get("refitted", {}), task: digest}}
     output.mkdir()
-    return add_engine(output, replace(record, options=options), plan)
+    return add_tensorrt_engine(output, replace(record, options=options), plan)
 
 
 def _refitted(engine: Any, weights: Mapping[str, np.ndarray], library: Library) -> bytes:

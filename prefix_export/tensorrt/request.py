@@ -8,7 +8,7 @@ from typing import Any
 
 from prefix_export.errors import EngineError
 from prefix_runtime import Bundle
-from prefix_runtime.backends.tensorrt.engine_file import BACKENDS, engines_folder
+from prefix_runtime.backends.tensorrt.engine_file import BACKENDS, tensorrt_engines_folder
 from prefix_runtime.backends.tensorrt.library import Library
 from prefix_runtime.backends.tensorrt.profile import Profile, limits, profiles
 
@@ -18,7 +18,7 @@ PRECISIONS = ("fp16", "bf16")
 
 
 @dataclass(frozen=True)
-class EngineRequest:
+class TensorRTEngineRequest:
     """What to build.
 
     Attributes:
@@ -78,7 +78,7 @@ class CheckedRequest:
     folder: Path
 
 
-def check_request(request: EngineRequest) -> CheckedRequest:
+def check_request(request: TensorRTEngineRequest) -> CheckedRequest:
     """Refuse what is wrong with a request whatever the library offers; imports neither TensorRT nor onnx.
 
     Raises:
@@ -97,7 +97,7 @@ def check_request(request: EngineRequest) -> CheckedRequest:
     if len(set(given)) < len(given):
         raise EngineError(f"compute capability: expected each once, found {', '.join(given)}")
     _check_precision(request.precision, bundle)
-    folder = request.output or engines_folder(bundle)
+    folder = request.output or tensorrt_engines_folder(bundle)
     _check_places(folder, request.timing_cache)
     return CheckedRequest(bundle, profiles(bundle.manifest, chosen), folder)
 
@@ -123,7 +123,7 @@ def _check_places(folder: Path, timing_cache: Path | None) -> None:
         raise EngineError(f"output: {folder}: expected a folder, or nothing there yet, found a file")
 
 
-def check_choices(request: EngineRequest, library: Library) -> None:
+def check_choices(request: TensorRTEngineRequest, library: Library) -> None:
     """Refuse what the library does not offer.
 
     Raises:
@@ -161,7 +161,7 @@ def check_timing_cache(timing_cache: Path | None, library: Library) -> None:
         )
 
 
-def _check_gpu(request: EngineRequest, library: Library) -> None:
+def _check_gpu(request: TensorRTEngineRequest, library: Library) -> None:
     if library.has_gpu:
         return
     if library.backend != RTX:

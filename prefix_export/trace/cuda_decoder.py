@@ -17,7 +17,7 @@ from .decoder import FastDecoder, Pairs
 from .stand_ins import few_kernels, stand_ins
 
 
-class DeviceDecoder(FastDecoder):
+class CudaDecoder(FastDecoder):
     """A model whose greedy decode steps need nothing from outside; see `FastDecoder` for the arguments.
 
     Nodes on sizes alone come of `Shape`, so that onnxruntime leaves them on the CPU; all others have CUDA kernels and

@@ -21,8 +21,10 @@ from prefix_export.quantize.modules import as_exact
 from prefix_export.quantize.options import BITS
 from prefix_export.tokenizers.held_out import HeldOut
 from prefix_runtime import Bundle, Engine, ProviderError, load
+from prefix_runtime.backends.onnxruntime.adapter_files import run_with_adapter
 from prefix_runtime.backends.onnxruntime.backend import OnnxRuntime
-from prefix_runtime.backends.onnxruntime.session import Session, check_provider, run_with_adapter
+from prefix_runtime.backends.onnxruntime.providers import check_provider
+from prefix_runtime.backends.onnxruntime.session import Session
 from prefix_runtime.bundle import graph_contract as contract
 from prefix_runtime.bundle.folder import adapter_path
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, cast, overload
+from typing import TYPE_CHECKING, Unpack, cast, overload
 
 import numpy as np
 
@@ -16,20 +16,20 @@ from .bundle.folder import Bundle
 from .bundle.tasks import TaskStore
 from .cache.pool import CachePool
 from .checks import is_whole
-from .errors import CompositionError, ContextOverflowError, PrefixError, RequestError, TaskError
+from .errors import PrefixError, RequestError
 from .generation.answer import GrowingAnswer, Request
 from .generation.arguments import GenerationOptions, as_list, check_ids, check_names, one_each, options_of_each
 from .generation.decoding import decode
 from .generation.generation_config import GenerationConfig, GenerationDefaults
+from .generation.requests import RequestChecker
 from .generation.results import Chunk, GenerationResult
-from .generation.rules import GenerationRules, RuleBook
+from .generation.rules import RuleBook
 from .generation.text import TextCodec
-from .prefix.prefix import TEXT_HAS_BEGUN, Prefix
+from .prefix.prefix import Prefix
 
 if TYPE_CHECKING:
     from .backends.gpu.device import Device
 
-DEFAULT_MAX_NEW_TOKENS = 256
 DEFAULT_CACHE_BYTES = 2 << 30
 DEFAULT_MAX_BATCH = 8
 
@@ -128,6 +128,7 @@ class Engine:
         )
         self._codec = TextCodec.of_bundle(bundle)
         self._rules = RuleBook(bundle)
+        self._requests = RequestChecker(bundle, self._store, self._codec, self._rules, max_length)
 
     @property
     def device(self) -> Device | None:
@@ -253,7 +254,7 @@ class Engine:
         each = [options] if single else options_of_each(options, len(prompts))
         # All are checked before the first is run: a list is answered whole or not at all.
         rows = enumerate(zip(prompts, tasks, each, strict=True))
-        requests = [self._request(*row) if single else self._row(index, *row) for index, row in rows]
+        requests = [self._requests.request(*row) if single else self._requests.row(index, *row) for index, row in rows]
         size = self._max_batch
         batches = [requests[first : first + size] for first in range(0, len(requests), size)]
         results = [result for batch in batches for result in self._run(batch)]
@@ -288,7 +289,7 @@ class Engine:
         prompts, single = as_list(prompt, token_ids)
         if not single:
             raise RequestError("stream: expected one prompt, found a list; use generate for lists")
-        return self._steps(self._request(prompts[0], task, options))
+        return self._steps(self._requests.request(prompts[0], task, options))
 
     def room(self, task: str | None = None) -> int:
         """The number of tokens of prompt plus new text that fit the context under a task, or None: the bare model.
@@ -307,7 +308,7 @@ class Engine:
             ContextOverflowError: prefix and tokens do not fit.
         """
         check_ids(token_ids)
-        request = self._request(token_ids, task, {"max_new_tokens": 0}, least_new_tokens=0)
+        request = self._requests.request(token_ids, task, {"max_new_tokens": 0}, least_new_tokens=0)
         with self._pool.lease([request.prefix], request.length) as (cache, _):
             logits = cache.prefill(0, request.prompt, keep_all_logits=True)
             self._forget_removed([request])
@@ -348,73 +349,3 @@ class Engine:
     def _forget(self, prefix: Prefix) -> None:
         self._pool.forget(prefix)
         self._backend.forget(prefix)
-
-    def _row(self, index: int, prompt: str | Sequence[int], task: str | None, options: GenerationOptions) -> Request:
-        """A request of a list, whose errors say which it is."""
-        try:
-            return self._request(prompt, task, options)
-        except (CompositionError, RequestError, TaskError) as error:
-            raise type(error)(f"row {index} of the list: {error}") from error
-
-    def _request(
-        self, prompt: str | Sequence[int], task: str | None, options: GenerationOptions, least_new_tokens: int = 1
-    ) -> Request:
-        started = time.perf_counter()
-        if options.get("stop") and self._codec is None:
-            raise RequestError(f"stop: {self.bundle.root} has no tokenizer, so text cannot be looked at; leave it out")
-        if not isinstance(options.get("ignore_end", False), bool):
-            raise RequestError(f"ignore_end: expected True or False, found {options['ignore_end']!r}")
-        if not (task is None or isinstance(task, str)):
-            raise RequestError(f"task: expected the name of one, or None, found {task!r}")
-        if task is None and self.bundle.manifest.mode == "bake":
-            known = ", ".join(self.tasks)
-            raise RequestError(f"task: expected one of those that the graph holds, {known}, found none")
-        selecting = time.perf_counter()
-        prefix = None if task is None else self._store.get(task)
-        selected = time.perf_counter() - selecting
-        has_begun = prefix is not None and prefix.metadata.get(TEXT_HAS_BEGUN) == "true"
-        ids = self._encode(prompt, has_begun=has_begun)
-        rules = self._rules.rules(options)
-        new_tokens = options.get("max_new_tokens")
-        return Request(
-            prompt=ids,
-            task=task,
-            prefix=prefix,
-            max_new_tokens=self._check_length(prefix, len(ids), new_tokens, least_new_tokens, rules),
-            rules=rules,
-            task_selection=selected,
-            preparation=time.perf_counter() - started,
-        )
-
-    def _encode(self, prompt: str | Sequence[int], *, has_begun: bool) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            if self._codec is None:
-                raise RequestError(f"prompt: {self.bundle.root} has no tokenizer: expected token_ids, found text")
-            ids = tuple(self._codec.encode(prompt, with_special_tokens=not has_begun))
-        else:
-            ids = tuple(int(token_id) for token_id in prompt)
-        if not ids:
-            raise RequestError(
-                "prompt: expected at least one token, found none: the tokenizer adds none to this text; give text, or "
-                "give a start token as token_ids"
-            )
-        for index, token_id in enumerate(ids):
-            if not 0 <= token_id < self._geometry.vocab_size:
-                raise RequestError(
-                    f"token_ids[{index}]: expected 0 to {self._geometry.vocab_size - 1}, found {token_id}"
-                )
-        return ids
-
-    def _check_length(self, prefix: Prefix | None, prompt: int, new: Any, least: int, rules: GenerationRules) -> int:
-        """The new tokens that may be asked for; None stands for the default."""
-        if new is not None and not is_whole(new, least):
-            raise RequestError(f"max_new_tokens: expected a whole number, {least} or more, found {new!r}")
-        room = self._geometry.room(prefix, self._max_length)
-        wanted = prompt + (least if new is None else int(new))
-        if wanted > room:
-            raise ContextOverflowError(
-                f"expected at most {room} tokens of prompt and new text (context {self._geometry.context_length}, "
-                f"max_length {self._max_length}, prefix {prefix.prefix_length if prefix else 0}), "
-                f"found a prompt of {prompt} and {wanted - prompt} new; shorten the prompt or lower max_new_tokens"
-            )
-        return min(rules.new_tokens(prompt, DEFAULT_MAX_NEW_TOKENS), room - prompt) if new is None else int(new)

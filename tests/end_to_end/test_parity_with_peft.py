@@ -10,8 +10,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import prefix_runtime
-from prefix_export.tensorrt.engine import build_engine
-from prefix_export.tensorrt.request import EngineRequest
+from prefix_export.tensorrt.engine import build_tensorrt_engine
+from prefix_export.tensorrt.request import TensorRTEngineRequest
 from prefix_runtime import Bundle, BundleError, RequestError
 
 ARCHITECTURES = (
@@ -135,12 +135,12 @@ def test_the_bare_model_equals_transformers(engine, workshop, architecture, kind
 
 @pytest.mark.tensorrt
 def test_tensorrt_builds_an_engine_of_the_same_graph_for_two_compute_capabilities(engine, kind, tmp_path):
-    request = EngineRequest(engine.bundle.root, tmp_path / "engines", compute_capabilities=("8.6", "12.0"))
+    request = TensorRTEngineRequest(engine.bundle.root, tmp_path / "engines", compute_capabilities=("8.6", "12.0"))
     if kind == "fast":
         with pytest.raises(BundleError, match="expected a graph in standard operators"):
-            build_engine(request)
+            build_tensorrt_engine(request)
         return
-    record = build_engine(request).record
+    record = build_tensorrt_engine(request).record
     assert record.compute_capabilities == ("8.6", "12.0")
     assert ("task_id" in {tensor.name for tensor in record.inputs}) == (kind == "baked")
     assert {profile.name for profile in record.profiles} == {"prefill", "decode"}
@@ -160,5 +160,7 @@ def test_tensorrt_builds_an_engine_of_weights_of_8_bits(workshop, architecture, 
     assert len({node.input[0] for node in rounded}) == len(rounded) > 4
     matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}  # prefixes have more axes
     assert not [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in matrices]
-    record = build_engine(EngineRequest(bundle.root, tmp_path / "engines", compute_capabilities=("8.6", "12.0"))).record
+    record = build_tensorrt_engine(
+        TensorRTEngineRequest(bundle.root, tmp_path / "engines", compute_capabilities=("8.6", "12.0"))
+    ).record
     assert {tensor.dtype for tensor in record.inputs if tensor.name.startswith("past")} == {"float16"}

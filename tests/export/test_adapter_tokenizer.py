@@ -11,8 +11,7 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prefix_runtime
-from prefix_export.build import BuildRequest, build
-from prefix_export.build import recipe as build_module
+from prefix_export.build import BuildRequest, build, writing
 from prefix_export.models import load_base_model
 from prefix_export.prefixes.adapter_tokenizer import with_adapters_tokenizer
 from prefix_export.prefixes.fold import fold_for_bundle
@@ -173,7 +172,7 @@ def built(workshop, model, tmp_path_factory):
     tokenizer.save_pretrained(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            build_module,
+            writing,
             "tokenizer_warnings",
             lambda at, own: (f"{len(own)} tokens in {len(list(at.glob('tok*')))} files",),
         )

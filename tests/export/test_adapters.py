@@ -14,8 +14,8 @@ from prefix_export import clients
 from prefix_export.build import BuildRequest, build
 from prefix_export.errors import ExportError, ParityError
 from prefix_runtime import Bundle, BundleError
-from prefix_runtime.backends.onnxruntime.session import save_adapter
-from prefix_runtime.bench.measurements import BenchRequest
+from prefix_runtime.backends.onnxruntime.adapter_files import save_adapter
+from prefix_runtime.bench.request import BenchRequest
 from prefix_runtime.bench.run import bench
 
 LENGTHS = (3, 20)

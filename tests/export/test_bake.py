@@ -15,7 +15,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import prefix_runtime
-from prefix_export.build.recipe import BuildRequest, _check_one_base, build
+from prefix_export.build.folding import _check_one_base
+from prefix_export.build.recipe import BuildRequest, build
 from prefix_export.errors import ExportError
 from prefix_export.trace.prefix_bank import PrefixBank
 from prefix_runtime import Bundle, BundleError, LayerPrefix, Prefix, RequestError

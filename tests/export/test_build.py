@@ -16,6 +16,7 @@ import transformers
 from tokenizers import Tokenizer
 
 import prefix_export
+from prefix_export.build import folding, writing
 from prefix_export.build import plan as export
 from prefix_export.build import recipe as build_module
 from prefix_export.build.recipe import BuildRequest, build, verify_against
@@ -25,7 +26,7 @@ from prefix_export.verify import all_tasks as verification
 from prefix_export.verify.all_tasks import certificate
 from prefix_export.verify.parity import TaskParity
 from prefix_runtime import BundleError, DuplicateTaskError, PrefixMismatchError, TaskNameError
-from prefix_runtime.bundle import folder as bundle_module
+from prefix_runtime.bundle import staging
 from tests.export.conftest import RecordedProgress, Trap, read_prefix
 
 GRAPH = ("model.onnx", "model.onnx.data")
@@ -351,17 +352,17 @@ def test_a_head_size_that_the_operator_cannot_run_is_refused_before_the_export(p
 
 STAGES = [
     (build_module, "load_base_model"),
-    (build_module, "fold"),
+    (folding, "fold"),
     (export, "export_graph"),
-    (build_module, "save_configs"),
-    (build_module, "describe_file"),
-    (build_module, "write_prefix"),
-    (build_module, "_write_manifest"),
+    (writing, "save_configs"),
+    (writing, "describe_file"),
+    (writing, "write_prefix"),
+    (writing, "_write_manifest"),
     (verification, "Session"),
     (verification, "observe"),
     (verification, "compare"),
-    (build_module, "certificate"),
-    (bundle_module, "sync_tree"),
+    (writing, "certificate"),
+    (staging, "sync_tree"),
 ]
 
 

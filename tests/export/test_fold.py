@@ -32,8 +32,8 @@ from prefix_export.build import BuildRequest, build
 from prefix_export.errors import CheckpointError, PrefixExportError
 from prefix_export.models import load_base_model
 from prefix_export.models.hub import split_revision
-from prefix_export.models.model_shape import Shape
-from prefix_export.prefixes.fold import fold, fold_for_bundle, fold_soft_prompt, fold_text, located
+from prefix_export.models.model_shape import ModelShape
+from prefix_export.prefixes.fold import fetch_checkpoint, fold, fold_for_bundle, fold_soft_prompt, fold_text
 from prefix_export.prefixes.reference import CacheReference, PrefixSource, reference
 from prefix_runtime import Bundle, Prefix, PrefixMismatchError
 
@@ -123,7 +123,7 @@ def seq2seq(name, folder):
     config = config_class(vocab_size=99, **sizes)
     model = transformers.AutoModelForSeq2SeqLM.from_config(config)
     model.save_pretrained(folder)
-    return model, Shape.of_config(str(folder), config)
+    return model, ModelShape.of_config(str(folder), config)
 
 
 @pytest.mark.parametrize("name", SEQ2SEQ)
@@ -185,7 +185,7 @@ def test_an_encoder_with_its_head(tmp_path, name):
     config = transformers.AutoConfig.from_pretrained(tmp_path / "model")
     model = loader.from_pretrained(tmp_path / "model")
     adapter = save_adapter(model, KINDS["prefix tuning"](task), tmp_path / "adapter")
-    prefix = fold(adapter, Shape.of_config(str(tmp_path / "model"), config), pytest.fail).prefixes[""]
+    prefix = fold(adapter, ModelShape.of_config(str(tmp_path / "model"), config), pytest.fail).prefixes[""]
     assert list(prefix.sites) == ["encoder"]
     assert prefix.head
     wrapped = PeftModel.from_pretrained(loader.from_pretrained(tmp_path / "model"), adapter).eval()
@@ -291,7 +291,7 @@ def test_a_soft_prompt_as_long_as_the_context_is_refused(base):
                                           "mistral", "gemma", "stablelm", "granite"])  # fmt: skip
 def test_a_configuration_tells_what_running_the_model_does(workshop, architecture):
     base = load_base_model(str(workshop.model(architecture)))
-    told = Shape.of_config("model", base.model.config)
+    told = ModelShape.of_config("model", base.model.config)
     assert told.sites["decoder"] == base.geometry.layers
     windows = [layer.sliding_window for layer in base.layers if layer.sliding_window]
     assert list(told.sliding_windows) == windows
@@ -334,7 +334,7 @@ def test_a_revision_and_a_place_in_a_repository_are_fetched(tmp_path, monkeypatc
 
     fetched, patterns = [], []
     monkeypatch.setattr("prefix_export.prefixes.fold.snapshot_download", download)
-    assert located(Path(asked)) == tmp_path / inside
+    assert fetch_checkpoint(Path(asked)) == tmp_path / inside
     assert fetched == [(repository, revision)]
     wanted = f"{inside}/adapter_model.safetensors" if inside else "adapter_model.safetensors"
     assert any(fnmatch(wanted, pattern) for pattern in patterns)
@@ -344,14 +344,14 @@ def test_a_revision_and_a_place_in_a_repository_are_fetched(tmp_path, monkeypatc
 def test_a_place_that_a_repository_has_not_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("prefix_export.prefixes.fold.snapshot_download", lambda name, **_: str(tmp_path))
     with pytest.raises(CheckpointError, match=r"^a/b/c@main: expected c in the repository a/b, found none there$"):
-        located(Path("a/b/c@main"))
+        fetch_checkpoint(Path("a/b/c@main"))
 
 
 def test_a_path_with_an_at_sign_that_is_there_is_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs/a@b").mkdir(parents=True)
     assert split_revision("runs/a@b") == ("runs/a@b", None)
-    assert located(Path("runs/a@b")) == Path("runs/a@b")
+    assert fetch_checkpoint(Path("runs/a@b")) == Path("runs/a@b")
     assert split_revision("runs/other@b") == ("runs/other", "b")
     for name in ("/absolute@b", "../up@b", "a/b@", "@b", "a/b"):
         assert split_revision(name) == (name, None)
@@ -403,7 +403,7 @@ class TestNarrowEmbeddings:
     @pytest.mark.parametrize("kind", ["prompt", "p-tuning", "prefix"])
     def test_logits_and_tokens_are_pefts(self, folder, narrow, tmp_path, kind):
         adapter = save_adapter(AutoModelForCausalLM.from_pretrained(folder), self.configs()[kind], tmp_path / "adapter")
-        (prefix,) = fold(adapter, Shape.of_config("opt", narrow.model.config), lambda: narrow).prefixes.values()
+        (prefix,) = fold(adapter, ModelShape.of_config("opt", narrow.model.config), lambda: narrow).prefixes.values()
         ours = CacheReference(narrow.model, prefix)
         with reference(narrow, prefix, PrefixSource(adapter)) as peft:
             ids = prompt(narrow)

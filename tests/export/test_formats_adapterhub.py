@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 from prefix_export import formats
-from prefix_export.models.model_shape import Shape
+from prefix_export.models.model_shape import ModelShape
 from prefix_export.prefixes.fold import fold
 from prefix_export.prefixes.lint import lint
 from prefix_runtime import Geometry, LayerGeometry, Prefix, PrefixMismatchError
@@ -27,7 +27,7 @@ SITES = {"decoder": "self_prefix", "cross": "cross_prefix", "encoder": "encoder_
 def prefix_of(name, kind):
     path = RECORDED / name / kind
     assert formats.find_reader(path)[0].NAME == "adapterhub"
-    shape = Shape.of_config(name, AutoConfig.from_pretrained(RECORDED / name))
+    shape = ModelShape.of_config(name, AutoConfig.from_pretrained(RECORDED / name))
     (prefix,) = fold(path, shape, pytest.fail).prefixes.values()
     return prefix
 
@@ -87,5 +87,5 @@ def test_a_graph_has_no_layer_without_a_prefix():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_layers_that_were_left_out_do_not_trouble_the_linter(name):
-    shape = Shape.of_config(name, AutoConfig.from_pretrained(RECORDED / name))
+    shape = ModelShape.of_config(name, AutoConfig.from_pretrained(RECORDED / name))
     assert lint(prefix_of(name, "leave_out"), shape) == []

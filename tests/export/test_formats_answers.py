@@ -13,7 +13,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 import prefix_runtime
 from prefix_export.models import load_base_model
-from prefix_export.models.model_shape import Shape
+from prefix_export.models.model_shape import ModelShape
 from prefix_export.prefixes.fold import fold
 from prefix_runtime.prefix.composition import concatenated
 from tests.export.published import OWN, ZERO, cache_of, decoded, greedy, ours, theirs
@@ -105,7 +105,7 @@ def causal(request, workshop):
     return base, prefix_runtime.load(bundle, threads=1)
 
 
-def check_engine(engine, task, prefix, logits, tokens):
+def check_tensorrt_engine(engine, task, prefix, logits, tokens):
     """The exported graph under the folded prefix answers as the reference did."""
     engine.add_task(task, prefix)
     np.testing.assert_allclose(engine.logits(IDS, task), logits, atol=1e-4)
@@ -129,7 +129,7 @@ def test_a_decoder_answers_as_with_the_published_past(causal, tmp_path, name):
                 input_ids=torch.tensor([tokens]), past_key_values=cache_of(past), attention_mask=mask
             ).logits[0]
 
-    check_engine(engine, "task", prefix, logits(IDS).numpy(), greedy(logits, IDS, TOKENS))
+    check_tensorrt_engine(engine, "task", prefix, logits(IDS).numpy(), greedy(logits, IDS, TOKENS))
 
 
 def soft_array(how, tmp_path):
@@ -161,7 +161,7 @@ def test_a_decoder_answers_as_with_the_soft_prompt_before_its_text(causal, tmp_p
 
     past = [(layer.keys, layer.values) for layer in run([]).past_key_values.layers]
     check_keys_and_values(prefix, {"decoder": past})
-    check_engine(engine, "task", prefix, logits(IDS).numpy(), greedy(logits, IDS, TOKENS))
+    check_tensorrt_engine(engine, "task", prefix, logits(IDS).numpy(), greedy(logits, IDS, TOKENS))
 
 
 _BART = {
@@ -192,7 +192,7 @@ def paired():
         model = spread(
             AutoModelForSeq2SeqLM.from_config(config_class(vocab_size=99, **sizes), attn_implementation="eager")
         )
-        found[name] = model, Shape.of_config(name, model.config)
+        found[name] = model, ModelShape.of_config(name, model.config)
     return found
 
 
@@ -345,7 +345,7 @@ def test_an_encoder_and_its_head_answer_as_p_tuning_v2s(tmp_path, which, project
         trained |= mlp("prefix_encoder.trans")
         numbers = through(trained, "prefix_encoder.trans", numbers)
     folder = saved(tmp_path / "run", trained, {"pre_seq_len": LENGTH})
-    (prefix,) = fold(folder, Shape.of_config(which, config), pytest.fail).prefixes.values()
+    (prefix,) = fold(folder, ModelShape.of_config(which, config), pytest.fail).prefixes.values()
     check_keys_and_values(prefix, {"encoder": batched(numbers)})
 
     # The base model has a pooler that was never trained, as those have that come without one.

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 from prefix_export import formats
 from prefix_export.errors import CheckpointError, PrefixExportError
 from prefix_export.formats import SoftPrompt
-from prefix_export.models.model_shape import BOTH, DECODER, ENCODER, Shape
+from prefix_export.models.model_shape import BOTH, DECODER, ENCODER, ModelShape
 from prefix_runtime import LayerGeometry, PrefixMismatchError, PrefixRuntimeError
 
 LAYERS, HEADS, SIZE, LENGTH, HIDDEN = 3, 4, 16, 5, 64
 WIDTH = 2 * LAYERS * HEADS * SIZE
-GPT2 = Shape("gpt2", DECODER, {"decoder": (LayerGeometry(HEADS, SIZE),) * LAYERS}, HIDDEN)
+GPT2 = ModelShape("gpt2", DECODER, {"decoder": (LayerGeometry(HEADS, SIZE),) * LAYERS}, HIDDEN)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_the_embeddings_width_is_a_soft_prompts(tmp_path, name):
 
 
 def test_an_encoder_has_its_keys_and_values_too(tmp_path):
-    shape = Shape("bert", ENCODER, {"encoder": GPT2.sites["decoder"]}, HIDDEN)
+    shape = ModelShape("bert", ENCODER, {"encoder": GPT2.sites["decoder"]}, HIDDEN)
     np.save(tmp_path / "x.npy", np.ones((LENGTH, WIDTH), np.float32))
     (prefix,) = formats.read(tmp_path / "x.npy", shape).parts.values()
     assert (list(prefix.sites), prefix.position_base) == (["encoder"], LENGTH)
@@ -107,7 +107,7 @@ def test_an_encoder_has_its_keys_and_values_too(tmp_path):
 
 class TestDoubt:
     def test_one_width_for_both_asks_for_the_format(self, tmp_path):
-        shape = Shape("tiny", DECODER, {"decoder": (LayerGeometry(1, 8),)}, 16)
+        shape = ModelShape("tiny", DECODER, {"decoder": (LayerGeometry(1, 8),)}, 16)
         np.save(tmp_path / "x.npy", np.ones((LENGTH, 16), np.float32))
         with pytest.raises(
             CheckpointError, match=r"16, which both have for 'tiny'; .* soft-prompt or --format keys-val"
@@ -127,7 +127,7 @@ class TestDoubt:
             formats.read(tmp_path / "x.npy", GPT2)
 
     def test_a_model_of_three_attentions_is_refused(self, tmp_path):
-        shape = Shape("bart", BOTH, dict.fromkeys(("decoder", "cross", "encoder"), GPT2.sites["decoder"]), HIDDEN)
+        shape = ModelShape("bart", BOTH, dict.fromkeys(("decoder", "cross", "encoder"), GPT2.sites["decoder"]), HIDDEN)
         np.save(tmp_path / "x.npy", np.ones((LENGTH, WIDTH), np.float32))
         with pytest.raises(
             PrefixMismatchError, match=r"expected \[prefix_length, 64\] as the embeddings of 'bart' have"

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from prefix_export import formats
 from prefix_export.errors import CheckpointError
-from prefix_export.models.model_shape import DECODER, Shape
+from prefix_export.models.model_shape import DECODER, ModelShape
 from prefix_runtime import LayerGeometry, PrefixError, PrefixMismatchError
 from tests.export.conftest import read_prefix
 
@@ -62,7 +62,7 @@ def test_a_prefix_file_describes_itself(file, prefix):
     ],
 )
 def test_a_prefix_for_another_shape_of_model_is_refused(file, layers, heads, head_dim, parts):
-    shape = Shape("m", DECODER, {"decoder": (LayerGeometry(heads, head_dim),) * layers}, 64)
+    shape = ModelShape("m", DECODER, {"decoder": (LayerGeometry(heads, head_dim),) * layers}, 64)
     with pytest.raises(PrefixMismatchError) as caught:
         formats.read(file, shape)
     assert all(part in str(caught.value) for part in [str(file), *parts])

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from prefix_export import formats
 from prefix_export.errors import CheckpointError
 from prefix_export.formats import SoftPrompt
-from prefix_export.models.model_shape import BOTH, DECODER, ENCODER, Shape
+from prefix_export.models.model_shape import BOTH, DECODER, ENCODER, ModelShape
 from prefix_runtime import LayerGeometry, PrefixError, PrefixMismatchError
 from prefix_runtime.prefix.composition import concatenated
 
@@ -22,9 +22,9 @@ LAYERS, HEADS, HEAD_DIM = 3, 4, 16
 HIDDEN, WIDTH = HEADS * HEAD_DIM, 2 * LAYERS * HEADS * HEAD_DIM
 LENGTH, MIDDLE = 5, 24
 GEOMETRY = (LayerGeometry(HEADS, HEAD_DIM),) * LAYERS
-GPT2 = Shape("gpt2", DECODER, {"decoder": GEOMETRY}, HIDDEN)
-BART = Shape("bart", BOTH, dict.fromkeys(("decoder", "cross", "encoder"), GEOMETRY), HIDDEN)
-BERT = Shape("bert", ENCODER, {"encoder": GEOMETRY}, HIDDEN)
+GPT2 = ModelShape("gpt2", DECODER, {"decoder": GEOMETRY}, HIDDEN)
+BART = ModelShape("bart", BOTH, dict.fromkeys(("decoder", "cross", "encoder"), GEOMETRY), HIDDEN)
+BERT = ModelShape("bert", ENCODER, {"encoder": GEOMETRY}, HIDDEN)
 
 
 def past_key_values(numbers):
@@ -137,9 +137,9 @@ class TestLiAndLiang:
         for stem in ("control_trans", "control_trans2", "control_trans_enc"):
             state |= mlp(stem)
         folder = saved(tmp_path / "run", state)
-        small = Shape("bart", BOTH, {**BART.sites, "encoder": GEOMETRY[:1]}, HIDDEN)
+        small = ModelShape("bart", BOTH, {**BART.sites, "encoder": GEOMETRY[:1]}, HIDDEN)
         assert len(read(folder, small).sites["encoder"]) == 1
-        large = Shape("bart", BOTH, {**BART.sites, "encoder": GEOMETRY * 2}, HIDDEN)
+        large = ModelShape("bart", BOTH, {**BART.sites, "encoder": GEOMETRY * 2}, HIDDEN)
         with pytest.raises(CheckpointError, match=r"expected slots for 6 layers of the encoder, found 3"):
             read(folder, large)
 

@@ -17,16 +17,16 @@ from safetensors.torch import save_file
 
 from prefix_export import formats
 from prefix_export.errors import CheckpointError, PrefixExportError
-from prefix_export.models.model_shape import BOTH, DECODER, ENCODER, Shape
+from prefix_export.models.model_shape import BOTH, DECODER, ENCODER, ModelShape
 from prefix_runtime import LayerGeometry, LayerPrefix, Prefix, PrefixMismatchError, PrefixRuntimeError
 from prefix_runtime.machine import peak_memory
 
 HIDDEN, LENGTH, MIDDLE = 4, 2, 3
 GEOMETRY = (LayerGeometry(2, 2),)
 WIDTH = 2 * HIDDEN
-GPT2 = Shape("gpt2", DECODER, {"decoder": GEOMETRY}, HIDDEN)
-BART = Shape("bart", BOTH, dict.fromkeys(("decoder", "cross", "encoder"), GEOMETRY), HIDDEN)
-BERT = Shape("bert", ENCODER, {"encoder": GEOMETRY}, HIDDEN)
+GPT2 = ModelShape("gpt2", DECODER, {"decoder": GEOMETRY}, HIDDEN)
+BART = ModelShape("bart", BOTH, dict.fromkeys(("decoder", "cross", "encoder"), GEOMETRY), HIDDEN)
+BERT = ModelShape("bert", ENCODER, {"encoder": GEOMETRY}, HIDDEN)
 """Models so small that a file is hardly more than what says what is in it."""
 
 MUTATED = 10_000
@@ -418,7 +418,7 @@ def test_fold_save_load_gives_the_same_prefix(tmp_path_factory, layers, heads, l
     config = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": length}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     geometry = LayerGeometry(heads, 8)
-    shape = Shape("m", GPT2.kind, {"decoder": (geometry,) * layers}, heads * 8)
+    shape = ModelShape("m", GPT2.kind, {"decoder": (geometry,) * layers}, heads * 8)
     (prefix,) = formats.read(folder, shape).parts.values()
     prefix.save(folder / "own")
     assert Prefix.load(folder / "own") == prefix

@@ -18,7 +18,7 @@ from prefix_export import formats
 from prefix_export.errors import CheckpointError
 from prefix_export.formats import SoftPrompt
 from prefix_export.models import load_base_model
-from prefix_export.models.model_shape import DECODER, Shape
+from prefix_export.models.model_shape import DECODER, ModelShape
 from prefix_export.prefixes.fold import fold
 from prefix_export.prefixes.reference import CacheReference, PrefixSource, reference
 from prefix_runtime import LayerGeometry, PrefixMismatchError
@@ -137,7 +137,7 @@ def test_a_width_tells_keys_and_values_from_embeddings(trained, shape, tmp_path,
 
 
 def test_a_width_that_tells_nothing_asks_for_the_config(tmp_path):
-    shape = Shape("tiny", DECODER, {"decoder": (LayerGeometry(1, 8),)}, 16)
+    shape = ModelShape("tiny", DECODER, {"decoder": (LayerGeometry(1, 8),)}, 16)
     torch.save({"prompt_encoder.default.embedding.weight": torch.randn(3, 16)}, tmp_path / "x.pt")
     with pytest.raises(
         CheckpointError, match=r"16 is the width of keys and values and of embeddings alike, found none"

@@ -14,8 +14,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, GenerationConfig
 
 import prefix_runtime
-from prefix_export.build import BuildRequest, build
-from prefix_export.build import recipe as build_module
+from prefix_export.build import BuildRequest, build, writing
 from prefix_export.errors import ModelError
 from prefix_export.models import generation_defaults, load_base_model
 from prefix_export.models.generation_defaults import (
@@ -256,7 +255,7 @@ def built(monkeypatch, workshop):
             shutil.copy(graph / name, to / name)
         return 1
 
-    monkeypatch.setattr(build_module, "export_plan", export)
+    monkeypatch.setattr(writing, "export_plan", export)
 
     def run(folder):
         adapter = workshop.adapter(workshop.model(tokenizer=True), 3)

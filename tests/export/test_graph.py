@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import prefix_export
 from prefix_export.errors import ExportError
-from prefix_export.graph.contract import check_attention, check_axes
+from prefix_export.graph import contract
 from prefix_export.graph.export import export_graph
 from prefix_export.trace.attention import probe
 from prefix_export.trace.decoder import FastDecoder
@@ -193,7 +193,7 @@ def test_the_filled_part_of_the_past_is_not_written_again(session, architecture)
 def test_a_graph_with_another_number_of_attention_operators_is_refused(folder):
     loaded = ir.load(folder / "model.onnx")
     with pytest.raises(ExportError, match="expected 4 GroupQueryAttention nodes, found 3"):
-        check_attention(loaded, 4)
+        contract.check_attention(loaded, 4)
 
 
 @pytest.mark.parametrize("name", ["input_ids", "attention_mask", "position_ids"])
@@ -202,7 +202,7 @@ def test_a_graph_with_other_axes_is_refused_by_input(folder, name):
     value = next(value for value in loaded.graph.inputs if value.name == name)
     value.shape = ir.Shape(["batch", value.shape[1]])
     with pytest.raises(ExportError, match=rf"input {name}: expected axes \[batch_size, .*found \[batch, "):
-        check_axes(loaded)
+        contract.check_axes(loaded)
 
 
 def test_a_model_that_torch_cannot_trace_is_refused_by_name(model, tmp_path, monkeypatch):

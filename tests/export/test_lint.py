@@ -20,7 +20,7 @@ from peft import (
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefix_export.models import load_base_model
-from prefix_export.models.model_shape import BOTH, DECODER, ENCODER, Shape
+from prefix_export.models.model_shape import BOTH, DECODER, ENCODER, ModelShape
 from prefix_export.prefixes.fold import fold
 from prefix_export.prefixes.lint import lint, lint_prompt
 from prefix_export.prefixes.task_heads import lint_head
@@ -31,9 +31,9 @@ LAYERS, HEADS, HEAD_DIM = 4, 4, 16
 HIDDEN, WIDTH = HEADS * HEAD_DIM, 2 * LAYERS * HEADS * HEAD_DIM
 LENGTH, MIDDLE = 40, 256
 GEOMETRY = (LayerGeometry(HEADS, HEAD_DIM),) * LAYERS
-GPT2 = Shape("gpt2", DECODER, {"decoder": GEOMETRY}, HIDDEN)
-BART = Shape("bart", BOTH, dict.fromkeys(("decoder", "cross", "encoder"), GEOMETRY), HIDDEN)
-BERT = Shape("bert", ENCODER, {"encoder": GEOMETRY}, HIDDEN)
+GPT2 = ModelShape("gpt2", DECODER, {"decoder": GEOMETRY}, HIDDEN)
+BART = ModelShape("bart", BOTH, dict.fromkeys(("decoder", "cross", "encoder"), GEOMETRY), HIDDEN)
+BERT = ModelShape("bert", ENCODER, {"encoder": GEOMETRY}, HIDDEN)
 UNTRAINED = "it may have been trained hardly or not"
 
 
@@ -126,7 +126,7 @@ def test_a_few_steps_of_training_are_enough(tmp_path):
 def test_the_demos_prefixes_are_trained(task):
     config = AutoConfig.from_pretrained(ROOT / "examples" / "demo" / "model")
     base = lambda: load_base_model(str(ROOT / "examples" / "demo" / "model"))  # noqa: E731
-    assert warnings_of(ROOT / "examples" / "demo" / "prefixes" / task, Shape.of_config("demo", config), base) == []
+    assert warnings_of(ROOT / "examples" / "demo" / "prefixes" / task, ModelShape.of_config("demo", config), base) == []
 
 
 class TestPeft:
@@ -178,13 +178,13 @@ class TestHeads:
                                  intermediate_size=32, max_position_embeddings=128, **options)  # fmt: skip
 
     def lines(self, prefix, name, **options):
-        return list(lint_head(prefix, Shape.of_config(name, self.config(name, **options))))
+        return list(lint_head(prefix, ModelShape.of_config(name, self.config(name, **options))))
 
     def peft(self, name, folder):
         torch.manual_seed(0)
         config = PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
         get_peft_model(ENCODERS[name][1](self.config(name, num_labels=3)), config).save_pretrained(folder)
-        return fold(folder, Shape.of_config(name, self.config(name)), pytest.fail).prefixes[""]
+        return fold(folder, ModelShape.of_config(name, self.config(name)), pytest.fail).prefixes[""]
 
     def p_tuning_v2(self, name, folder):
         torch.manual_seed(0)

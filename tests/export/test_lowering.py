@@ -12,7 +12,7 @@ from prefix_export.graph.export import export_graph
 from prefix_export.graph.passes.cleaning import clean
 from prefix_export.models import load_base_model
 from prefix_export.trace.attention import probe
-from prefix_export.trace.cuda_decoder import DeviceDecoder
+from prefix_export.trace.cuda_decoder import CudaDecoder
 from prefix_export.trace.decoder import FastDecoder, PortableDecoder
 
 
@@ -64,7 +64,7 @@ def test_a_program_that_changes_a_tensor_in_place_is_traced_again():
     assert lowering.lowered(captured(InPlace())) is None
 
 
-@pytest.mark.parametrize("decoder", [FastDecoder, PortableDecoder, DeviceDecoder])
+@pytest.mark.parametrize("decoder", [FastDecoder, PortableDecoder, CudaDecoder])
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_decoders_are_exported_without_a_second_trace(workshop, tmp_path, monkeypatch, architecture, decoder):
     def refuse(*_args, **_kwargs):

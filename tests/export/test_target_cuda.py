@@ -25,7 +25,7 @@ from prefix_export.graph.export import export_graph
 from prefix_export.models import cast_weights
 from prefix_export.models.random_model import random_base_model
 from prefix_export.trace.attention import probe
-from prefix_export.trace.cuda_decoder import DeviceDecoder
+from prefix_export.trace.cuda_decoder import CudaDecoder
 from prefix_export.verify import all_tasks as verification
 from prefix_runtime import Bundle, ProviderError
 from prefix_runtime.bundle.graph_contract import NEXT_INPUTS
@@ -192,7 +192,7 @@ def test_so_is_a_layer_whose_rows_are_joined_or_whose_norms_are_rounded_last(tmp
     ids = torch.tensor([list(range(40, 73))])
     expected = model(ids).logits[0].detach().numpy()
     cast_weights(model, torch.float16)
-    export_graph(DeviceDecoder(model, probe(model), torch.float16), 320, tmp_path / "model.onnx", opset=21)
+    export_graph(CudaDecoder(model, probe(model), torch.float16), 320, tmp_path / "model.onnx", opset=21)
     check_layers(graph_of(tmp_path), architecture)
     _, found = FedBack(tmp_path).prefill(None, ids[0].tolist(), 0)
     np.testing.assert_allclose(found["logits"][0], expected, rtol=0, atol=1e-2 * np.abs(expected).max())

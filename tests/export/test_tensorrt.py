@@ -18,10 +18,10 @@ from click.testing import CliRunner
 from prefix_export.build import BuildRequest, build
 from prefix_export.cli import main as cli
 from prefix_export.errors import EngineError
-from prefix_export.tensorrt.engine import build_engine, find_engine
-from prefix_export.tensorrt.request import EngineRequest
+from prefix_export.tensorrt.engine import build_tensorrt_engine, find_tensorrt_engine
+from prefix_export.tensorrt.request import TensorRTEngineRequest
 from prefix_runtime import Bundle, BundleError, BundleIntegrityError, ProviderError, RequestError
-from prefix_runtime.backends.tensorrt.engine_file import engines_folder, read_engines
+from prefix_runtime.backends.tensorrt.engine_file import read_tensorrt_engines, tensorrt_engines_folder
 from prefix_runtime.backends.tensorrt.library import Library
 from prefix_runtime.bundle.folder import MANIFEST_NAME, describe_file
 from prefix_runtime.interrupts import ending_when_stopped
@@ -89,8 +89,10 @@ def described(values):
 
 
 def test_an_engine_for_two_compute_capabilities_takes_and_gives_what_the_graph_does(fed, tmp_path, library):
-    result = build_engine(EngineRequest(fed, tmp_path / "engines", compute_capabilities=("8.6", "12.0"), max_prefix=5))
-    (record,) = read_engines(tmp_path / "engines")
+    result = build_tensorrt_engine(
+        TensorRTEngineRequest(fed, tmp_path / "engines", compute_capabilities=("8.6", "12.0"), max_prefix=5)
+    )
+    (record,) = read_tensorrt_engines(tmp_path / "engines")
     assert record == result.record
     assert record.compute_capabilities == ("8.6", "12.0")
     assert (record.backend, record.version) == ("tensorrt-rtx", library.version)
@@ -112,15 +114,17 @@ def test_an_engine_for_two_compute_capabilities_takes_and_gives_what_the_graph_d
 @pytest.mark.parametrize("capabilities", [*((each,) for each in COMPUTE_CAPABILITIES), COMPUTE_CAPABILITIES])
 def test_a_float16_engine_is_built_for_each_compute_capability(workshop, tmp_path, capabilities):
     bundle = workshop.bundle("gpt2", (3,), tokenizer=False, target="tensorrt", precision="fp16", verify=False)
-    build_engine(EngineRequest(bundle, tmp_path / "engines", compute_capabilities=capabilities, **SMALL))
-    (record,) = read_engines(tmp_path / "engines")
+    build_tensorrt_engine(
+        TensorRTEngineRequest(bundle, tmp_path / "engines", compute_capabilities=capabilities, **SMALL)
+    )
+    (record,) = read_tensorrt_engines(tmp_path / "engines")
     assert record.compute_capabilities == capabilities
     assert {each.dtype for each in record.inputs if each.name.startswith("past")} == {"float16"}
 
 
 def test_it_lies_in_the_bundle_which_opens_as_before(own):
     before = Bundle.open(own)
-    build_engine(EngineRequest(own, **SMALL))
+    build_tensorrt_engine(TensorRTEngineRequest(own, **SMALL))
     opened = Bundle.open(own)
     opened.verify()
     assert opened.manifest == before.manifest
@@ -129,24 +133,26 @@ def test_it_lies_in_the_bundle_which_opens_as_before(own):
 
 def test_what_was_built_is_not_built_again_and_other_choices_take_its_place(fed, tmp_path):
     folder = tmp_path / "engines"
-    first = build_engine(EngineRequest(fed, folder, compute_capabilities=("8.9",), **SMALL))
+    first = build_tensorrt_engine(TensorRTEngineRequest(fed, folder, compute_capabilities=("8.9",), **SMALL))
     told = RecordedProgress()
-    again = build_engine(EngineRequest(fed, folder, compute_capabilities=("8.9",), **SMALL), told)
+    again = build_tensorrt_engine(TensorRTEngineRequest(fed, folder, compute_capabilities=("8.9",), **SMALL), told)
     assert (again.record, again.seconds, told.phases) == (first.record, 0.0, [])
-    other = build_engine(EngineRequest(fed, folder, compute_capabilities=("8.9",), max_batch=3, max_prompt=8))
-    assert read_engines(folder) == [other.record]
+    other = build_tensorrt_engine(
+        TensorRTEngineRequest(fed, folder, compute_capabilities=("8.9",), max_batch=3, max_prompt=8)
+    )
+    assert read_tensorrt_engines(folder) == [other.record]
     assert {path.name for path in folder.iterdir()} == {"engines.json", other.record.file.path}
-    beside = build_engine(EngineRequest(fed, folder, compute_capabilities=("12.0",), **SMALL))
-    assert {record.name for record in read_engines(folder)} == {"tensorrt-rtx-8.9", "tensorrt-rtx-12.0"}
+    beside = build_tensorrt_engine(TensorRTEngineRequest(fed, folder, compute_capabilities=("12.0",), **SMALL))
+    assert {record.name for record in read_tensorrt_engines(folder)} == {"tensorrt-rtx-8.9", "tensorrt-rtx-12.0"}
     bundle = Bundle.open(fed)
-    assert find_engine(folder, bundle, "tensorrt-rtx-12.0") == beside.record
+    assert find_tensorrt_engine(folder, bundle, "tensorrt-rtx-12.0") == beside.record
     with pytest.raises(EngineError, match=r"expected one engine, found tensorrt-rtx-12.0, tensorrt-rtx-8.9; name one"):
-        find_engine(folder, bundle)
+        find_tensorrt_engine(folder, bundle)
 
 
 def test_phases_are_told_while_it_builds(fed, tmp_path):
     told = RecordedProgress()
-    build_engine(EngineRequest(fed, tmp_path / "engines", **SMALL), told)
+    build_tensorrt_engine(TensorRTEngineRequest(fed, tmp_path / "engines", **SMALL), told)
     assert told.phases[0] == "parse the graph"
     assert "TensorRT: building engine" in told.phases
     assert told.phases[-1] == "write the engine"
@@ -157,7 +163,7 @@ def test_phases_are_told_while_it_builds(fed, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_an_interrupt_stops_the_build_and_leaves_what_was_there(fed, tmp_path, number, is_first):
     if not is_first:
-        build_engine(EngineRequest(fed, tmp_path / "engines", **SMALL | {"max_batch": 3}))
+        build_tensorrt_engine(TensorRTEngineRequest(fed, tmp_path / "engines", **SMALL | {"max_batch": 3}))
     before = contents(tmp_path)
 
     class Interrupting(RecordedProgress):
@@ -170,7 +176,7 @@ def test_an_interrupt_stops_the_build_and_leaves_what_was_there(fed, tmp_path, n
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with ending_when_stopped(), pytest.raises(SystemExit):
-            build_engine(EngineRequest(fed, tmp_path / "engines", **SMALL), told)
+            build_tensorrt_engine(TensorRTEngineRequest(fed, tmp_path / "engines", **SMALL), told)
     finally:
         signal.signal(signal.SIGINT, handler)
     assert "write the engine" not in told.phases
@@ -205,7 +211,7 @@ def test_an_interrupt_stops_the_build_and_leaves_what_was_there(fed, tmp_path, n
 def test_what_cannot_be_built_is_refused_and_nothing_written(fed, tmp_path, monkeypatch, given, error, message):
     monkeypatch.setattr(Library, "has_gpu", False)
     with pytest.raises(error, match=message):
-        build_engine(EngineRequest(fed, tmp_path / "engines", **given))
+        build_tensorrt_engine(TensorRTEngineRequest(fed, tmp_path / "engines", **given))
     assert not list(tmp_path.iterdir())
 
 
@@ -213,7 +219,7 @@ def test_prefixes_that_may_be_replaced_are_prepared_on_a_gpu_alone(workshop, tmp
     monkeypatch.setattr(Library, "has_gpu", False)
     baked = workshop.bundle("gpt2", (3,), tokenizer=False, mode="bake", verify=False)
     with pytest.raises(EngineError, match=r"^refit: .* on a GPU: expected one on this machine, found none; build "):
-        build_engine(EngineRequest(baked, tmp_path / "engines", is_refittable=True))
+        build_tensorrt_engine(TensorRTEngineRequest(baked, tmp_path / "engines", is_refittable=True))
     assert not list(tmp_path.iterdir())
 
 
@@ -221,14 +227,14 @@ def test_who_looks_for_an_engine_where_there_is_none_is_told_how_to_build_one(ow
     bundle = Bundle.open(own)
     expected = rf"^{own}/tensorrt: expected one engine, found none; build it with: prefix-export tensorrt {own}$"
     with pytest.raises(EngineError, match=expected):
-        find_engine(engines_folder(bundle), bundle)
+        find_tensorrt_engine(tensorrt_engines_folder(bundle), bundle)
 
 
 def test_a_graph_that_was_rounded_for_others_is_refused(workshop, tmp_path):
     bundle = workshop.bundle("gpt2", (3,), tokenizer=False, target="portable", precision="int8", verify=False)
     expected = r"^TensorRT: expected a graph in fp32 or fp16, or in int8 for it, found one in int8 for portable; build "
     with pytest.raises(BundleError, match=expected):
-        build_engine(EngineRequest(bundle, tmp_path / "engines", **SMALL))
+        build_tensorrt_engine(TensorRTEngineRequest(bundle, tmp_path / "engines", **SMALL))
     assert not list(tmp_path.iterdir())
 
 
@@ -238,7 +244,9 @@ def test_a_graph_of_8_bits_is_computed_in_its_own_types(workshop, tmp_path):
     library.api = SimpleNamespace(**vars(library.api))
     library.api.BuilderFlag = SimpleNamespace(FP16=0)  # as TensorRT had before 11
     with pytest.raises(EngineError, match=r"^precision: expected none for a graph whose weights have 8 .*'fp16'$"):
-        build_engine(EngineRequest(bundle, tmp_path / "engines", precision="fp16", **SMALL), library=library)
+        build_tensorrt_engine(
+            TensorRTEngineRequest(bundle, tmp_path / "engines", precision="fp16", **SMALL), library=library
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -256,7 +264,7 @@ def test_weights_of_8_bits_stay_so_in_an_engine(tmp_path, architecture):
         )
         bundle = build(request).bundle
         weights = bundle.manifest.files["model.onnx.data"].size
-        found[precision] = weights, build_engine(EngineRequest(bundle.root, **SMALL)).record.file.size
+        found[precision] = weights, build_tensorrt_engine(TensorRTEngineRequest(bundle.root, **SMALL)).record.file.size
     saved, less = (before - after for before, after in zip(*found.values(), strict=True))
     assert saved > 10e6
     assert less > 0.9 * saved
@@ -269,15 +277,15 @@ def test_a_graph_that_was_damaged_is_built_of_no_more(own, name):
     content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
     path.write_bytes(content)
     with pytest.raises(BundleIntegrityError, match=rf"{name}: expected SHA-256"):
-        build_engine(EngineRequest(own, **SMALL))
-    assert not engines_folder(Bundle.open(own)).exists()
+        build_tensorrt_engine(TensorRTEngineRequest(own, **SMALL))
+    assert not tensorrt_engines_folder(Bundle.open(own)).exists()
 
 
 def test_a_timing_cache_of_a_builder_that_measures_nothing_is_refused_and_left_as_it_is(fed, tmp_path):
     note = tmp_path / "note.txt"
     note.write_text("mine")
     with pytest.raises(EngineError, match=rf"^timing cache: expected none, .* measures nothing .*, found {note}$"):
-        build_engine(EngineRequest(fed, tmp_path / "other", timing_cache=note, **SMALL))
+        build_tensorrt_engine(TensorRTEngineRequest(fed, tmp_path / "other", timing_cache=note, **SMALL))
     assert note.read_text() == "mine"
     assert not (tmp_path / "other").exists()
 
@@ -286,12 +294,14 @@ def test_a_timing_cache_of_a_builder_that_measures_nothing_is_refused_and_left_a
 def test_a_place_that_cannot_be_written_is_refused_at_once(fed, tmp_path, option):
     told = RecordedProgress()
     with pytest.raises(EngineError, match=r"nowhere: expected a folder to write into, found none"):
-        build_engine(EngineRequest(fed, **{option: tmp_path / "nowhere" / "x"}, **SMALL), told)
+        build_tensorrt_engine(TensorRTEngineRequest(fed, **{option: tmp_path / "nowhere" / "x"}, **SMALL), told)
     assert not told.phases
 
 
 def test_an_engine_is_the_same_however_its_gpus_are_listed():
-    first, second = (EngineRequest(None, compute_capabilities=each) for each in (("8.6", "12.0"), ("12.0", "8.6")))
+    first, second = (
+        TensorRTEngineRequest(None, compute_capabilities=each) for each in (("8.6", "12.0"), ("12.0", "8.6"))
+    )
     assert first.name == second.name == "tensorrt-rtx-8.6-12.0"
     assert first.options() == second.options()
 
@@ -304,7 +314,7 @@ def test_a_missing_library_is_named_with_what_to_install(fed, tmp_path, monkeypa
     for name in (module, "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ProviderError, match=rf"{backend}: expected TensorRT.*Python bindings, found none") as caught:
-        build_engine(EngineRequest(fed, tmp_path / "engines", backend=backend))
+        build_tensorrt_engine(TensorRTEngineRequest(fed, tmp_path / "engines", backend=backend))
     assert hint in str(caught.value)
 
 
@@ -315,7 +325,7 @@ def test_an_operator_that_tensorrt_does_not_know_is_named(own, change_graph):
 
     change_graph(own, rename)
     with pytest.raises(EngineError, match=r"does not take the graph: node 'the_node' \(Bernoulli\): "):
-        build_engine(EngineRequest(own, **SMALL))
+        build_tensorrt_engine(TensorRTEngineRequest(own, **SMALL))
 
 
 def test_a_graph_that_is_not_the_manifests_is_refused(own):
@@ -327,13 +337,13 @@ def test_a_graph_that_is_not_the_manifests_is_refused(own):
         ProviderError,
         match=r"past_key_values.1.key: expected float32 \[\?, 4, \?, 8\], found float32 \[\?, 4, \?, 16\]",
     ):
-        build_engine(EngineRequest(own, **SMALL))
+        build_tensorrt_engine(TensorRTEngineRequest(own, **SMALL))
 
 
 def test_a_graph_of_the_fast_flavour_is_refused(own):
     edit_manifest(own, lambda content: content.update(flavour="fast"))
     with pytest.raises(BundleError, match=r"expected a graph in standard operators, found .*--target tensorrt"):
-        build_engine(EngineRequest(own))
+        build_tensorrt_engine(TensorRTEngineRequest(own))
 
 
 def test_a_graph_that_takes_prefixes_apart_is_refused(own):
@@ -341,47 +351,47 @@ def test_a_graph_that_takes_prefixes_apart_is_refused(own):
     entry = describe_file(own, "p3.onnx_adapter")
     edit_manifest(own, lambda content: content["files"].append(vars(entry)))
     with pytest.raises(EngineError, match="expected a bundle without adapter files"):
-        build_engine(EngineRequest(own, **SMALL))
+        build_tensorrt_engine(TensorRTEngineRequest(own, **SMALL))
 
 
 @pytest.fixture
 def with_engine(own):
     """A bundle of one's own with an engine."""
-    build_engine(EngineRequest(own, **SMALL))
+    build_tensorrt_engine(TensorRTEngineRequest(own, **SMALL))
     return own
 
 
 def test_an_engine_of_another_graph_is_stale(with_engine, change_graph):
-    folder = engines_folder(Bundle.open(with_engine))
+    folder = tensorrt_engines_folder(Bundle.open(with_engine))
 
     def touch(graph):
         graph.doc_string = "another graph"
 
     change_graph(with_engine, touch)
     with pytest.raises(BundleError, match="expected one of this bundle's graph, found one that was built of another; "):
-        find_engine(folder, Bundle.open(with_engine))
-    build_engine(EngineRequest(with_engine, **SMALL))
-    assert find_engine(folder, Bundle.open(with_engine)).name == "tensorrt-rtx"
+        find_tensorrt_engine(folder, Bundle.open(with_engine))
+    build_tensorrt_engine(TensorRTEngineRequest(with_engine, **SMALL))
+    assert find_tensorrt_engine(folder, Bundle.open(with_engine)).name == "tensorrt-rtx"
 
 
 def test_a_damaged_engine_or_record_is_refused(with_engine):
     bundle = Bundle.open(with_engine)
-    folder = engines_folder(bundle)
-    (record,) = read_engines(folder)
+    folder = tensorrt_engines_folder(bundle)
+    (record,) = read_tensorrt_engines(folder)
     (folder / record.file.path).write_bytes(b"vtrt")
     with pytest.raises(BundleIntegrityError, match="the engine was changed or damaged"):
-        find_engine(folder, bundle)
-    build_engine(EngineRequest(with_engine, **SMALL))  # as the message says
-    assert find_engine(folder, bundle).name == record.name
+        find_tensorrt_engine(folder, bundle)
+    build_tensorrt_engine(TensorRTEngineRequest(with_engine, **SMALL))  # as the message says
+    assert find_tensorrt_engine(folder, bundle).name == record.name
     content = json.loads((folder / "engines.json").read_text())
     content["engines"][0]["file"]["path"] = "../model.onnx"
     (folder / "engines.json").write_text(json.dumps(content))
     with pytest.raises(BundleError, match=r"expected a relative path inside the bundle, found '../model.onnx'"):
-        find_engine(folder, bundle)
+        find_tensorrt_engine(folder, bundle)
     del content["engines"][0]["profiles"]
     (folder / "engines.json").write_text(json.dumps(content))
     with pytest.raises(BundleError, match=r"engines.json: expected a record of engines, found one that is damaged"):
-        find_engine(folder, bundle)
+        find_tensorrt_engine(folder, bundle)
 
 
 def test_the_command_says_what_was_built_and_that_it_is_there(fed, tmp_path):

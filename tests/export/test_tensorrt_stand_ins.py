@@ -20,11 +20,11 @@ from prefix_export.cli import main as cli
 from prefix_export.errors import EngineError
 from prefix_export.prefixes.fold import fold_for_bundle
 from prefix_export.tensorrt import refit
-from prefix_export.tensorrt.engine import build_engine
-from prefix_export.tensorrt.refit import mark_prefixes, prefix_weights, refit_engine
-from prefix_export.tensorrt.request import EngineRequest
+from prefix_export.tensorrt.engine import build_tensorrt_engine
+from prefix_export.tensorrt.refit import mark_prefixes, prefix_weights, refit_tensorrt_engine
+from prefix_export.tensorrt.request import TensorRTEngineRequest
 from prefix_runtime import Bundle, PrefixMismatchError, ProviderError, UnknownTaskError
-from prefix_runtime.backends.tensorrt.engine_file import read_engines
+from prefix_runtime.backends.tensorrt.engine_file import read_tensorrt_engines
 from prefix_runtime.backends.tensorrt.library import Library
 from prefix_runtime.backends.tensorrt.profile import tensors
 from prefix_runtime.bundle.graph_contract import NUM_LOGITS_TO_KEEP
@@ -246,8 +246,8 @@ def with_gpu(monkeypatch):
 
 
 def build(bundle, folder, api, **options):
-    return build_engine(
-        EngineRequest(bundle.root, folder, backend="tensorrt", **options), library=Library("tensorrt", api)
+    return build_tensorrt_engine(
+        TensorRTEngineRequest(bundle.root, folder, backend="tensorrt", **options), library=Library("tensorrt", api)
     )
 
 
@@ -259,7 +259,7 @@ def test_on_a_gpu_the_engine_itself_is_read_back(bundle, tmp_path):
     assert record.inputs == tensors(bundle.manifest)[0]
     assert record.profiles[1].inputs["attention_mask"] == ((1, 2), (1, 160), (8, 317))
     assert made.network.flags == 2  # 1 << STRONGLY_TYPED
-    assert read_engines(tmp_path / "engines") == [record]
+    assert read_tensorrt_engines(tmp_path / "engines") == [record]
 
 
 @pytest.mark.usefixtures("with_gpu")
@@ -271,7 +271,7 @@ def test_an_engine_for_another_gpu_is_built_anew(bundle, tmp_path, monkeypatch):
         result = build(bundle, tmp_path / "engines", api)
         found.append((result.record.compute_capabilities, result.seconds > 0))
     assert found == [(("9.0",), True), (("9.0",), False), (("10.0",), True)]
-    assert [record.compute_capabilities for record in read_engines(tmp_path / "engines")] == [("10.0",)]
+    assert [record.compute_capabilities for record in read_tensorrt_engines(tmp_path / "engines")] == [("10.0",)]
 
 
 @pytest.mark.usefixtures("with_gpu")
@@ -339,9 +339,11 @@ def refittable(bundle, tmp_path, monkeypatch):
 def test_an_engine_is_copied_with_another_prefix(bundle, refittable, other, tmp_path, monkeypatch):
     engine, record, library = refittable
     monkeypatch.setattr(Refitter, "names", frozenset(record.refittable.values()))
-    made = refit_engine(bundle, engine, record, task="p3", prefix=other, output=tmp_path / "out", library=library)
+    made = refit_tensorrt_engine(
+        bundle, engine, record, task="p3", prefix=other, output=tmp_path / "out", library=library
+    )
     assert (tmp_path / "out" / made.file.path).read_bytes() == b"refitted"
-    assert read_engines(tmp_path / "out") == [made]
+    assert read_tensorrt_engines(tmp_path / "out") == [made]
     assert list(made.options["refitted"]) == ["p3"]
     (given,) = Refitter.done
     layer = other.sites["decoder"][0]
@@ -355,20 +357,20 @@ def test_what_cannot_be_refitted_is_refused_and_nothing_written(
     engine, record, library = refittable
     given = {"task": "p3", "prefix": other, "output": tmp_path / "out", "library": library}
     with pytest.raises(UnknownTaskError, match="p9"):
-        refit_engine(bundle, engine, record, **given | {"task": "p9"})
+        refit_tensorrt_engine(bundle, engine, record, **given | {"task": "p9"})
     with pytest.raises(PrefixMismatchError, match=r"expected a prefix of length 3 and position base 3.*found 5 and 5"):
-        refit_engine(bundle, engine, record, **given | {"prefix": make_other(5)})
+        refit_tensorrt_engine(bundle, engine, record, **given | {"prefix": make_other(5)})
     with pytest.raises(EngineError, match=r"refit: weight .*: expected one that the engine takes"):
-        refit_engine(bundle, engine, record, **given)
+        refit_tensorrt_engine(bundle, engine, record, **given)
     monkeypatch.setattr(Refitter, "names", frozenset(record.refittable.values()))
     monkeypatch.setattr(Refitter, "missing", ("a bias",))
     with pytest.raises(EngineError, match=r"expected prefixes to be all that changes, found more that must: a bias"):
-        refit_engine(bundle, engine, record, **given)
+        refit_tensorrt_engine(bundle, engine, record, **given)
     monkeypatch.setattr(Library, "has_gpu", False)
     with pytest.raises(
         EngineError, match=r"refit: TensorRT 10.9: expected a GPU that runs engine 'tensorrt', found none"
     ):
-        refit_engine(bundle, engine, record, **given)
+        refit_tensorrt_engine(bundle, engine, record, **given)
     assert not (tmp_path / "out").exists()
 
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import prefix_runtime
 from prefix_runtime import Bundle, Cuda, ProviderError, Sampling
-from prefix_runtime.backends.onnxruntime.cuda_cache import DeviceCache
+from prefix_runtime.backends.onnxruntime.cuda_cache import CudaCache
 from prefix_runtime.bench.inputs import random_prefix
 from prefix_runtime.cli.main import main
 from tests.conftest import VOCAB_SIZE
@@ -206,8 +206,8 @@ def test_sampled_rows_answer_alike_under_their_seed(bundle):
 
 def test_a_step_is_captured_once_for_each_length_and_number_of_rows(bundle, monkeypatch):
     bound = []
-    make = DeviceCache._bound_step
-    monkeypatch.setattr(DeviceCache, "_bound_step", lambda cache, rows: (bound.append(rows), make(cache, rows))[1])
+    make = CudaCache._bound_step
+    monkeypatch.setattr(CudaCache, "_bound_step", lambda cache, rows: (bound.append(rows), make(cache, rows))[1])
     engine = prefix_runtime.load(bundle, provider="cuda")
     for request in requests(12):
         answer(engine, *request)

@@ -17,7 +17,8 @@ from tokenizers.processors import TemplateProcessing
 import prefix_runtime
 from prefix_runtime import LayerPrefix, Prefix
 from prefix_runtime.backends.onnxruntime import session
-from prefix_runtime.bench.measurements import BenchReport, BenchRequest, Cell, Opening, Sample, Subject, Switch
+from prefix_runtime.bench.measurements import BenchReport, Cell, Opening, Sample, Subject, Switch
+from prefix_runtime.bench.request import BenchRequest
 from prefix_runtime.bundle.folder import MANIFEST_NAME, describe_file
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefix_runtime import BenchError, Bundle, Engine, ProviderError, UnknownTaskError, machine
-from prefix_runtime.backends.onnxruntime.keeping import discard, keep
+from prefix_runtime.backends.onnxruntime.automatic_packing import discard_packed, pack_for_good
 from prefix_runtime.bench import bandwidth
 from prefix_runtime.bench import file as bench_file
 from prefix_runtime.bench import plan as bench_plan
@@ -23,14 +23,15 @@ from prefix_runtime.bench import run as bench_module
 from prefix_runtime.bench.file import from_json, summary, to_csv, to_json
 from prefix_runtime.bench.fresh_process import run_in_fresh_process
 from prefix_runtime.bench.inputs import random_prefix
-from prefix_runtime.bench.measurements import BenchReport, BenchRequest, Comparison, Sample, paired_ratio
+from prefix_runtime.bench.measurements import BenchReport, Comparison, Sample, paired_ratio
 from prefix_runtime.bench.report.tables import as_text
+from prefix_runtime.bench.request import BenchRequest
 from prefix_runtime.bench.run import bench, bench_together
 from tests.runtime.conftest import cell, report_of, sample
 from tests.runtime.host_device import HostDevice
 
 SMALL = BenchRequest(prefix_lengths=(0, 5), new_tokens=3, rounds=2, threads=1)
-ROW = bench_plan.Row(None, 3, prompt_length=4, batch_size=1)
+ROW = bench_plan.BenchRow(None, 3, prompt_length=4, batch_size=1)
 
 
 @pytest.fixture(autouse=True)
@@ -174,9 +175,9 @@ class TestRounds:
     def test_a_graph_that_was_kept_is_measured_and_said_to_be(self, bundle, monkeypatch, tmp_path):
         monkeypatch.setenv("PREFIX_RUNTIME_CACHE", str(tmp_path / "cache"))
         opened = Bundle.open(bundle)
-        keep(opened)
+        pack_for_good(opened)
         assert as_text(bench(bundle, SMALL)).splitlines()[1].partition(";")[0].endswith(", graph kept as it was packed")
-        discard(opened)
+        discard_packed(opened)
         assert "kept" not in as_text(bench(bundle, SMALL)).splitlines()[1]
 
     def test_nothing_that_names_a_machine_or_a_person_is_kept(self, measured, shared_bundle):

@@ -12,7 +12,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from prefix_runtime import files as storage
+from prefix_runtime import files as files_module
 from prefix_runtime.bench import bandwidth
 from prefix_runtime.bench import run as bench_module
 from prefix_runtime.bench.file import from_json
@@ -191,7 +191,7 @@ def test_a_disk_that_is_full_leaves_the_old_file(cli, shared_bundle, tmp_path, m
         raise OSError(28, "No space left on device")
 
     (tmp_path / "r.json").write_text("old")
-    monkeypatch.setattr(storage.os, "fsync", full)
+    monkeypatch.setattr(files_module.os, "fsync", full)
     result = cli(shared_bundle, *SMALL, "--prefix-length", 0, "--json", tmp_path / "r.json")
     assert result.exit_code == 1
     assert result.stderr.startswith(f"Error: {tmp_path}/r.json: ")

@@ -30,7 +30,8 @@ from prefix_runtime import (
     engine,
     load,
 )
-from prefix_runtime.bundle.folder import MANIFEST_NAME, check_output, staged
+from prefix_runtime.bundle.folder import MANIFEST_NAME
+from prefix_runtime.bundle.staging import check_output, staged
 from prefix_runtime.files import sha256_of_file
 
 FILES = ["config.json", "model.onnx", "model.onnx.data", "tokenizer.json", "prefixes/p3.safetensors"]

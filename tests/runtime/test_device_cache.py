@@ -14,11 +14,11 @@ import pytest
 import prefix_runtime
 from prefix_runtime import Bundle, ContextOverflowError, Cuda, Geometry, LayerGeometry, ProviderError, Sampling
 from prefix_runtime.backends.gpu.buffer import DeviceBuffer
-from prefix_runtime.backends.gpu.prefix_store import ResidentPrefixes
+from prefix_runtime.backends.gpu.prefix_store import PrefixStore
 from prefix_runtime.backends.onnxruntime.backend import OnnxRuntime
-from prefix_runtime.backends.onnxruntime.cuda_cache import DeviceCache, _Chosen
+from prefix_runtime.backends.onnxruntime.cuda_cache import CudaCache, _Chosen
 from prefix_runtime.backends.onnxruntime.session import Session
-from prefix_runtime.backends.onnxruntime.shared_cache import KeyValueCache
+from prefix_runtime.backends.onnxruntime.shared_cache import SharedCache
 from prefix_runtime.bench import bandwidth
 from prefix_runtime.engine import Engine
 from prefix_runtime.prefix.cache_format import CacheFormat
@@ -52,17 +52,17 @@ def session(opened, device):
 
 @pytest.fixture
 def resident(device, geometry):
-    return ResidentPrefixes(device, geometry, HALF, 1 << 30)
+    return PrefixStore(device, geometry, HALF, 1 << 30)
 
 
 @pytest.fixture
 def on_device(session, geometry, resident):
-    return DeviceCache(session, geometry, ROWS, CAPACITY, cache_format=HALF, prefixes=resident)
+    return CudaCache(session, geometry, ROWS, CAPACITY, cache_format=HALF, prefixes=resident)
 
 
 @pytest.fixture
 def on_host(opened, geometry):
-    return KeyValueCache(Session(opened.graph_path, threads=1), geometry, ROWS, CAPACITY, HALF)
+    return SharedCache(Session(opened.graph_path, threads=1), geometry, ROWS, CAPACITY, HALF)
 
 
 @pytest.fixture
@@ -150,8 +150,8 @@ def test_a_sampled_step_copies_logits_one_way_and_tokens_the_other(on_device, pr
 def test_the_last_step_is_not_followed_by_one_that_nobody_asked_for(on_device, prefixes, monkeypatch):
     runs = []
     tokens = begun(on_device, prefixes)
-    launch = DeviceCache._launch
-    monkeypatch.setattr(DeviceCache, "_launch", lambda cache: (runs.append(1), launch(cache)))
+    launch = CudaCache._launch
+    monkeypatch.setattr(CudaCache, "_launch", lambda cache: (runs.append(1), launch(cache)))
     for more, expected in ((2, 2), (1, 3), (0, 3)):  # one ahead of the host, until none may follow
         tokens = on_device.choose(tokens, more=more)
         assert len(runs) == expected
@@ -160,8 +160,8 @@ def test_the_last_step_is_not_followed_by_one_that_nobody_asked_for(on_device, p
 def test_the_next_step_is_asked_for_before_the_host_waits_for_this_one(on_device, prefixes, monkeypatch):
     happened = []
     tokens = begun(on_device, prefixes)
-    launch, read = DeviceCache._launch, _Chosen.read
-    monkeypatch.setattr(DeviceCache, "_launch", lambda cache: (happened.append("launch"), launch(cache)))
+    launch, read = CudaCache._launch, _Chosen.read
+    monkeypatch.setattr(CudaCache, "_launch", lambda cache: (happened.append("launch"), launch(cache)))
     monkeypatch.setattr(_Chosen, "read", lambda *args: (happened.append("read"), read(*args))[1])
     for _ in range(2):
         tokens = on_device.choose(tokens, more=9)
@@ -184,7 +184,7 @@ def test_rows_that_have_left_are_run_along_from_an_empty_beginning(on_device, pr
 def test_what_was_captured_goes_with_the_buffers(session, geometry, resident, monkeypatch):
     released = []
     monkeypatch.setattr(session._session, "release_captured_graph", released.append)
-    cache = DeviceCache(session, geometry, 2, CAPACITY, cache_format=HALF, prefixes=resident)
+    cache = CudaCache(session, geometry, 2, CAPACITY, cache_format=HALF, prefixes=resident)
     for row in range(2):
         cache.seed(row, None)
     cache.choose([1, 2], more=0)
@@ -196,7 +196,7 @@ def test_what_was_captured_goes_with_the_buffers(session, geometry, resident, mo
 
 
 def test_a_full_row_is_refused_before_anything_runs(session, geometry, resident):
-    cache = DeviceCache(session, geometry, 1, 4, cache_format=HALF, prefixes=resident)
+    cache = CudaCache(session, geometry, 1, 4, cache_format=HALF, prefixes=resident)
     cache.seed(0, None)
     tokens = [int(cache.prefill(0, [1, 2, 3]).argmax())]
     tokens = cache.choose(tokens, more=9)
@@ -211,7 +211,7 @@ def test_a_full_row_is_refused_before_anything_runs(session, geometry, resident)
 def test_a_graph_of_another_target_is_refused(shared_bundle, device, geometry, resident):
     session = Session(Bundle.open(shared_bundle).graph_path, threads=1, device=device)
     with pytest.raises(ProviderError, match=r"^provider 'cuda': expected .* build the bundle with --target cuda$"):
-        DeviceCache(session, geometry, 1, 8, cache_format=HALF, prefixes=resident)
+        CudaCache(session, geometry, 1, 8, cache_format=HALF, prefixes=resident)
 
 
 def test_layers_of_several_shapes_are_copied_each_as_it_is(device):
@@ -236,7 +236,7 @@ def test_a_prefix_that_cannot_be_brought_in_leaves_nothing_behind(on_device, on_
     other, lost = (make_prefix(8, seed=seed, position_base=0) for seed in range(2))
     on_device.seed(0, other)
     with monkeypatch.context() as patch:
-        patch.setattr(ResidentPrefixes, "get", failing)
+        patch.setattr(PrefixStore, "get", failing)
         with pytest.raises(ProviderError):
             on_device.seed(0, lost)
     on_device.reset(0)  # as the pool does for a request without a prefix
@@ -284,10 +284,10 @@ def test_a_row_that_cannot_be_moved_holds_no_prefix(on_device, prefixes, monkeyp
     assert on_device.rows[1].prefix is None
 
 
-class TestResidentPrefixes:
+class TestPrefixStore:
     def test_the_least_recently_used_go_first(self, device, geometry, make_prefix):
         one = 4 * 2 * geometry.values_per_position
-        resident = ResidentPrefixes(device, geometry, HALF, 2 * one)
+        resident = PrefixStore(device, geometry, HALF, 2 * one)
         first, second, third = (make_prefix(4, seed=seed) for seed in range(3))
         places = [resident.get(first), resident.get(second)]
         assert resident.get(first) is places[0]
@@ -297,7 +297,7 @@ class TestResidentPrefixes:
         assert resident.get(second) is not places[1]
 
     def test_one_beyond_the_budget_is_there_while_it_is_needed(self, device, geometry, make_prefix):
-        resident = ResidentPrefixes(device, geometry, HALF, 0)
+        resident = PrefixStore(device, geometry, HALF, 0)
         prefix = make_prefix(4)
         assert resident.get(prefix) is resident.get(prefix)
 
@@ -311,7 +311,7 @@ class TestResidentPrefixes:
     def test_a_prefix_larger_than_the_staging_arrives_whole(self, device, geometry, make_prefix, monkeypatch):
         monkeypatch.setattr("prefix_runtime.backends.gpu.prefix_store._PIECE_BYTES", 96)
         prefix = make_prefix(7)
-        buffer = ResidentPrefixes(device, geometry, HALF, 1 << 30).get(prefix)
+        buffer = PrefixStore(device, geometry, HALF, 1 << 30).get(prefix)
         for index, layer in enumerate(prefix.sites["decoder"]):
             for part, array in enumerate((layer.key, layer.value)):
                 found = np.empty(array.shape, np.float16)
@@ -321,7 +321,7 @@ class TestResidentPrefixes:
     @pytest.mark.parametrize("place", ["_fill", "_Staging._send"])
     def test_after_a_failure_prefixes_are_brought_in_as_before(self, device, geometry, make_prefix, monkeypatch, place):
         monkeypatch.setattr("prefix_runtime.backends.gpu.prefix_store._PIECE_BYTES", 96)
-        resident = ResidentPrefixes(device, geometry, HALF, 1 << 30)
+        resident = PrefixStore(device, geometry, HALF, 1 << 30)
         prefix = make_prefix(7)
         with monkeypatch.context() as broken:
             broken.setattr(f"prefix_runtime.backends.gpu.prefix_store.{place}", failing)
@@ -364,9 +364,9 @@ class TestEngine:
 
     def test_one_buffer_serves_every_task(self, engine, monkeypatch):
         made = []
-        begin = DeviceCache.__init__
+        begin = CudaCache.__init__
         monkeypatch.setattr(
-            DeviceCache, "__init__", lambda cache, *args, **options: (made.append(1), begin(cache, *args, **options))[1]
+            CudaCache, "__init__", lambda cache, *args, **options: (made.append(1), begin(cache, *args, **options))[1]
         )
         for task in ("p3", "p20", None, "p3"):
             engine.generate(token_ids=[5, 6], task=task, max_new_tokens=4)

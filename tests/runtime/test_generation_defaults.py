@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import prefix_runtime
 from prefix_runtime import RequestError, Sampling
-from prefix_runtime.backends.onnxruntime.shared_cache import KeyValueCache
+from prefix_runtime.backends.onnxruntime.shared_cache import SharedCache
 from prefix_runtime.generation.answer import GrowingAnswer
 from prefix_runtime.generation.generation_config import PLAIN
 from prefix_runtime.generation.sampling import distribution
@@ -300,7 +300,7 @@ def test_where_rules_forbid_every_token_the_request_is_refused(engine_with):
 
 def test_without_rules_tokens_are_chosen_where_the_logits_are(engine_with, monkeypatch):
     steps = []
-    monkeypatch.setattr(KeyValueCache, "choose", recording(steps, "choose", KeyValueCache.choose))
+    monkeypatch.setattr(SharedCache, "choose", recording(steps, "choose", SharedCache.choose))
     monkeypatch.setattr(GrowingAnswer, "take", recording(steps, "take", GrowingAnswer.take))
     for defaults, expected in (
         ({}, ["take"] + ["choose"] * 4),

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import prefix_runtime
-from prefix_runtime.backends.onnxruntime import huge_pages as pages
-from prefix_runtime.backends.onnxruntime import session
+from prefix_runtime.backends.onnxruntime import huge_pages
+from prefix_runtime.backends.onnxruntime.worker_thread import WorkerThread
 from prefix_runtime.bundle.tasks import TaskStore
 from prefix_runtime.cache.cache import Cache
 from prefix_runtime.cache.pool import CachePool
@@ -145,7 +145,7 @@ def test_a_task_store_that_is_interrupted_at_any_moment_is_as_before_or_after(sh
     assert moment > 10
 
 
-def check_engine(engine, expected):
+def check_tensorrt_engine(engine, expected):
     assert not engine._pool._lock.locked()
     assert not engine._store._lock.locked()
     assert engine._pool.lent_bytes == 0
@@ -176,7 +176,7 @@ def test_an_engine_that_is_interrupted_answers_the_next_request_right(shared_bun
         interrupted(does, moment)
         if "new" in engine.tasks:
             engine.remove_task("new")
-        check_engine(engine, expected)
+        check_tensorrt_engine(engine, expected)
 
 
 def test_an_opening_that_is_interrupted_leaves_no_lock(shared_bundle):
@@ -205,7 +205,7 @@ def test_what_a_collected_binding_asks_of_the_gpus_thread_waits_for_no_lock(no_h
     class Device:
         turn = threading.RLock
 
-    thread, done = session._RunningThread(Device()), []
+    thread, done = WorkerThread(Device()), []
     with no_hang, thread._pool._shutdown_lock:
         thread.ask_for_later(lambda: done.append("released"))
     assert done == []
@@ -228,7 +228,7 @@ def test_the_interruption_reaches_what_it_should():
 
 def test_openings_that_are_interrupted_at_any_moment_are_not_counted_for_ever(collect):
     def work():
-        with pages.opening():
+        with huge_pages.opening():
             pass
 
     moment = moments = 0
@@ -236,8 +236,8 @@ def test_openings_that_are_interrupted_at_any_moment_are_not_counted_for_ever(co
         moment += 1
         moments = interrupted(work, moment)
         collect()
-        assert not pages._openings.lock.locked()
-        assert pages._openings.under_way == set()
+        assert not huge_pages._openings.lock.locked()
+        assert huge_pages._openings.under_way == set()
     assert moment > 5
 
 

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from prefix_runtime import files as storage
-from prefix_runtime.bundle.folder import staged
+from prefix_runtime import files
+from prefix_runtime.bundle.staging import staged
 from prefix_runtime.cli import main as cli
 from prefix_runtime.files import check_room, partial_name, shown_size, write_file_atomically
 from prefix_runtime.os_errors import described, write_error
@@ -142,7 +142,7 @@ def test_hidden_names_are_shown_as_those_that_they_stand_for(tmp_path):
         (f"cannot write {partial.name}", "cannot write my out"),
         ("a.b.partial", "a.b.partial"),
     ):
-        assert storage.without_partial_names(text) == shown
+        assert files.without_partial_names(text) == shown
 
 
 @pytest.mark.parametrize(

@@ -22,15 +22,15 @@ from prefix_runtime import Bundle, BundleError, Cuda, ProviderError, RequestErro
 from prefix_runtime.backends.tensorrt import session as module
 from prefix_runtime.backends.tensorrt.backend import TensorRT
 from prefix_runtime.backends.tensorrt.engine_file import (
-    EngineRecord,
-    add_engine,
-    engines_folder,
+    TensorRTEngineRecord,
+    add_tensorrt_engine,
     graph_hash,
-    read_engines,
+    read_tensorrt_engines,
+    tensorrt_engines_folder,
 )
 from prefix_runtime.backends.tensorrt.library import Library
 from prefix_runtime.backends.tensorrt.profile import limits, profiles, tensors
-from prefix_runtime.backends.tensorrt.session import open_engine
+from prefix_runtime.backends.tensorrt.session import open_tensorrt_engine
 from prefix_runtime.bundle.manifest import FileEntry
 from prefix_runtime.engine import Engine
 
@@ -203,7 +203,7 @@ def record_of(bundle, ranges, **changes):
         "refittable": {},
         "read_back": "network",
     }
-    return EngineRecord(**fields | changes)
+    return TensorRTEngineRecord(**fields | changes)
 
 
 @pytest.fixture(scope="module", params=["feed", "bake"])
@@ -212,8 +212,8 @@ def made(request, workshop, tmp_path_factory):
     source = workshop.bundle("gpt2", (3, 20), tokenizer=False, target="tensorrt", mode=request.param, verify=False)
     bundle = Bundle.open(shutil.copytree(source, tmp_path_factory.mktemp("engine") / "bundle"))
     ranges = profiles(bundle.manifest, limits(bundle.manifest, batch=3, prompt=12))
-    engines_folder(bundle).mkdir()
-    add_engine(engines_folder(bundle), record_of(bundle, ranges), PLAN)
+    tensorrt_engines_folder(bundle).mkdir()
+    add_tensorrt_engine(tensorrt_engines_folder(bundle), record_of(bundle, ranges), PLAN)
     return bundle, StandInEngine(bundle, ranges)
 
 
@@ -231,7 +231,7 @@ def opened(made, monkeypatch):
         bundle, engine = made
         library = Library("tensorrt-rtx", stand_in(options.get("engine", engine), options.get("version", VERSION)))
         device = StandInDevice()
-        session = open_engine(bundle, Cuda(), library, device)
+        session = open_tensorrt_engine(bundle, Cuda(), library, device)
         return Engine(
             bundle, TensorRT(bundle, session), bundle.manifest.max_length, max_batch=session.limits.batch
         ), device
@@ -352,9 +352,9 @@ def test_a_machine_without_such_a_gpu_is_told_what_to_do(made, monkeypatch, capa
 
 def test_an_engine_that_names_the_gpu_comes_before_one_that_does_not(made, capability, monkeypatch):  # noqa: ARG001
     bundle = made[0]
-    named = read_engines(engines_folder(bundle))[0]
+    named = read_tensorrt_engines(tensorrt_engines_folder(bundle))[0]
     other = dataclasses.replace(named, name="tensorrt", backend="tensorrt", compute_capabilities=())
-    monkeypatch.setattr(module, "read_engines", lambda folder: [other, named])
+    monkeypatch.setattr(module, "read_tensorrt_engines", lambda folder: [other, named])
     assert module._fitting(bundle, 0) == named
 
 
@@ -382,7 +382,7 @@ def test_a_bundle_of_which_no_engine_is_made_says_so(shared_bundle):
 @pytest.mark.usefixtures("capability")
 def test_a_stale_engine_is_refused(made, tmp_path):
     bundle = Bundle.open(shutil.copytree(made[0].root, tmp_path / "bundle"))
-    (record,) = read_engines(engines_folder(bundle))
-    add_engine(engines_folder(bundle), dataclasses.replace(record, graph="0" * 64), PLAN)
+    (record,) = read_tensorrt_engines(tensorrt_engines_folder(bundle))
+    add_tensorrt_engine(tensorrt_engines_folder(bundle), dataclasses.replace(record, graph="0" * 64), PLAN)
     with pytest.raises(BundleError, match="expected one of this bundle's graph, found one that was built of another"):
         prefix_runtime.load(bundle.root, provider="tensorrt-engine")

@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 from prefix_runtime import Bundle, Prefix, PrefixRuntimeError
-from prefix_runtime.backends.onnxruntime.packed_graphs import _is_intact, prepare, prepared_graph
+from prefix_runtime.backends.onnxruntime.packed_graphs import _is_intact, pack_graph, packed_graph
 
 WAYS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EACCES": errno.EACCES, "kill": 0}
 _DONE, _REFUSED, _BUG = 0, 3, 4
@@ -156,17 +156,17 @@ def keep(folder, bundle):
         shutil.rmtree(folder / "cache", ignore_errors=True)
 
     def state(*, is_killed):
-        graph = prepared_graph(opened)
+        graph = packed_graph(opened)
         if graph is not None and not _is_intact(graph.parent):
             return "a graph that is not whole"
         if (left := partials(folder)) and not is_killed:
             return f"left behind: {left}"
         # However it ended, the next attempt succeeds.
-        if attempt(lambda: prepare(opened), folder, _NOWHERE, "EIO")[0] != _DONE or prepared_graph(opened) is None:
+        if attempt(lambda: pack_graph(opened), folder, _NOWHERE, "EIO")[0] != _DONE or packed_graph(opened) is None:
             return "it cannot be kept any more"
         return "old" if graph is None else "new"
 
-    return at_each_point(lambda point, way: attempt(lambda: prepare(opened), folder, point, way), begin, state)
+    return at_each_point(lambda point, way: attempt(lambda: pack_graph(opened), folder, point, way), begin, state)
 
 
 def build_bundle(folder, model, adapter):

@@ -19,7 +19,7 @@ import pytest
 
 import prefix_runtime
 from prefix_runtime import UnknownTaskError
-from prefix_runtime.backends.onnxruntime.shared_cache import KeyValueCache
+from prefix_runtime.backends.onnxruntime.shared_cache import SharedCache
 from prefix_runtime.bundle.tasks import TaskStore
 from prefix_runtime.prefix.composition import concatenated
 from tests.stress.conftest import SECONDS
@@ -144,7 +144,7 @@ def check_at_rest(engine, truth, version):
     assert not engine._store._lock.locked()
     assert engine._pool.lent_bytes == 0
     idle = set(map(id, engine._pool._idle))
-    caches = [each for each in gc.get_objects() if type(each) is KeyValueCache]
+    caches = [each for each in gc.get_objects() if type(each) is SharedCache]
     alive = [cache for cache in caches if cache._prompt._session is engine._backend.session]
     assert [each for each in alive if id(each) not in idle] == []
     for task in TASKS:

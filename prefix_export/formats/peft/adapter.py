@@ -21,7 +21,7 @@ import numpy as np
 from prefix_export.errors import CheckpointError
 from prefix_export.formats.shared.checkpoint import Checkpoint, Tensors, read_json
 from prefix_export.formats.shared.trained import folded_width
-from prefix_export.models.model_shape import BOTH, Shape
+from prefix_export.models.model_shape import BOTH, ModelShape
 from prefix_runtime import PrefixMismatchError, Source
 
 from .prompt_encoder import COLUMNS, PROMPT, ROWS, PromptEncoder, prompt_encoders
@@ -118,7 +118,7 @@ class Adapter:
         return found
 
 
-def adapters_of(checkpoint: Checkpoint, shape: Shape | None = None) -> dict[str, Adapter]:
+def adapters_of(checkpoint: Checkpoint, shape: ModelShape | None = None) -> dict[str, Adapter]:
     """The adapters by name; a single one has the empty name.
 
     Args:
@@ -163,7 +163,7 @@ def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path}: {key}: expected one of {', '.join(expected)}, found {config.get(key)!r}")
 
 
-def _open_state_dict(encoder: PromptEncoder, shape: Shape | None) -> Adapter:
+def _open_state_dict(encoder: PromptEncoder, shape: ModelShape | None) -> Adapter:
     checkpoint = encoder.checkpoint
     path = _config_of(checkpoint, encoder.name)
     if path is None:
@@ -201,7 +201,7 @@ def _from_above(checkpoint: Checkpoint, config: Path) -> tuple[str, ...]:
     return (f"{checkpoint.weights}: no {CONFIG_NAME} is beside it; {config} is taken for its own",)
 
 
-def _inferred(encoder: PromptEncoder, shape: Shape | None) -> Adapter:
+def _inferred(encoder: PromptEncoder, shape: ModelShape | None) -> Adapter:
     """An adapter without a config: its kind is told by its modules, or by its width under a model."""
     rows, width = Adapter(encoder.checkpoint, {}, encoder, None).prompt_shape()
     kind = encoder.kind
@@ -215,7 +215,7 @@ def _inferred(encoder: PromptEncoder, shape: Shape | None) -> Adapter:
     return Adapter(encoder.checkpoint, config, encoder, None, (warning,))
 
 
-def _kind_by_width(encoder: PromptEncoder, width: int, shape: Shape | None) -> str:
+def _kind_by_width(encoder: PromptEncoder, width: int, shape: ModelShape | None) -> str:
     if shape is None:
         return "PREFIX_TUNING or PROMPT_TUNING"
     ((_, layers),) = shape.sites.items()

@@ -21,7 +21,7 @@ from prefix_export.errors import CheckpointError
 from prefix_export.formats.shared.checkpoint import Checkpoint
 from prefix_export.formats.shared.trained import SoftPrompt, Trained, check_embedding_size, folded, make_prefix
 from prefix_export.formats.shared.untrained import DEVIATION, UNTRAINED, is_normal
-from prefix_export.models.model_shape import BOTH, Shape
+from prefix_export.models.model_shape import BOTH, ModelShape
 from prefix_runtime import LayerGeometry, LayerPrefix, Prefix, PrefixMismatchError
 from prefix_runtime.checks import is_whole
 
@@ -124,7 +124,7 @@ def _described(adapter: Adapter) -> dict[str, str]:
     }
 
 
-def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
+def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
     """See `formats.read`; several adapters are parts by their names."""
     parts: dict[str, Prefix | SoftPrompt] = {}
     warnings: list[str] = []
@@ -137,7 +137,7 @@ def read(checkpoint: Checkpoint, shape: Shape) -> Trained:
     return Trained(parts, tuple(warnings))
 
 
-def _read_keys_and_values(adapter: Adapter, shape: Shape) -> Trained:
+def _read_keys_and_values(adapter: Adapter, shape: ModelShape) -> Trained:
     prompt = adapter.prompt()
     said = adapter.config.get("num_virtual_tokens")
     if said != len(prompt):
@@ -209,7 +209,7 @@ def _paired_layers(
     return pairs, (warning,) if never else ()
 
 
-def _read_embeddings(adapter: Adapter, shape: Shape) -> Trained:
+def _read_embeddings(adapter: Adapter, shape: ModelShape) -> Trained:
     prompt, length = adapter.prompt(), adapter.config.get("num_virtual_tokens")
     count = 2 if shape.kind == BOTH else 1
     if not is_whole(length) or len(prompt) not in (length, count * length):

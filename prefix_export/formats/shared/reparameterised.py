@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prefix_export.errors import CheckpointError
-from prefix_export.models.model_shape import Shape
+from prefix_export.models.model_shape import ModelShape
 from prefix_runtime import LayerPrefix
 
 from .checkpoint import Checkpoint
@@ -24,7 +24,7 @@ _DEEPEST = 4
 
 
 @dataclass(frozen=True)
-class Table:
+class PromptTable:
     """A table of embeddings and the MLP behind it, by their names' beginnings, and the site that they are for."""
 
     embedding: str
@@ -51,7 +51,7 @@ def required_lead(checkpoint: Checkpoint, name: str) -> str:
     return found
 
 
-def matrix(checkpoint: Checkpoint, start: str, table: Table) -> np.ndarray:
+def matrix(checkpoint: Checkpoint, start: str, table: PromptTable) -> np.ndarray:
     """What the MLP makes of a table, [rows, 2 * layers * heads * head_dim].
 
     Raises:
@@ -109,7 +109,9 @@ def described(checkpoint: Checkpoint, is_shown: Callable[[str], bool]) -> dict[s
     return {name: " x ".join(map(str, shape)) for name, shape in checkpoint.shapes.items() if is_shown(name)}
 
 
-def sites_of(checkpoint: Checkpoint, shape: Shape, start: str, tables: Iterable[Table]) -> dict[str, list[LayerPrefix]]:
+def sites_of(
+    checkpoint: Checkpoint, shape: ModelShape, start: str, tables: Iterable[PromptTable]
+) -> dict[str, list[LayerPrefix]]:
     """The keys and values of each table's site; see `matrix` and `site_layers`."""
     return {
         table.site: site_layers(checkpoint, shape, table.site, matrix(checkpoint, start, table), table.mlp)
@@ -117,7 +119,9 @@ def sites_of(checkpoint: Checkpoint, shape: Shape, start: str, tables: Iterable[
     }
 
 
-def site_layers(checkpoint: Checkpoint, shape: Shape, site: str, numbers: np.ndarray, stem: str) -> list[LayerPrefix]:
+def site_layers(
+    checkpoint: Checkpoint, shape: ModelShape, site: str, numbers: np.ndarray, stem: str
+) -> list[LayerPrefix]:
     """The keys and values of a site in a matrix whose slots are counted by the decoder, as these code bases do.
 
     An encoder with fewer layers leaves the slots behind its last unread; one with more has none for them.

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from prefix_export.errors import CheckpointError
-from prefix_export.models.model_shape import Shape
+from prefix_export.models.model_shape import ModelShape
 from prefix_runtime import LayerGeometry, LayerPrefix, Prefix, PrefixError, PrefixMismatchError, Source
 
 _AXES = 2  # of a matrix
@@ -149,7 +149,7 @@ def _check_linear(weight: np.ndarray, bias: np.ndarray, inputs: np.ndarray, wher
         )
 
 
-def check_embedding_size(found: Sequence[int], shape: Shape, where: str) -> None:
+def check_embedding_size(found: Sequence[int], shape: ModelShape, where: str) -> None:
     """Refuse a soft prompt whose shape is of another width than the model's embeddings.
 
     Raises:

@@ -15,8 +15,9 @@ from prefix_runtime.generation.generation_config import PLAIN
 from prefix_runtime.machine import peak_memory, resident_memory
 
 from .inputs import free_name, random_prefix, random_prompts
-from .measurements import BenchRequest, Opening
-from .plan import Row
+from .measurements import Opening
+from .plan import BenchRow
+from .request import BenchRequest
 
 # The module is imported here, and not by the interpreter's -m, so that its own import can be timed.
 _CHILD = """
@@ -29,7 +30,7 @@ sys.stdout.write(observe(seconds, *sys.argv[1:]))
 """
 
 
-def run_in_fresh_process(path: Path, row: Row, request: BenchRequest) -> Opening:
+def run_in_fresh_process(path: Path, row: BenchRow, request: BenchRequest) -> Opening:
     """What a fresh interpreter measures that opens a bundle and generates what a row asks for.
 
     Raises:
@@ -51,7 +52,7 @@ def observe(import_seconds: float, path: str, wanted: str) -> str:
 
     request = json.loads(wanted)
     provider, threads, new_tokens = (request.pop(key) for key in ("provider", "threads", "new_tokens"))
-    row = Row(**request)
+    row = BenchRow(**request)
     started = time.perf_counter()
     engine = load(path, provider=provider, threads=threads, max_batch=row.batch_size, prepare=False)
     open_seconds = time.perf_counter() - started

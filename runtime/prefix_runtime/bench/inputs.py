@@ -10,7 +10,7 @@ from prefix_runtime.bundle.folder import Bundle
 from prefix_runtime.prefix.cache_format import LARGEST
 from prefix_runtime.prefix.prefix import LayerPrefix, Prefix
 
-from .plan import Row
+from .plan import BenchRow
 
 
 def random_prefix(bundle: Bundle, length: int, seed: int | None = None) -> Prefix:
@@ -33,7 +33,7 @@ def _within(numbers: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return clipped
 
 
-def random_prompts(bundle: Bundle, row: Row) -> list[list[int]]:
+def random_prompts(bundle: Bundle, row: BenchRow) -> list[list[int]]:
     """Token ids for each row of a batch."""
     random = np.random.default_rng(row.prompt_length)
     size = (row.batch_size, row.prompt_length)

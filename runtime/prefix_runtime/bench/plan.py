@@ -10,11 +10,11 @@ from prefix_runtime.bundle.manifest import unknown_task
 from prefix_runtime.errors import BenchError, UnknownTaskError
 from prefix_runtime.prefix.geometry import LEAST_TEXT
 
-from .measurements import MOST_TASKS, BenchRequest
+from .request import MOST_TASKS, BenchRequest
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """What a row runs under; `task` is the bundle's, or None where the prefix is random or there is none."""
 
     task: str | None
@@ -32,21 +32,21 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """The rows of one bundle: those to measure, the prefixes that occur in them, and why others are not measured."""
 
     bundle: Bundle
-    rows: tuple[Row, ...]
-    prefixes: tuple[Row, ...]
+    rows: tuple[BenchRow, ...]
+    prefixes: tuple[BenchRow, ...]
     skipped: tuple[str, ...]
 
     @property
-    def selections(self) -> tuple[Row, ...]:
+    def selections(self) -> tuple[BenchRow, ...]:
         """Prefixes whose selection is measured; one that the graph holds is never new to an engine."""
         return self.prefixes if self.bundle.manifest.mode == "feed" else ()
 
 
-def plan_rows(bundle: Bundle, request: BenchRequest) -> Plan:
+def plan_rows(bundle: Bundle, request: BenchRequest) -> BenchPlan:
     """What of a request fits a bundle.
 
     Raises:
@@ -57,14 +57,14 @@ def plan_rows(bundle: Bundle, request: BenchRequest) -> Plan:
     if bundle.manifest.mode == "bake":
         unmeasured.append("random prefixes and selecting a task: the graph holds its own prefixes")
     else:
-        wanted = [*(Row(None, length) for length in request.prefix_lengths), *wanted]
+        wanted = [*(BenchRow(None, length) for length in request.prefix_lengths), *wanted]
     room = {row: _room(bundle, row) for row in wanted}
     limit = bundle.manifest.max_length
     fitting = [row for row in wanted if room[row] >= LEAST_TEXT]
     skipped = [f"{row.prefix}: leaves no room for text in {limit} positions" for row in wanted if row not in fitting]
     rows = []
     for row in _settings(fitting, request):
-        if row.prompt_length + request.new_tokens <= room[Row(row.task, row.prefix_length)]:
+        if row.prompt_length + request.new_tokens <= room[BenchRow(row.task, row.prefix_length)]:
             rows.append(row)
         elif row.batch_size == request.batch_sizes[0]:
             skipped.append(
@@ -73,10 +73,10 @@ def plan_rows(bundle: Bundle, request: BenchRequest) -> Plan:
             )
     if not rows:
         raise BenchError(f"{bundle.root}: expected something that fits the bundle, found {'; '.join(skipped)}")
-    return Plan(bundle, tuple(rows), tuple(row for row in fitting if row.prefix_length), (*skipped, *unmeasured))
+    return BenchPlan(bundle, tuple(rows), tuple(row for row in fitting if row.prefix_length), (*skipped, *unmeasured))
 
 
-def _tasks(bundle: Bundle, request: BenchRequest) -> tuple[list[Row], list[str]]:
+def _tasks(bundle: Bundle, request: BenchRequest) -> tuple[list[BenchRow], list[str]]:
     """The tasks to measure, and a line about those that are left out."""
     names = bundle.tasks[:MOST_TASKS] if request.tasks is None else request.tasks
     for name in names:
@@ -84,17 +84,17 @@ def _tasks(bundle: Bundle, request: BenchRequest) -> tuple[list[Row], list[str]]
             raise UnknownTaskError(f"{bundle.root.name}: {unknown_task(name, bundle.tasks)}")
     left = len(bundle.tasks) - len(names) if request.tasks is None else 0
     lines = [f"{left} more tasks: of a bundle the first {MOST_TASKS} are measured, unless others are named"]
-    return [Row(name, bundle.manifest.tasks[name].prefix_length) for name in names], lines[: bool(left)]
+    return [BenchRow(name, bundle.manifest.tasks[name].prefix_length) for name in names], lines[: bool(left)]
 
 
-def _room(bundle: Bundle, row: Row) -> int:
+def _room(bundle: Bundle, row: BenchRow) -> int:
     """Tokens of text that fit behind a row's prefix."""
     manifest = bundle.manifest
     base = manifest.tasks[row.task].position_base if row.task else row.prefix_length
     return min(manifest.max_length - row.prefix_length, manifest.geometry.context_length - base)
 
 
-def _settings(prefixes: Sequence[Row], request: BenchRequest) -> Iterator[Row]:
+def _settings(prefixes: Sequence[BenchRow], request: BenchRequest) -> Iterator[BenchRow]:
     for batch_size in request.batch_sizes:
         for prompt_length in request.prompt_lengths:
             for row in prefixes:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 
 from prefix_runtime import machine
-from prefix_runtime.backends.onnxruntime.packed_graphs import prepared_graph
+from prefix_runtime.backends.onnxruntime.packed_graphs import packed_graph
 from prefix_runtime.bundle.folder import Bundle
 from prefix_runtime.engine import Engine, load
 from prefix_runtime.generation.arguments import GenerationOptions
@@ -22,8 +22,9 @@ from prefix_runtime.generation.generation_config import PLAIN
 from .bandwidth import BandwidthProbe, CopyProbe, Probe
 from .fresh_process import run_in_fresh_process
 from .inputs import free_name, random_prefix, random_prompts
-from .measurements import BenchReport, BenchRequest, Cell, Opening, Sample, Subject, Switch
-from .plan import Plan, Row, plan_rows
+from .measurements import BenchReport, Cell, Opening, Sample, Subject, Switch
+from .plan import BenchPlan, BenchRow, plan_rows
+from .request import BenchRequest
 
 if TYPE_CHECKING:
     from prefix_runtime.backends.gpu.device import Device
@@ -84,15 +85,15 @@ def _probe(request: BenchRequest, contestant: _Contestant) -> Probe:
     return BandwidthProbe(request.threads) if device is None else CopyProbe(device)
 
 
-def _steps_of(plan: Plan) -> int:
+def _steps_of(plan: BenchPlan) -> int:
     return len(plan.rows) + len(plan.selections)
 
 
-def _openings_of(plans: Sequence[Plan]) -> int:
+def _openings_of(plans: Sequence[BenchPlan]) -> int:
     return max(LEAST_OPENINGS, *(len(plan.rows) for plan in plans))
 
 
-def _openings(plans: Sequence[Plan], request: BenchRequest, progress: _Progress) -> list[tuple[Opening, ...]]:
+def _openings(plans: Sequence[BenchPlan], request: BenchRequest, progress: _Progress) -> list[tuple[Opening, ...]]:
     """Each bundle's openings, in turn: every row in a process of its own."""
     found: list[list[Opening]] = [[] for _ in plans]
     # Before this process opens the bundles itself, so that there is memory for both.
@@ -130,7 +131,7 @@ class _Progress:
 class _Contestant:
     """One bundle's engine, its rows, and what was measured of them."""
 
-    def __init__(self, plan: Plan, request: BenchRequest, progress: _Progress) -> None:
+    def __init__(self, plan: BenchPlan, request: BenchRequest, progress: _Progress) -> None:
         progress.begin(f"opening {plan.bundle.root.name}")
         self._plan, self._request = plan, request
         self._engine = load(
@@ -140,7 +141,7 @@ class _Contestant:
             max_batch=max(request.batch_sizes),
             prepare=False,
         )
-        self._names: dict[Row, str | None] = {Row(None, 0): None}
+        self._names: dict[BenchRow, str | None] = {BenchRow(None, 0): None}
         for row in plan.prefixes:
             self._names[row] = row.task or self._add_random(row.prefix_length)
         self._generations = {row: self._generation(row) for row in plan.rows}
@@ -176,7 +177,7 @@ class _Contestant:
 
     def _machine(self) -> dict[str, str]:
         found = machine.describe(None if self.device is None else self.device.name)
-        is_kept = self._request.provider == "cpu" and prepared_graph(self._plan.bundle) is not None
+        is_kept = self._request.provider == "cpu" and packed_graph(self._plan.bundle) is not None
         return found | {"graph": "graph kept as it was packed"} if is_kept else found
 
     def _add_random(self, length: int) -> str:
@@ -184,16 +185,16 @@ class _Contestant:
         self._engine.add_task(name, random_prefix(self._plan.bundle, length))
         return name
 
-    def _generation(self, row: Row) -> _Step[Sample]:
+    def _generation(self, row: BenchRow) -> _Step[Sample]:
         prompts = random_prompts(self._plan.bundle, row)
-        name = self._names[Row(row.task, row.prefix_length)]
+        name = self._names[BenchRow(row.task, row.prefix_length)]
         measure = partial(_generate, self._engine, name, prompts, self._request.new_tokens)
         return _Step(str(row), measure)
 
-    def _selection(self, row: Row) -> _Step[tuple[float, float]]:
+    def _selection(self, row: BenchRow) -> _Step[tuple[float, float]]:
         return _Step(f"selecting {row.prefix}", partial(self._select, row))
 
-    def _select(self, row: Row) -> tuple[float, float]:
+    def _select(self, row: BenchRow) -> tuple[float, float]:
         """Seconds of the first selection of a prefix that the engine has never seen, and of its second."""
         started = time.perf_counter()
         if row.task:
@@ -229,6 +230,6 @@ def _generate(engine: Engine, task: str | None, prompts: list[list[int]], new_to
     )
 
 
-def _switch(row: Row, samples: Sequence[tuple[float, float]]) -> Switch:
+def _switch(row: BenchRow, samples: Sequence[tuple[float, float]]) -> Switch:
     cold, warm = zip(*samples, strict=True)
     return Switch(row.task, row.prefix_length, cold, warm)

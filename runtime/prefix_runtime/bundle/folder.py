@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import posixpath
-import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,15 +15,11 @@ from prefix_runtime.checks import quoted
 from prefix_runtime.errors import BundleError, BundleIntegrityError, PrefixError
 from prefix_runtime.files import (
     FileIdentity,
-    blaming,
     check_sha256,
     identity,
     locked,
-    partial_name,
     read_regular,
     sha256_of_file,
-    sync_folder,
-    sync_tree,
     write_file_atomically,
 )
 from prefix_runtime.prefix.cache_format import CacheFormat
@@ -388,43 +383,3 @@ def describe_file(root: Path, relative: str, on_bytes: Callable[[int], object] =
     """A file's size and SHA-256, as the manifest lists them; the listener is told how many bytes more were read."""
     path = root / relative
     return FileEntry(relative, path.stat().st_size, sha256_of_file(path, on_bytes))
-
-
-def check_output(output: Path) -> None:
-    """Refuse to write over what is there.
-
-    Raises:
-        BundleError: the output exists, or its parent folder does not or cannot be written to.
-    """
-    if output.exists() or output.is_symlink():
-        raise BundleError(f"{output}: expected nothing there yet; remove it or choose another --output")
-    parent = output.absolute().parent
-    if not parent.is_dir():
-        raise BundleError(f"{parent}: expected a folder to write into, found none")
-    if not os.access(parent, os.W_OK):
-        raise BundleError(
-            f"{parent}: expected a folder that this user can write into, found one that is read-only; choose another "
-            "--output"
-        )
-
-
-@contextmanager
-def staged(output: Path) -> Iterator[Path]:
-    """A fresh sibling folder that becomes `output` when the block ends well, and is removed when it does not.
-
-    Raises:
-        BundleError: the output exists, or the folder that it is to stand in does not.
-    """
-    check_output(output)
-    staging = partial_name(output.absolute())
-    try:
-        with blaming(output, staging):
-            staging.mkdir()
-            yield staging
-            sync_tree(staging)
-            check_output(output)
-            staging.rename(output)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    sync_folder(output.absolute().parent)

@@ -19,7 +19,8 @@ from prefix_runtime.errors import BenchError
 from .base import PATH, STANDARD_OUTPUT, is_dumb_terminal, line_width, table_width, write_output
 
 if TYPE_CHECKING:
-    from prefix_runtime.bench.measurements import BenchReport, BenchRequest, Comparison
+    from prefix_runtime.bench.measurements import BenchReport, Comparison
+    from prefix_runtime.bench.request import BenchRequest
     from prefix_runtime.bench.run import StepListener
 
 _OUTPUTS = ("json", "csv", "html", "png")
@@ -158,14 +159,14 @@ def check_flags(flags: dict[str, Any]) -> None:
         if found := _obstacle(path.resolve()):
             raise BenchError(f"--{name} {path}: expected a file in a folder that exists, or -, found {found}")
     if flags["png"]:
-        _check_picture(flags["png"])
+        _check_png(flags["png"])
     if request.provider != "cpu":  # which every onnxruntime has, so that it need not be imported
-        from prefix_runtime.backends.onnxruntime.session import check_provider
+        from prefix_runtime.backends.onnxruntime.providers import check_provider
 
         check_provider(request.provider)
 
 
-def _check_picture(path: Path) -> None:
+def _check_png(path: Path) -> None:
     from prefix_runtime.bench.report.png import check_library
 
     if path == STANDARD_OUTPUT and sys.stdout.isatty():
@@ -249,7 +250,7 @@ def _read_report(path: Path) -> BenchReport:
 
 def _request(flags: dict[str, Any]) -> BenchRequest:
     """What was asked for; what was not is left to the request's own defaults."""
-    from prefix_runtime.bench.measurements import BenchRequest
+    from prefix_runtime.bench.request import BenchRequest
 
     lists = ("prefix_lengths", "prompt_lengths", "batch_sizes", "tasks")
     given = {name: flags[name] for name in lists if flags[name]}

@@ -7,34 +7,25 @@ own.
 from __future__ import annotations
 
 import json
-import logging
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import click
 
 from prefix_runtime import __version__
-from prefix_runtime.errors import RequestError
 
 from .base import PATH as BUNDLE
 from .base import ErrorReportingGroup, expanded, print_fields
 from .bench import bench
+from .generate import generate
 
 if TYPE_CHECKING:
     from prefix_runtime.bundle.folder import Bundle
     from prefix_runtime.bundle.manifest import Manifest
-    from prefix_runtime.engine import Engine
-    from prefix_runtime.generation.arguments import GenerationOptions
-    from prefix_runtime.generation.generation_config import GenerationConfig
-    from prefix_runtime.generation.results import GenerationResult
     from prefix_runtime.prefix.prefix import Prefix
-
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
 @click.group(cls=ErrorReportingGroup)
@@ -79,12 +70,14 @@ def prepare(bundle: Path, remove: bool) -> None:
     from prefix_runtime.bundle.folder import Bundle
 
     opened = Bundle.open(bundle)
-    from prefix_runtime.backends.onnxruntime import keeping  # after the bundle was found, as it imports onnxruntime
+    from prefix_runtime.backends.onnxruntime import (
+        automatic_packing as packing,  # after the bundle was found, as it imports onnxruntime
+    )
 
     if remove:
-        click.echo(f"removed what was kept of {bundle}" if keeping.discard(opened) else "nothing was kept")
+        click.echo(f"removed what was kept of {bundle}" if packing.discard_packed(opened) else "nothing was kept")
         return
-    graph = keeping.keep(opened, compares=True)
+    graph = packing.pack_for_good(opened, compares=True)
     size = sum(path.stat().st_size for path in graph.parent.iterdir())
     click.echo(f"{graph.parent}: {size / 1e6:.1f} MB")
 
@@ -130,91 +123,8 @@ def remove_task(bundle: Path, task: str) -> None:
     click.echo(f"removed {task} from {bundle}")
 
 
-@main.command()
-@click.argument("bundle", type=BUNDLE)
-@click.argument("prompt", required=False)
-@click.option("--token-ids", metavar="IDS", help="Token ids with commas between them, in place of PROMPT.")
-@click.option("--task", "names", multiple=True, help="Whose prefix to use; repeat to compare. Default: the bare model.")
-@click.option("--max-new-tokens", type=int, help="New tokens at most. Default: the model's, or else 256.")
-@click.option("--temperature", type=float, help="0 takes the most likely token. Default: the model's, or else 0.")
-@click.option("--top-k", type=int, help="Keep the k most likely tokens. Default: the model's, or else all.")
-@click.option(
-    "--top-p", type=float, help="Keep tokens that make up this probability. Default: the model's, or else all."
-)
-@click.option(
-    "--min-p", type=float, help="Keep tokens this likely against the best. Default: the model's, or else all."
-)
-@click.option("--repetition-penalty", type=float, help="Above 1 discourages. Default: the model's, or else 1.")
-@click.option("--seed", type=int, help="Makes sampling repeatable.")
-@click.option("--stop", multiple=True, help="End before this text; repeatable. Default: the model's.")
-@click.option(
-    "--end-token",
-    "ends",
-    multiple=True,
-    metavar="ID|TOKEN",
-    help="End at this token; repeatable. Default: the model's.",
-)
-@click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="NAME=JSON",
-    help="Another setting of generation_config.json, such as min_new_tokens=5; null turns it off. Repeatable.",
-)
-@click.option(
-    "--provider",
-    default="cpu",
-    show_default=True,
-    help="Execution provider: cpu, cuda, tensorrt, tensorrt-rtx; tensorrt-engine runs an engine of the bundle.",
-)
-@click.option("--threads", type=int, help="Of one run. Default: onnxruntime's choice.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a task when it is done, do not stream.")
-@click.option("--metrics/--no-metrics", default=None, help="Print latencies to stderr. Default: on a terminal.")
-def generate(bundle: Path, prompt: str | None, token_ids: str | None, names: tuple[str, ...], **flags: Any) -> None:
-    """Answer PROMPT with BUNDLE, streaming; without PROMPT it is read from standard input."""
-    if prompt is not None and token_ids is not None:
-        raise click.UsageError("give either PROMPT or --token-ids")
-    settings = _settings(flags["settings"])
-    _check_generation(bundle, names, flags)
-    request = _prompt(prompt, token_ids)
-
-    from prefix_runtime.engine import load  # after the checks, as it imports onnxruntime
-
-    # A large bundle's graph is kept, for seconds, at the first opening.
-    with _log_on_stderr():
-        engine = load(bundle, provider=flags["provider"], threads=flags["threads"])
-    options = _options(flags, settings, engine)
-    show_metrics = sys.stderr.isatty() if flags["metrics"] is None else flags["metrics"]
-    for name in names or (None,):
-        if flags["as_json"]:
-            click.echo(json.dumps(_as_json(engine.generate(**request, task=name, **options))))
-            continue
-        if len(names) > 1:
-            click.echo(click.style(f"── {name}", bold=True))
-        result = _print_stream(engine, request, name, options)
-        if show_metrics:
-            click.echo(click.style(_metrics_line(result), dim=True), err=True)
-
-
 main.add_command(bench)
-
-
-class _Echo(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        click.echo(record.getMessage(), err=True)
-
-
-@contextmanager
-def _log_on_stderr() -> Iterator[None]:
-    logger, handler = logging.getLogger("prefix_runtime"), _Echo()
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
+main.add_command(generate)
 
 
 def add_to_bundle(bundle: Path, prefix: str, read: Callable[[Path, Bundle], Prefix]) -> None:
@@ -301,104 +211,3 @@ def _rounding_note(manifest: Manifest) -> str:
         return ""
     shared = f"in blocks of {manifest.block_size}" if manifest.block_size else "with a scale for each output"
     return f", by {manifest.quantizer} {shared}"
-
-
-def _prompt(prompt: str | None, token_ids: str | None) -> dict[str, Any]:
-    if token_ids is not None:
-        try:
-            return {"token_ids": [int(part) for part in token_ids.split(",")]}
-        except ValueError as error:
-            raise RequestError(
-                f"--token-ids: expected whole numbers with commas between, found {token_ids!r}"
-            ) from error
-    if prompt is None:
-        try:
-            prompt = sys.stdin.read().removesuffix("\n")  # the one that ends a line of text, not part of it
-        except UnicodeDecodeError as error:
-            raise RequestError(f"standard input: expected UTF-8 text, found {error}") from error
-    return {"prompt": prompt}
-
-
-def _check_generation(bundle: Path, names: tuple[str, ...], flags: dict[str, Any]) -> None:
-    """Refuse what a bundle cannot run, before onnxruntime is imported and the prompt is read."""
-    from prefix_runtime.backends.options import check_threads
-    from prefix_runtime.backends.registry import check_fits
-    from prefix_runtime.bundle.folder import Bundle
-    from prefix_runtime.bundle.tasks import TaskStore
-    from prefix_runtime.checks import is_whole
-    from prefix_runtime.generation.arguments import as_stop
-    from prefix_runtime.generation.sampling import Sampling
-
-    as_stop(flags["stop"])
-    Sampling(**{name: flags[name] for name in _SAMPLING if flags[name] is not None})
-    if flags["max_new_tokens"] is not None and not is_whole(flags["max_new_tokens"], 1):
-        raise RequestError(f"max_new_tokens: expected a whole number, 1 or more, found {flags['max_new_tokens']}")
-    if flags["threads"] is not None:
-        check_threads(flags["threads"])
-    opened = Bundle.open(bundle)
-    check_fits(flags["provider"], opened)
-    store = TaskStore(opened)
-    for name in names:
-        store.get(name)
-
-
-def _settings(given: tuple[str, ...]) -> dict[str, Any]:
-    """The settings of `NAME=JSON` texts."""
-    found: dict[str, Any] = {}
-    for text in given:
-        name, separator, value = text.partition("=")
-        try:
-            found[name] = json.loads(value)
-        except (ValueError, RecursionError):
-            separator = ""
-        if not separator:
-            raise click.UsageError(f"--set: expected NAME=VALUE with a value in JSON, found {text[:80]!r}")
-    return found
-
-
-def _options(flags: dict[str, Any], settings: dict[str, Any], engine: Engine) -> GenerationOptions:
-    chosen = {name: flags[name] for name in _SAMPLING if flags[name] is not None}
-    config = cast("GenerationConfig", settings)
-    return {
-        "max_new_tokens": flags["max_new_tokens"],
-        "sampling": replace(engine.generation_defaults(config).sampling, **chosen) if chosen else None,
-        "stop": flags["stop"] or None,
-        "end_tokens": [int(end) if end.isdecimal() else engine.token_id(end) for end in flags["ends"]] or None,
-        "generation_config": config,
-    }
-
-
-def _print_stream(
-    engine: Engine, request: dict[str, Any], task: str | None, options: GenerationOptions
-) -> GenerationResult:
-    for chunk in engine.stream(**request, task=task, **options):
-        click.echo(chunk.text, nl=False)
-    assert chunk.result is not None  # the last chunk's
-    if chunk.result.text is None:
-        click.echo(",".join(map(str, chunk.result.token_ids)), nl=False)
-    click.echo()
-    return chunk.result
-
-
-def _metrics_line(result: GenerationResult) -> str:
-    metrics = result.metrics
-    steps = f", then {metrics.inter_token_latency * 1e3:.2f} ms a token" if metrics.inter_token_latencies else ""
-    return (
-        f"   first token {metrics.time_to_first_token * 1e3:.1f} ms{steps}; prefix {metrics.prefix_length}, "
-        f"prompt {metrics.prompt_length}, {metrics.new_tokens} new tokens ({result.finish_reason})"
-    )
-
-
-def _as_json(result: GenerationResult) -> dict[str, Any]:
-    metrics = result.metrics
-    return {
-        "task": result.task,
-        "text": result.text,
-        "token_ids": result.token_ids,
-        "finish_reason": result.finish_reason,
-        "metrics": {
-            **asdict(metrics),
-            "inter_token_latency": metrics.inter_token_latency if metrics.inter_token_latencies else None,
-            "tokens_per_second": metrics.tokens_per_second,
-        },
-    }

@@ -28,7 +28,7 @@ _THREADS = min(6, os.cpu_count() or 1)
 """That fill it. 20 MB for an H200 take one 4.2 ms, two 2.8, three 2.6, four 2.4, six 2.2, eight as long."""
 
 
-class ResidentPrefixes:
+class PrefixStore:
     """The prefixes that lie on a GPU, at most so many bytes of them; safe to use from many threads.
 
     A prefix is brought in when it is first asked for, on a stream of its own: what else runs goes on while the host has

@@ -18,7 +18,7 @@ from .session import Session
 _Layers = list[tuple[np.ndarray, np.ndarray]]
 
 
-class GrowingCache(Cache):
+class AppendingCache(Cache):
     """A cache for graphs that return past and new tokens as their present.
 
     A prompt is run in its row alone. For decode steps the rows are padded on the left to one length, which the mask

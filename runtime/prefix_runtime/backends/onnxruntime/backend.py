@@ -13,16 +13,17 @@ from prefix_runtime.cache.cache import Cache
 from prefix_runtime.errors import ProviderError
 from prefix_runtime.prefix.prefix import Prefix
 
-from .appending_cache import GrowingCache
+from .appending_cache import AppendingCache
+from .automatic_packing import discard_packed, find_or_pack
 from .huge_pages import letting_go, on_huge_pages
-from .keeping import discard, find_or_keep
 from .packed_graphs import make_provider_folder, provider_folder
-from .session import Session, check_provider
-from .shared_cache import KeyValueCache
+from .providers import check_provider
+from .session import Session
+from .shared_cache import SharedCache
 from .tensorrt_provider import provider_options
 
 if TYPE_CHECKING:
-    from prefix_runtime.backends.gpu.prefix_store import ResidentPrefixes
+    from prefix_runtime.backends.gpu.prefix_store import PrefixStore
 
 
 class OnnxRuntime(Backend):
@@ -39,17 +40,17 @@ class OnnxRuntime(Backend):
 
     def __init__(self, bundle: Bundle, session: Session) -> None:
         self.session, self.device = session, session.device
-        self.prefixes: ResidentPrefixes | None = None
+        self.prefixes: PrefixStore | None = None
         self._geometry, self._format = bundle.manifest.geometry, bundle.cache_format
         self._is_portable = bundle.manifest.flavour == "portable"
         if self.device is not None and not self._is_portable:
-            from prefix_runtime.backends.gpu.prefix_store import ResidentPrefixes
+            from prefix_runtime.backends.gpu.prefix_store import PrefixStore
 
-            from .cuda_cache import DeviceCache
+            from .cuda_cache import CudaCache
 
             budget = self.device.options.prefix_bytes
-            self.prefixes = ResidentPrefixes(self.device, self._geometry, self._format, budget)
-            self.limits = BackendLimits(capacity_step=DeviceCache.CAPACITY_STEP)
+            self.prefixes = PrefixStore(self.device, self._geometry, self._format, budget)
+            self.limits = BackendLimits(capacity_step=CudaCache.CAPACITY_STEP)
 
     @classmethod
     def open(cls, bundle: Bundle, request: OpenRequest) -> Self:
@@ -60,12 +61,12 @@ class OnnxRuntime(Backend):
         """See `Backend`."""
         size = self._geometry, rows, capacity
         if self._is_portable:
-            return GrowingCache(self.session, *size, cache_format=self._format, task_id=task_id)
+            return AppendingCache(self.session, *size, cache_format=self._format, task_id=task_id)
         if self.prefixes is None:
-            return KeyValueCache(self.session, *size, cache_format=self._format)
-        from .cuda_cache import DeviceCache
+            return SharedCache(self.session, *size, cache_format=self._format)
+        from .cuda_cache import CudaCache
 
-        return DeviceCache(self.session, *size, cache_format=self._format, prefixes=self.prefixes)
+        return CudaCache(self.session, *size, cache_format=self._format, prefixes=self.prefixes)
 
     def forget(self, prefix: Prefix) -> None:
         """See `Backend`."""
@@ -77,13 +78,13 @@ BACKEND = OnnxRuntime
 
 
 def _open_on_cpu(bundle: Bundle, request: OpenRequest) -> Session:
-    kept = None if request.only_own else find_or_keep(bundle, request.prepare)
-    if kept is not None:
+    packed = None if request.only_own else find_or_pack(bundle, request.prepare)
+    if packed is not None:
         try:
-            return Session(kept, "cpu", request.threads)
+            return Session(packed, "cpu", request.threads)
         except ProviderError:  # it is damaged: the bundle's own is whole, or says what is wrong
             with suppress(OSError):
-                discard(bundle)
+                discard_packed(bundle)
     weights = bundle.graph_path.with_name(f"{bundle.graph_path.name}.data")
     with on_huge_pages(), letting_go(weights):  # packed
         return Session(bundle.graph_path, "cpu", request.threads)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from prefix_runtime.backends.gpu.buffer import DeviceBuffer
-from prefix_runtime.backends.gpu.prefix_store import ResidentPrefixes
+from prefix_runtime.backends.gpu.prefix_store import PrefixStore
 from prefix_runtime.bundle import graph_contract as contract
 from prefix_runtime.cache.cache import Cache, Row
 from prefix_runtime.errors import ProviderError
@@ -17,7 +17,8 @@ from prefix_runtime.prefix.cache_format import CacheFormat
 from prefix_runtime.prefix.geometry import Geometry
 from prefix_runtime.prefix.prefix import Prefix
 
-from .session import Binding, Session
+from .binding import Binding
+from .session import Session
 
 if TYPE_CHECKING:
     from prefix_runtime.backends.gpu.device import Device, Stream
@@ -27,7 +28,7 @@ _UNDER_WAY = 2
 """Steps that the GPU is asked for at once: it begins the next one while the host reads the tokens of the last."""
 
 
-class DeviceCache(Cache):
+class CudaCache(Cache):
     """A cache for graphs of the target "cuda", whose buffers lie on a GPU.
 
     The graph returns what the next step is given: the most likely token, the next position, the mask with one more
@@ -59,7 +60,7 @@ class DeviceCache(Cache):
         capacity: int,
         *,
         cache_format: CacheFormat,
-        prefixes: ResidentPrefixes,
+        prefixes: PrefixStore,
     ) -> None:
         assert session.device is not None
         if not session.outputs.issuperset(contract.NEXT_INPUTS):

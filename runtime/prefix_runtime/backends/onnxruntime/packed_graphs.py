@@ -23,13 +23,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from prefix_runtime.bundle.folder import Bundle, staged
+from prefix_runtime.bundle.folder import Bundle
+from prefix_runtime.bundle.staging import staged
 from prefix_runtime.errors import BundleError, ProviderError
 from prefix_runtime.files import PARTIAL_NAMES, locked, read_regular, sha256_of_file
 from prefix_runtime.machine import processor_features
 from prefix_runtime.private import NotPrivateError, check_private, make_private
 
-from .session import onnxruntime_version, save_opened
+from .library import onnxruntime_version
+from .opening import save_opened
 
 _PREPARED = "prepared"
 _SECOND = 10**9
@@ -44,7 +46,7 @@ _LAYOUT = 2
 _logger = logging.getLogger("prefix_runtime")
 
 
-def prepare(bundle: Bundle, provider: str = "cpu", *, compares: bool = False) -> Path:
+def pack_graph(bundle: Bundle, provider: str = "cpu", *, compares: bool = False) -> Path:
     """Open a bundle's graph once and keep what onnxruntime made of it; returns the kept graph.
 
     Args:
@@ -57,7 +59,7 @@ def prepare(bundle: Bundle, provider: str = "cpu", *, compares: bool = False) ->
         ProviderError: onnxruntime cannot open the graph.
         OSError: the disk is full, or the folder cannot be had; nothing is left behind.
     """
-    found = prepared_graph(bundle, provider)
+    found = packed_graph(bundle, provider)
     if found is not None and (not compares or _is_intact(found.parent)):
         return found
     bundle.verify()
@@ -110,7 +112,7 @@ def writing(*, waits: bool = True) -> Iterator[bool]:
 
 def make(bundle: Bundle, provider: str = "cpu") -> Path:
     """Keep the graph of a verified bundle, if it was not kept before, while `writing`; errors as `prepare`."""
-    if (found := prepared_graph(bundle, provider)) is not None:
+    if (found := packed_graph(bundle, provider)) is not None:
         return found  # another process was faster
     folder = _folder(bundle, provider)
     remove(folder)
@@ -122,13 +124,13 @@ def make(bundle: Bundle, provider: str = "cpu") -> Path:
             bundle.check_unchanged()  # else it were kept under another's name
             _write_record(staging)
     except BundleError:
-        if (found := prepared_graph(bundle, provider)) is None:
+        if (found := packed_graph(bundle, provider)) is None:
             raise
         return found  # the same, where there are no locks
     return folder / bundle.graph_path.name
 
 
-def prepared_graph(bundle: Bundle, provider: str = "cpu") -> Path | None:
+def packed_graph(bundle: Bundle, provider: str = "cpu") -> Path | None:
     """The graph that `prepare` kept for this bundle on this machine, if there is one."""
     try:
         folder = _folder(bundle, provider)

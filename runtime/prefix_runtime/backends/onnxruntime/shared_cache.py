@@ -12,10 +12,11 @@ from prefix_runtime.prefix.cache_format import CacheFormat
 from prefix_runtime.prefix.geometry import Geometry
 from prefix_runtime.prefix.prefix import Prefix
 
-from .session import Binding, Session
+from .binding import Binding
+from .session import Session
 
 
-class KeyValueCache(Cache):
+class SharedCache(Cache):
     """A cache for graphs of the fast flavour, whose inputs and outputs are bound to it.
 
     Past and present of a layer are one array, [rows, num_key_value_heads, capacity, head_dim]: a run appends to it in

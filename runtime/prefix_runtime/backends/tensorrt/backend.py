@@ -11,7 +11,7 @@ from prefix_runtime.cache.cache import Cache
 from prefix_runtime.prefix.prefix import Prefix
 
 from .cache import TensorRTCache
-from .session import EngineSession, open_engine
+from .session import TensorRTEngineSession, open_tensorrt_engine
 
 
 class TensorRT(Backend):
@@ -22,7 +22,7 @@ class TensorRT(Backend):
         session: of the engine.
     """
 
-    def __init__(self, bundle: Bundle, session: EngineSession) -> None:
+    def __init__(self, bundle: Bundle, session: TensorRTEngineSession) -> None:
         self._session, self.device = session, session.device
         self.limits = BackendLimits(rows=session.limits.batch)
         self._geometry, self._format = bundle.manifest.geometry, bundle.cache_format
@@ -30,7 +30,7 @@ class TensorRT(Backend):
     @classmethod
     def open(cls, bundle: Bundle, request: OpenRequest) -> Self:
         """See `Backend`."""
-        return cls(bundle, open_engine(bundle, request.cuda))
+        return cls(bundle, open_tensorrt_engine(bundle, request.cuda))
 
     def make_cache(self, rows: int, capacity: int, task_id: Callable[[Prefix], int] | None = None) -> Cache:
         """See `Backend`."""

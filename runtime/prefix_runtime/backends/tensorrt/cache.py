@@ -15,7 +15,7 @@ from prefix_runtime.prefix.geometry import Geometry
 from prefix_runtime.prefix.prefix import Prefix
 
 from .profile import DECODE, PREFILL
-from .session import EngineSession
+from .session import TensorRTEngineSession
 
 _INT64, _FLOAT32 = np.dtype(np.int64), np.dtype(np.float32)
 _SMALL = (contract.INPUT_IDS, contract.POSITION_IDS, contract.ATTENTION_MASK, contract.TASK_ID)
@@ -44,7 +44,7 @@ class TensorRTCache(Cache):
 
     def __init__(
         self,
-        session: EngineSession,
+        session: TensorRTEngineSession,
         geometry: Geometry,
         rows: int,
         capacity: int,
@@ -242,7 +242,7 @@ class _Inputs:
         capacity: positions of each row.
     """
 
-    def __init__(self, session: EngineSession, rows: int, capacity: int) -> None:
+    def __init__(self, session: TensorRTEngineSession, rows: int, capacity: int) -> None:
         self._device, self._wanted = session.device, session.inputs
         tokens = max(rows, capacity)
         sizes = dict(zip(_SMALL, (tokens, tokens, rows * capacity, rows), strict=True))

@@ -31,7 +31,7 @@ BACKENDS = ("tensorrt-rtx", "tensorrt")
 
 
 @dataclass(frozen=True)
-class EngineRecord:
+class TensorRTEngineRecord:
     """What an engine is and what it was made of.
 
     Attributes:
@@ -76,12 +76,12 @@ def recipe_hash(graph: str, backend: str, version: str, options: Mapping[str, An
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
-def engines_folder(bundle: Bundle) -> Path:
+def tensorrt_engines_folder(bundle: Bundle) -> Path:
     """Where a bundle's own engines lie."""
     return bundle.root / FOLDER
 
 
-def read_engines(folder: Path) -> list[EngineRecord]:
+def read_tensorrt_engines(folder: Path) -> list[TensorRTEngineRecord]:
     """The engines of a folder; none where there is no record.
 
     Raises:
@@ -115,7 +115,7 @@ def read_engines(folder: Path) -> list[EngineRecord]:
     return found
 
 
-def add_engine(folder: Path, record: EngineRecord, content: bytes) -> EngineRecord:
+def add_tensorrt_engine(folder: Path, record: TensorRTEngineRecord, content: bytes) -> TensorRTEngineRecord:
     """Write an engine and its record, in the place of one of the same name; returns the record with its file.
 
     The file first, under a name that no other engine has, then the record, replaced in one step, then the old file is
@@ -126,16 +126,16 @@ def add_engine(folder: Path, record: EngineRecord, content: bytes) -> EngineReco
         OSError: the disk is full or not writable; the folder is as it was.
     """
     with locked(folder):
-        before = read_engines(folder)
+        before = read_tensorrt_engines(folder)
         relative = f"{record.name}-{hashlib.sha256(content).hexdigest()[:12]}.engine"
         known = {each.file.path for each in before}
         try:
             write_file_atomically(folder / relative, content)
-            record = EngineRecord(**(vars(record) | {"file": describe_file(folder, relative)}))
+            record = TensorRTEngineRecord(**(vars(record) | {"file": describe_file(folder, relative)}))
             kept = [each for each in before if each.name != record.name]
             _write(folder, [*kept, record])
         except BaseException:
-            if relative not in known | {each.file.path for each in read_engines(folder)}:
+            if relative not in known | {each.file.path for each in read_tensorrt_engines(folder)}:
                 (folder / relative).unlink(missing_ok=True)
             raise
         for each in before:
@@ -144,7 +144,7 @@ def add_engine(folder: Path, record: EngineRecord, content: bytes) -> EngineReco
     return record
 
 
-def check_engine(folder: Path, record: EngineRecord, bundle: Bundle) -> None:
+def check_tensorrt_engine(folder: Path, record: TensorRTEngineRecord, bundle: Bundle) -> None:
     """Refuse an engine that was not built of this bundle's graph, or is not whole.
 
     Raises:
@@ -155,11 +155,11 @@ def check_engine(folder: Path, record: EngineRecord, bundle: Bundle) -> None:
     _check_content(path, sha256_of_file(path), record, bundle)
 
 
-def read_engine(folder: Path, record: EngineRecord, bundle: Bundle) -> bytes:
+def read_tensorrt_engine(folder: Path, record: TensorRTEngineRecord, bundle: Bundle) -> bytes:
     """A serialized engine that was built of this bundle's graph and is whole; its file is read once.
 
     Raises:
-        BundleError, BundleIntegrityError: as `check_engine`.
+        BundleError, BundleIntegrityError: as `check_tensorrt_engine`.
     """
     path = _engine_path(folder, record, bundle)
     content = read_regular(path)
@@ -167,7 +167,7 @@ def read_engine(folder: Path, record: EngineRecord, bundle: Bundle) -> bytes:
     return content
 
 
-def _engine_path(folder: Path, record: EngineRecord, bundle: Bundle) -> Path:
+def _engine_path(folder: Path, record: TensorRTEngineRecord, bundle: Bundle) -> Path:
     if record.graph != graph_hash(bundle.manifest):
         raise BundleError(
             f"{folder}: engine {record.name!r}: expected one of this bundle's graph, found one that was built of "
@@ -182,7 +182,7 @@ def _engine_path(folder: Path, record: EngineRecord, bundle: Bundle) -> Path:
     return path
 
 
-def _check_content(path: Path, found: str, record: EngineRecord, bundle: Bundle) -> None:
+def _check_content(path: Path, found: str, record: TensorRTEngineRecord, bundle: Bundle) -> None:
     if found != record.file.sha256:
         raise BundleIntegrityError(
             f"{path}: expected SHA-256 {record.file.sha256}, found {found}; the engine was changed or damaged: build "
@@ -190,15 +190,15 @@ def _check_content(path: Path, found: str, record: EngineRecord, bundle: Bundle)
         )
 
 
-def _write(folder: Path, records: Sequence[EngineRecord]) -> None:
+def _write(folder: Path, records: Sequence[TensorRTEngineRecord]) -> None:
     listed = sorted(records, key=lambda record: record.name)
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, "engines": [asdict(record) for record in listed]}
     write_file_atomically(folder / RECORD_NAME, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def _record(content: dict[str, Any]) -> EngineRecord:
+def _record(content: dict[str, Any]) -> TensorRTEngineRecord:
     file = content["file"]
-    return EngineRecord(
+    return TensorRTEngineRecord(
         name=str(content["name"]),
         file=FileEntry(str(file["path"]), int(file["size"]), str(file["sha256"])),
         backend=str(content["backend"]),

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from prefix_runtime.backends.gpu import open_device
 from prefix_runtime.backends.options import TENSORRT_ENGINE, Cuda
 from prefix_runtime.bundle import graph_contract as contract
 from prefix_runtime.bundle.folder import Bundle
 from prefix_runtime.errors import ProviderError
 
-from .engine_file import EngineRecord, engines_folder, read_engine, read_engines
+from .engine_file import TensorRTEngineRecord, read_tensorrt_engine, read_tensorrt_engines, tensorrt_engines_folder
 from .library import Library, check_profiles, check_tensors, gpu_capability
 from .profile import DECODE, PREFILL, Limits, Profile, Shape, tensors
 
@@ -25,7 +26,7 @@ _NOT_OF_RTX = (9, 10, 11)
 """Major compute capabilities: of data centres (Hopper, Blackwell), and Thor, for which it does not build."""
 
 
-class EngineSession:
+class TensorRTEngineSession:
     """An engine with a context for prompts and one for decode steps; runs are ordered on the device's stream.
 
     Args:
@@ -98,9 +99,9 @@ class EngineSession:
         return context
 
 
-def open_engine(
+def open_tensorrt_engine(
     bundle: Bundle, options: Cuda, library: Library | None = None, device: Device | None = None
-) -> EngineSession:
+) -> TensorRTEngineSession:
     """The engine of a bundle's folder `tensorrt` that this machine's GPU runs, compared with the manifest.
 
     Args:
@@ -114,12 +115,12 @@ def open_engine(
             what the manifest says.
         BundleError, BundleIntegrityError: no engine is made of such a bundle; the engine is stale or damaged.
     """
-    expected, folder = tensors(bundle.manifest), engines_folder(bundle)
+    expected, folder = tensors(bundle.manifest), tensorrt_engines_folder(bundle)
     record = _fitting(bundle, options.device)
-    content = read_engine(folder, record, bundle)
+    content = read_tensorrt_engine(folder, record, bundle)
     library = library or Library(record.backend)
     _check_version(record, library)
-    device = device or _device(options)
+    device = device or open_device(options)
     where = f"{folder / record.file.path}"
     with device.turn():
         engine = library.open(content)
@@ -128,7 +129,7 @@ def open_engine(
         check_tensors(expected, library.tensors(engine), where)
         names = tuple(profile.name for profile in record.profiles)
         check_profiles(record.profiles, library.profiles(engine, names), where)
-        return EngineSession(library, engine, record.profiles, device)
+        return TensorRTEngineSession(library, engine, record.profiles, device)
 
 
 def limits_of(profiles: Sequence[Profile]) -> Limits:
@@ -140,14 +141,13 @@ def limits_of(profiles: Sequence[Profile]) -> Limits:
     return Limits(rows, prompt, prefill[past][2][2], length)
 
 
-def _fitting(bundle: Bundle, index: int) -> EngineRecord:
+def _fitting(bundle: Bundle, index: int) -> TensorRTEngineRecord:
     """The record of an engine for a GPU."""
-    records = read_engines(engines_folder(bundle))
+    folder = tensorrt_engines_folder(bundle)
+    records = read_tensorrt_engines(folder)
     build = f"build one with: prefix-export tensorrt {bundle.root}"
     if not records:
-        raise ProviderError(
-            f"provider {TENSORRT_ENGINE!r}: expected an engine in {engines_folder(bundle)}, found none; {build}"
-        )
+        raise ProviderError(f"provider {TENSORRT_ENGINE!r}: expected an engine in {folder}, found none; {build}")
     capability = gpu_capability(index)
     if capability is None:
         raise ProviderError(
@@ -170,24 +170,16 @@ def _fitting(bundle: Bundle, index: int) -> EngineRecord:
     return found
 
 
-def _runs_on(record: EngineRecord, capability: str) -> bool:
+def _runs_on(record: TensorRTEngineRecord, capability: str) -> bool:
     if record.compute_capabilities:
         return capability in record.compute_capabilities
     major, minor = map(int, capability.split("."))
     return record.backend == "tensorrt" or ((major, minor) >= _LEAST_OF_RTX and major not in _NOT_OF_RTX)
 
 
-def _check_version(record: EngineRecord, library: Library) -> None:
+def _check_version(record: TensorRTEngineRecord, library: Library) -> None:
     if record.version != library.version and not record.options.get("is_version_compatible"):
         raise ProviderError(
             f"engine {record.name!r}: expected {record.backend} {record.version}, which built it, found "
             f"{library.version}; install that version, or build the engine anew"
         )
-
-
-def _device(options: Cuda) -> Device:
-    try:
-        from prefix_runtime.backends.gpu.device import Device
-    except ImportError as error:
-        raise ProviderError(str(error)) from error
-    return Device(options)

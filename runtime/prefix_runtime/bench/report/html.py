@@ -9,7 +9,7 @@ from prefix_runtime.bench.measurements import BenchReport, Comparison
 
 from .charts import Chart, selection_chart, setting_charts
 from .svg import draw, legend
-from .tables import Table, comparison_tables, general_tables, headline, notes, setting_name, setting_tables
+from .tables import ReportTable, comparison_tables, general_tables, headline, notes, setting_name, setting_tables
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #ffffff; --text: #1d2328; --faint: #5d6a74; --rule: #d6dce1;
@@ -102,11 +102,11 @@ def _figures(charts: Sequence[Chart], name: str) -> str:
     return f'<div class="charts">\n{"".join(found)}\n</div>' if found else ""
 
 
-def _tables(tables: Sequence[Table]) -> str:
+def _tables(tables: Sequence[ReportTable]) -> str:
     return "\n".join(f'<div class="tables">{_table(table)}</div>' for table in tables)
 
 
-def _table(table: Table) -> str:
+def _table(table: ReportTable) -> str:
     header = "".join(f'<th scope="col">{escape(text)}</th>' for text in table.header)
     rows = "\n".join(_row(row) for row in table.rows)
     caption = f"<caption>{escape(table.title)}</caption>"

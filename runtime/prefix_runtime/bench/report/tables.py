@@ -27,7 +27,7 @@ _LATENCIES = (("time_to_first_token", "to first token"), ("inter_token_latency",
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """A title, a header and rows of text; the first column names the row."""
 
     title: str
@@ -72,13 +72,13 @@ def headline(report: BenchReport) -> list[str]:
     ]
 
 
-def tables(report: BenchReport) -> list[Table]:
+def tables(report: BenchReport) -> list[ReportTable]:
     """Everything that a report says in figures."""
     found = [table for setting in report.settings for table in setting_tables(report, setting)]
     return found + general_tables(report)
 
 
-def setting_tables(report: BenchReport, setting: tuple[int, int]) -> list[Table]:
+def setting_tables(report: BenchReport, setting: tuple[int, int]) -> list[ReportTable]:
     """The tables of one prompt length and batch size: latencies, overhead where there is a prefix 0, breakdown."""
     cells, name = report.cells_of(setting), setting_name(setting)
     latency = ("prefix", "ms to first token", "floor", "ms a token", "floor", "tokens/s", "ceiling")
@@ -86,30 +86,32 @@ def setting_tables(report: BenchReport, setting: tuple[int, int]) -> list[Table]
     breakdown = ("prefix", "selection", "prefill", "first step", "a token: weights", "keys, values", "rest")
     compared = [cell for cell in cells if report.overhead(cell, "inter_token_latency")]
     found = [
-        Table(f"{name}: latency", latency, tuple(_latency_row(report, cell) for cell in cells)),
-        Table(f"{name}: overhead against prefix 0", overhead, tuple(_overhead_row(report, cell) for cell in compared)),
-        Table(f"{name}: breakdown in ms", breakdown, tuple(_breakdown_row(report, cell) for cell in cells)),
+        ReportTable(f"{name}: latency", latency, tuple(_latency_row(report, cell) for cell in cells)),
+        ReportTable(
+            f"{name}: overhead against prefix 0", overhead, tuple(_overhead_row(report, cell) for cell in compared)
+        ),
+        ReportTable(f"{name}: breakdown in ms", breakdown, tuple(_breakdown_row(report, cell) for cell in cells)),
     ]
     return [table for table in found if table.rows]
 
 
-def general_tables(report: BenchReport) -> list[Table]:
+def general_tables(report: BenchReport) -> list[ReportTable]:
     """The tables that no prompt length or batch size belongs to: selecting a task, opening the bundle."""
     found = []
     if report.switches:
         selecting = ("prefix", "ms cold, first request", "ms warm, later requests")
-        found.append(Table("selecting a task", selecting, tuple(map(_switch_row, report.switches))))
+        found.append(ReportTable("selecting a task", selecting, tuple(map(_switch_row, report.switches))))
     if report.openings:
         opening = ("prefix", "s to import", "s to open", "MB once open", "peak MB", "MB after the row")
         several = len(report.settings) > 1
         rows = [_opening_row(_opening_name(each, several=several), [each]) for each in report.openings]
         if len(report.openings) > 1:
             rows.append(_opening_row("median", report.openings))
-        found.append(Table("opening the bundle and running a row, each in a fresh process", opening, tuple(rows)))
+        found.append(ReportTable("opening the bundle and running a row, each in a fresh process", opening, tuple(rows)))
     return found
 
 
-def comparison_tables(comparison: Comparison) -> list[Table]:
+def comparison_tables(comparison: Comparison) -> list[ReportTable]:
     """Both reports' latencies and their ratios, for the rows that both have."""
     found = []
     for setting in comparison.report.settings:
@@ -117,7 +119,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         for figure, shown in _LATENCIES:
             title = f"{setting_name(setting)}: A against B, {shown}"
             rows = tuple(_comparison_row(comparison, cell, other, figure) for cell, other in pairs)
-            found.append(Table(title, ("prefix", *_heads(shown)), rows))
+            found.append(ReportTable(title, ("prefix", *_heads(shown)), rows))
     return [table for table in found if table.rows]
 
 
@@ -248,5 +250,5 @@ def _digits(value: float) -> int:
     return 1 if value >= 100 else 2 if value >= 1 else 3
 
 
-def _render(table: Table, width: int) -> str:
+def _render(table: ReportTable, width: int) -> str:
     return f"{table.title}\n{as_table(table.header, table.rows, width)}"

@@ -16,10 +16,9 @@ from click.testing import CliRunner
 
 import prefix_runtime
 from prefix_runtime import Bundle, BundleIntegrityError, ProviderError
-from prefix_runtime.backends.onnxruntime import keeping
-from prefix_runtime.backends.onnxruntime import packed_graphs as prepared
-from prefix_runtime.backends.onnxruntime.keeping import LARGE, PAUSE, UNUSED, find_or_keep
-from prefix_runtime.backends.onnxruntime.packed_graphs import prepare, prepared_graph, writing
+from prefix_runtime.backends.onnxruntime import automatic_packing, packed_graphs
+from prefix_runtime.backends.onnxruntime.automatic_packing import LARGE, PAUSE, UNUSED, find_or_pack
+from prefix_runtime.backends.onnxruntime.packed_graphs import pack_graph, packed_graph, writing
 from prefix_runtime.cli.main import main
 
 IDS = [5, 6, 7]
@@ -47,7 +46,7 @@ def opened(bundle):
 @pytest.fixture
 def large(monkeypatch, opened):
     """A bundle that is large."""
-    monkeypatch.setattr(keeping, "LARGE", keeping._size(opened))
+    monkeypatch.setattr(automatic_packing, "LARGE", automatic_packing._size(opened))
     return opened
 
 
@@ -76,7 +75,7 @@ def test_a_large_bundle_is_kept_at_the_first_opening(large, cache, opened_paths)
     before = load(large, prepare=False).logits(IDS, "p20")
     assert not cache.exists()
     found = [load(large).logits(IDS, "p20") for _ in range(2)]
-    graph = prepared_graph(large)
+    graph = packed_graph(large)
     assert opened_paths == [large.graph_path, graph, graph]
     assert suffixes(cache) == ["", ".kept"]
     assert all((logits == before).all() for logits in found)
@@ -92,24 +91,24 @@ def test_the_command_line_says_that_it_keeps_one(large, cache):
 
 
 def test_of_several_processes_one_keeps_it(large, monkeypatch, opened_paths):
-    save, made = prepared.save_opened, []
+    save, made = packed_graphs.save_opened, []
 
     def overtake(path, target, provider):
         made.append(path)
         load(large)  # while another one writes
         save(path, target, provider)
 
-    monkeypatch.setattr(prepared, "save_opened", overtake)
+    monkeypatch.setattr(packed_graphs, "save_opened", overtake)
     load(large)
     assert made == [large.graph_path]
-    assert opened_paths == [large.graph_path, prepared_graph(large)]
+    assert opened_paths == [large.graph_path, packed_graph(large)]
 
 
 def test_processes_that_open_it_at_once_keep_it_once_and_all_open(large, cache):
     code = """
 import logging, os, prefix_runtime
-from prefix_runtime.backends.onnxruntime import keeping
-keeping.LARGE = 0
+from prefix_runtime.backends.onnxruntime import automatic_packing
+automatic_packing.LARGE = 0
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 prefix_runtime.load(os.environ["BUNDLE"], threads=1)
 """
@@ -123,15 +122,15 @@ prefix_runtime.load(os.environ["BUNDLE"], threads=1)
 
 
 def test_a_graph_that_another_process_has_just_kept_is_opened(kept, monkeypatch, opened_paths):
-    graph, looked = prepared_graph(kept), []
+    graph, looked = packed_graph(kept), []
 
     def look(bundle):
         looked.append(bundle)
         return None if len(looked) == 1 else graph  # it came behind the first look
 
-    monkeypatch.setattr(keeping, "prepared_graph", look)
+    monkeypatch.setattr(automatic_packing, "packed_graph", look)
     load(kept)
-    assert opened_paths[-1] == graph == prepared_graph(kept)
+    assert opened_paths[-1] == graph == packed_graph(kept)
 
 
 def test_who_opens_a_bundle_does_not_wait_for_who_keeps_another(large, cache, opened_paths):
@@ -148,7 +147,7 @@ def test_who_wants_none_has_none_kept(large, cache, options):
 
 
 def test_a_small_bundle_is_not_kept(opened, cache):
-    assert keeping._size(opened) < LARGE
+    assert automatic_packing._size(opened) < LARGE
     load(opened)
     assert not cache.exists()
 
@@ -156,11 +155,11 @@ def test_a_small_bundle_is_not_kept(opened, cache):
 def test_the_size_counts_graph_and_weights(opened):
     graph = opened.graph_path
     least = sum(path.stat().st_size for path in graph.parent.glob(f"{graph.name}*"))
-    assert least <= keeping._size(opened) < least + 1_000_000
+    assert least <= automatic_packing._size(opened) < least + 1_000_000
 
 
 def test_where_there_is_little_room_none_is_kept_until_there_is(large, cache, monkeypatch):
-    free = 4 * keeping._size(large)
+    free = 4 * automatic_packing._size(large)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free, 1, free - 1))
     load(large)
     assert suffixes(cache) == []
@@ -179,14 +178,14 @@ def test_where_there_is_little_room_none_is_kept_until_there_is(large, cache, mo
 def test_what_goes_wrong_is_said_stops_no_engine_and_is_tried_again_a_day_later(
     large, cache, monkeypatch, caplog, error, said
 ):
-    tried, save = [], prepared.save_opened
+    tried, save = [], packed_graphs.save_opened
 
     def fail(_path, target, _provider):
         tried.append(target)
         target.write_bytes(b"half of it")
         raise error
 
-    monkeypatch.setattr(prepared, "save_opened", fail)
+    monkeypatch.setattr(packed_graphs, "save_opened", fail)
     for _ in range(3):
         assert load(large).logits(IDS).shape == (len(IDS), 384)
     assert len(tried) == 1
@@ -197,7 +196,7 @@ def test_what_goes_wrong_is_said_stops_no_engine_and_is_tried_again_a_day_later(
     monkeypatch.setattr(time, "time", lambda: now() + later)
     load(large)
     assert len(tried) == 2
-    monkeypatch.setattr(prepared, "save_opened", save)
+    monkeypatch.setattr(packed_graphs, "save_opened", save)
     later *= 2
     load(large)
     assert suffixes(cache) == ["", ".kept"]
@@ -211,12 +210,12 @@ def test_who_is_interrupted_is_and_tries_again(large, cache, monkeypatch, how, r
             mark.unlink()
         raise how
 
-    save = prepared.save_opened
-    monkeypatch.setattr(prepared, "save_opened", interrupt)
+    save = packed_graphs.save_opened
+    monkeypatch.setattr(packed_graphs, "save_opened", interrupt)
     with pytest.raises(how):
         load(large)
     assert suffixes(cache) == []
-    monkeypatch.setattr(prepared, "save_opened", save)
+    monkeypatch.setattr(packed_graphs, "save_opened", save)
     load(large)
     assert suffixes(cache) == ["", ".kept"]
 
@@ -225,8 +224,8 @@ def test_who_is_interrupted_is_and_tries_again(large, cache, monkeypatch, how, r
 def test_a_process_that_is_killed_over_it_is_the_last_for_a_day_and_leaves_nothing_large(large, cache, number):
     code = """
 import os, prefix_runtime
-from prefix_runtime.backends.onnxruntime import keeping, packed_graphs
-keeping.LARGE = 0
+from prefix_runtime.backends.onnxruntime import automatic_packing, packed_graphs
+automatic_packing.LARGE = 0
 packed_graphs.save_opened = lambda path, target, _: (target.write_bytes(b"half of it"), os.kill(os.getpid(), NUMBER))
 prefix_runtime.load(os.environ["BUNDLE"], threads=1)
 """.replace("NUMBER", str(int(number)))
@@ -244,15 +243,15 @@ prefix_runtime.load(os.environ["BUNDLE"], threads=1)
 
 
 def test_a_graph_that_is_not_whole_any_more_is_kept_anew(kept, cache):
-    graph = prepared_graph(kept)
+    graph = packed_graph(kept)
     graph.write_bytes(b"half of it")
     load(kept)
-    assert prepared_graph(kept) == graph
+    assert packed_graph(kept) == graph
     assert suffixes(cache) == ["", ".kept"]
 
 
 def test_a_bundle_of_4_bits_is_not_kept(workshop, cache, monkeypatch):
-    monkeypatch.setattr(keeping, "LARGE", 0)
+    monkeypatch.setattr(automatic_packing, "LARGE", 0)
     load(Bundle.open(workshop.bundle(precision="int4")))
     assert not cache.exists()
 
@@ -269,11 +268,11 @@ def test_a_graph_that_is_not_the_manifests_is_refused_and_not_kept(large, cache)
 
 
 def test_a_kept_graph_that_cannot_be_opened_is_kept_anew(kept, opened_paths):
-    graph = prepared_graph(kept)
+    graph = packed_graph(kept)
     status = graph.stat()
     graph.write_bytes(bytes(status.st_size))
     os.utime(graph, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert prepared_graph(kept) == graph
+    assert packed_graph(kept) == graph
     for _ in range(2):
         assert load(kept).logits(IDS).shape == (len(IDS), 384)
     assert opened_paths[-3:] == [graph, kept.graph_path, graph]
@@ -285,26 +284,26 @@ def test_a_folder_that_is_not_to_be_written_stops_no_engine(kept, monkeypatch, i
         raise PermissionError(13, "Permission denied")
 
     if not is_kept:
-        keeping.discard(kept)
+        automatic_packing.discard_packed(kept)
     monkeypatch.setattr("pathlib.Path.touch", refuse)
     assert load(kept).logits(IDS).shape == (len(IDS), 384)
 
 
 def test_what_was_kept_by_itself_and_not_opened_for_long_makes_room(kept, workshop, monkeypatch):
     other = Bundle.open(workshop.bundle(precision="int8"))
-    folder = prepared_graph(kept).parent
+    folder = packed_graph(kept).parent
     mark, usage = folder.with_suffix(".kept"), shutil.disk_usage
     age(mark, UNUSED - 60)
     load(kept)
     assert time.time() - mark.stat().st_mtime < 60
-    monkeypatch.setattr(keeping, "LARGE", 0)
+    monkeypatch.setattr(automatic_packing, "LARGE", 0)
     # There is room as soon as the first graph has gone.
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, 0) if folder.exists() else usage(path))
     load(other)
-    assert (prepared_graph(kept) is None, prepared_graph(other)) == (False, None)
+    assert (packed_graph(kept) is None, packed_graph(other)) == (False, None)
     age(mark, UNUSED + 60)
     load(other)
-    assert prepared_graph(other) is not None
+    assert packed_graph(other) is not None
     assert not folder.exists()
     assert not mark.exists()
 
@@ -313,15 +312,15 @@ def test_a_mark_that_another_process_removes_stops_nobody(large, cache):
     cache.mkdir(parents=True)
     (cache / "gone.kept").symlink_to(cache / "nowhere")
     load(large)
-    assert prepared_graph(large) is not None
+    assert packed_graph(large) is not None
 
 
 def test_what_was_asked_for_stays(kept, cache):
     load(kept, prepare=True)
     assert suffixes(cache) == [""]
-    age(prepared_graph(kept).parent, UNUSED + 60)
-    keeping._remove_unused(cache)
-    assert prepared_graph(kept) is not None
+    age(packed_graph(kept).parent, UNUSED + 60)
+    automatic_packing._remove_unused(cache)
+    assert packed_graph(kept) is not None
 
 
 def test_what_was_removed_begins_anew(kept, cache):
@@ -333,5 +332,5 @@ def test_what_was_removed_begins_anew(kept, cache):
 
 
 def test_a_graph_kept_on_request_is_opened_whoever_asks(opened):
-    graph = prepare(opened)
-    assert [find_or_keep(opened, keeps) for keeps in (True, None, False)] == [graph, graph, graph]
+    graph = pack_graph(opened)
+    assert [find_or_pack(opened, keeps) for keeps in (True, None, False)] == [graph, graph, graph]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import prefix_runtime
 from prefix_runtime import Bundle, BusyError, ContextOverflowError
 from prefix_runtime.backends.onnxruntime.session import Session
-from prefix_runtime.backends.onnxruntime.shared_cache import KeyValueCache
+from prefix_runtime.backends.onnxruntime.shared_cache import SharedCache
 from prefix_runtime.cache.pool import CachePool
 from prefix_runtime.prefix.cache_format import CacheFormat
 
@@ -46,12 +46,12 @@ def model(workshop):
 
 @pytest.fixture
 def new_cache(session, geometry):
-    return lambda capacity=64, rows=1: KeyValueCache(session, geometry, rows, capacity, FLOAT)
+    return lambda capacity=64, rows=1: SharedCache(session, geometry, rows, capacity, FLOAT)
 
 
 @pytest.fixture
 def new_pool(session, geometry):
-    make = partial(KeyValueCache, session, geometry, cache_format=FLOAT)
+    make = partial(SharedCache, session, geometry, cache_format=FLOAT)
     position_bytes = 4 * geometry.values_per_position
     return lambda budget=1 << 30, max_length=320: CachePool(make, position_bytes, max_length, budget)
 
@@ -59,13 +59,13 @@ def new_pool(session, geometry):
 @pytest.fixture
 def seeds(monkeypatch):
     """How often each prefix was copied into a cache."""
-    counter, seed = Counter(), KeyValueCache.seed
+    counter, seed = Counter(), SharedCache.seed
 
     def count(cache, row, prefix):
         counter[prefix] += 1
         seed(cache, row, prefix)
 
-    monkeypatch.setattr(KeyValueCache, "seed", count)
+    monkeypatch.setattr(SharedCache, "seed", count)
     return counter
 
 
@@ -246,7 +246,7 @@ def test_a_rounded_cache_answers_nearly_as_one_of_float32(workshop, kind, tolera
         opened = Bundle.open(workshop.bundle(cache=cache))
         session, geometry = Session(opened.graph_path, threads=1), opened.manifest.geometry
         cache_format = CacheFormat.of_bundle(opened.root, cache, geometry)
-        held = KeyValueCache(session, geometry, 1, 64, cache_format)
+        held = SharedCache(session, geometry, 1, 64, cache_format)
         held.seed(0, opened.prefix("p20"))
         answers.append(answer(held))
     # Numbers of eleven or eight bits, a few of which are summed, under logits of about 5.
@@ -422,7 +422,7 @@ class TestPool:
 
         pool = new_pool()
         with monkeypatch.context() as patch:
-            patch.setattr(KeyValueCache, "__init__", fail)
+            patch.setattr(SharedCache, "__init__", fail)
             with pytest.raises(MemoryError), pool.lease([None], 40):
                 pytest.fail("there is no cache")
         assert pool.lent_bytes == 0

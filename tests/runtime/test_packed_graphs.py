@@ -18,8 +18,8 @@ from click.testing import CliRunner
 
 import prefix_runtime
 from prefix_runtime import Bundle, BundleIntegrityError, Cuda, ProviderError, RequestError, machine, private
-from prefix_runtime.backends.onnxruntime import packed_graphs as prepared
-from prefix_runtime.backends.onnxruntime.packed_graphs import cache_folder, forget, prepare, prepared_graph
+from prefix_runtime.backends.onnxruntime import packed_graphs
+from prefix_runtime.backends.onnxruntime.packed_graphs import cache_folder, forget, pack_graph, packed_graph
 from prefix_runtime.bundle.manifest import FileEntry
 from prefix_runtime.cli.main import main
 
@@ -43,36 +43,36 @@ def logits(bundle, task="p20"):
 
 def test_the_kept_graph_answers_as_the_bundles_own(opened):
     before = logits(opened)
-    graph = prepare(opened)
-    assert prepared_graph(opened) == graph
+    graph = pack_graph(opened)
+    assert packed_graph(opened) == graph
     np.testing.assert_array_equal(logits(opened), before)
 
 
 def test_the_kept_graph_is_the_one_that_is_opened(opened, opened_paths):
-    graph = prepare(opened)
+    graph = pack_graph(opened)
     logits(opened)
     assert opened_paths == [graph]
 
 
 def test_it_is_made_once(opened, monkeypatch):
-    graph = prepare(opened)
-    monkeypatch.setattr(prepared, "save_opened", lambda *_: pytest.fail("made again"))
-    assert prepare(opened) == graph
+    graph = pack_graph(opened)
+    monkeypatch.setattr(packed_graphs, "save_opened", lambda *_: pytest.fail("made again"))
+    assert pack_graph(opened) == graph
 
 
 @pytest.mark.parametrize(
     ("module", "name", "value"),
-    [(prepared, "onnxruntime_version", "0.0"), (prepared, "processor_features", "another: avx")],
+    [(packed_graphs, "onnxruntime_version", "0.0"), (packed_graphs, "processor_features", "another: avx")],
 )
 def test_another_onnxruntime_or_processor_does_not_find_it(opened, monkeypatch, module, name, value):
-    prepare(opened)
+    pack_graph(opened)
     monkeypatch.setattr(module, name, lambda: value)
-    assert prepared_graph(opened) is None
+    assert packed_graph(opened) is None
 
 
 def test_another_bundle_does_not_find_it(workshop):
-    prepare(Bundle.open(workshop.bundle(precision="int8")))
-    assert prepared_graph(Bundle.open(workshop.bundle(precision="int4"))) is None
+    pack_graph(Bundle.open(workshop.bundle(precision="int8")))
+    assert packed_graph(Bundle.open(workshop.bundle(precision="int4"))) is None
 
 
 def test_files_count_whatever_their_names(opened):
@@ -80,7 +80,7 @@ def test_files_count_whatever_their_names(opened):
         files = {name: FileEntry(name, 1, sha256) for name in ("graph.bin", "weights.bin")}
         return Bundle(opened.root, replace(opened.manifest, graph="graph.bin", files=files))
 
-    assert prepared._folder(with_weights("0" * 64), "cpu") != prepared._folder(with_weights("1" * 64), "cpu")
+    assert packed_graphs._folder(with_weights("0" * 64), "cpu") != packed_graphs._folder(with_weights("1" * 64), "cpu")
 
 
 def test_a_bundle_that_is_not_what_it_says_is_not_kept(bundle, cache):
@@ -89,7 +89,7 @@ def test_a_bundle_that_is_not_what_it_says_is_not_kept(bundle, cache):
     content[100] ^= 1
     data.write_bytes(content)
     with pytest.raises(BundleIntegrityError, match=r"model\.onnx\.data: expected SHA-256"):
-        prepare(Bundle.open(bundle))
+        pack_graph(Bundle.open(bundle))
     assert not cache.exists()
 
 
@@ -111,12 +111,12 @@ def test_nothing_half_written_is_left_behind(opened, cache, monkeypatch, error, 
         target.write_bytes(b"half of it")
         raise error if isinstance(error, OSError) else ProviderError(error.replace("STAGING", str(target)))
 
-    monkeypatch.setattr(prepared, "save_opened", full)
+    monkeypatch.setattr(packed_graphs, "save_opened", full)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
     with pytest.raises(ProviderError if error == "cannot open the graph" else OSError, match=expected):
-        prepare(opened)
+        pack_graph(opened)
     assert not list((cache / "prepared").iterdir())
-    assert prepared_graph(opened) is None
+    assert packed_graph(opened) is None
 
 
 def test_a_process_that_comes_second_takes_what_the_first_kept(opened, monkeypatch):
@@ -124,12 +124,12 @@ def test_a_process_that_comes_second_takes_what_the_first_kept(opened, monkeypat
 
     def overtaken(bundle):
         monkeypatch.setattr(Bundle, "verify", verify)
-        prepare(opened)
-        monkeypatch.setattr(prepared, "save_opened", lambda *_: pytest.fail("made again"))
+        pack_graph(opened)
+        monkeypatch.setattr(packed_graphs, "save_opened", lambda *_: pytest.fail("made again"))
         return verify(bundle)
 
     monkeypatch.setattr(Bundle, "verify", overtaken)
-    assert prepare(opened) == prepared_graph(opened)
+    assert pack_graph(opened) == packed_graph(opened)
 
 
 def test_processes_that_prepare_at_once_make_one_graph(opened, cache):
@@ -138,7 +138,7 @@ def test_processes_that_prepare_at_once_make_one_graph(opened, cache):
     said = {process.communicate(timeout=120)[0] for process in processes}
     assert [process.returncode for process in processes] == [0] * 4, said
     assert len(said) == 1
-    assert list((cache / "prepared").iterdir()) == [prepared_graph(opened).parent]
+    assert list((cache / "prepared").iterdir()) == [packed_graph(opened).parent]
 
 
 def test_what_a_killed_process_left_goes_with_the_next_graph_or_with_what_is_removed(opened, cache):
@@ -152,33 +152,33 @@ def test_what_a_killed_process_left_goes_with_the_next_graph_or_with_what_is_rem
     assert forget(opened)
     assert not partial.exists()
     partial = leave()
-    prepare(opened)
+    pack_graph(opened)
     assert not partial.exists()
 
 
 @pytest.mark.parametrize("name", [".0123.abcd.partial", None], ids=["a leftover", "the graph"])
 @pytest.mark.parametrize("stands", ["a file", "a link", "a link to nothing"])
 def test_what_stands_where_a_folder_would_be_is_removed(opened, cache, tmp_path, name, stands):
-    path = prepared.provider_folder(opened, "cpu") if name is None else cache / "prepared" / name
+    path = packed_graphs.provider_folder(opened, "cpu") if name is None else cache / "prepared" / name
     path.parent.mkdir(parents=True)
     mine = tmp_path / "mine"
     if stands != "a link to nothing":
         mine.mkdir()
     (path.write_text if stands == "a file" else path.symlink_to)(str(mine))
-    graph = prepare(opened)
-    assert prepared_graph(opened) == graph
+    graph = pack_graph(opened)
+    assert packed_graph(opened) == graph
     assert list((cache / "prepared").iterdir()) == [graph.parent]
     assert mine.exists() == (stands != "a link to nothing")
 
 
 def test_a_folder_that_was_in_an_archive_is_whole(opened):
-    graph = prepare(opened)
+    graph = pack_graph(opened)
     for path in graph.parent.iterdir():
         second = int(path.stat().st_mtime)
         os.utime(path, (second, second))
-    assert prepared_graph(opened) == graph
+    assert packed_graph(opened) == graph
     os.utime(graph, (second - 1, second - 1))
-    assert prepared_graph(opened) is None
+    assert packed_graph(opened) is None
 
 
 def zero(path):
@@ -188,18 +188,18 @@ def zero(path):
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "kept.json"])
 @pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_bytes(b"half"), zero])
 def test_a_damaged_graph_is_not_opened_and_made_anew(opened, name, spoil):
-    graph = prepare(opened)
+    graph = pack_graph(opened)
     spoil(graph.with_name(name))
-    assert prepared_graph(opened) is None
+    assert packed_graph(opened) is None
     assert logits(opened).shape == (len(IDS), 384)
-    assert prepare(opened) == graph
-    assert prepared_graph(opened) == graph
+    assert pack_graph(opened) == graph
+    assert packed_graph(opened) == graph
 
 
 def test_an_engine_that_prepares_keeps_the_graph_once_and_opens_it(opened, opened_paths, monkeypatch):
     first = prefix_runtime.load(opened.root, threads=1, prepare=True)
-    kept = prepared_graph(opened)
-    monkeypatch.setattr(prepared, "save_opened", lambda *_: pytest.fail("made again"))
+    kept = packed_graph(opened)
+    monkeypatch.setattr(packed_graphs, "save_opened", lambda *_: pytest.fail("made again"))
     again = prefix_runtime.load(opened.root, threads=1, prepare=True)
     assert opened_paths == [kept, kept]
     forget(opened)
@@ -239,17 +239,17 @@ def test_an_engine_that_cannot_keep_the_graph_says_so(opened, cache):
 
 
 def test_who_asks_for_verification_gets_the_bundles_own_graph(opened, opened_paths):
-    prepare(opened)
+    pack_graph(opened)
     prefix_runtime.load(opened.root, verify=True)
     assert opened_paths == [opened.graph_path]
 
 
 def test_a_kept_graph_that_does_not_open_is_passed_over(opened):
-    graph = prepare(opened)
+    graph = pack_graph(opened)
     before = graph.stat()
     graph.write_bytes(bytes(before.st_size))
     os.utime(graph, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert prepared_graph(opened) == graph, "size and time tell nothing"
+    assert packed_graph(opened) == graph, "size and time tell nothing"
     assert logits(opened).shape == (len(IDS), 384)
 
 
@@ -258,7 +258,7 @@ def test_a_process_that_is_terminated_leaves_nothing_behind(opened, cache, monke
         target.write_bytes(b"half of it")
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(prepared, "save_opened", terminated)
+    monkeypatch.setattr(packed_graphs, "save_opened", terminated)
     assert CliRunner().invoke(main, ["prepare", str(opened.root)]).exit_code == 128 + signal.SIGTERM
     assert not list((cache / "prepared").iterdir())
 
@@ -283,14 +283,14 @@ class TestOthers:
     @pytest.fixture
     def place(self, cache, opened):
         def found(name):
-            return cache / name.replace("KEY", prepared._folder(opened, "cpu").name)
+            return cache / name.replace("KEY", packed_graphs._folder(opened, "cpu").name)
 
         return found
 
     def refused(self, opened, caplog, paths):
         """The bundle's own graph is opened, and why is said in one line."""
         caplog.clear()
-        assert prepared_graph(opened) is None
+        assert packed_graph(opened) is None
         paths.clear()
         assert logits(opened).shape == (len(IDS), 384)
         assert paths == [opened.graph_path]
@@ -302,10 +302,10 @@ class TestOthers:
     def test_what_is_kept_is_the_users_alone_whatever_the_umask(self, opened, cache, umask):
         before = os.umask(umask)
         try:
-            graph = prepare(opened)
+            graph = pack_graph(opened)
         finally:
             os.umask(before)
-        assert prepared_graph(opened) == graph
+        assert packed_graph(opened) == graph
         folders = [cache, cache / "prepared", graph.parent]
         assert {path.stat().st_mode & 0o777 for path in folders} == {0o700}
         assert {path.stat().st_mode & 0o777 for path in [*graph.parent.iterdir(), cache / "prepared.lock"]} == {0o600}
@@ -313,7 +313,7 @@ class TestOthers:
     @pytest.mark.parametrize("name", PLACES)
     @pytest.mark.parametrize("mode", [0o020, 0o002], ids=["group", "all"])
     def test_what_others_may_write_to_is_not_opened(self, opened, place, caplog, opened_paths, name, mode):
-        prepare(opened)
+        pack_graph(opened)
         path = place(name)
         path.chmod(path.stat().st_mode | mode)
         line = self.refused(opened, caplog, opened_paths)
@@ -322,24 +322,24 @@ class TestOthers:
 
     @pytest.mark.parametrize("name", PLACES)
     def test_what_is_another_users_is_not_opened(self, opened, place, caplog, opened_paths, give_away, name):
-        prepare(opened)
+        pack_graph(opened)
         give_away(place(name))
         assert "found one of user " in self.refused(opened, caplog, opened_paths)
 
     @pytest.mark.parametrize("name", PLACES)
     def test_what_is_a_link_is_not_followed(self, opened, place, caplog, opened_paths, tmp_path, name):
-        prepare(opened)
+        pack_graph(opened)
         target = place(name).rename(tmp_path / "elsewhere")
         place(name).symlink_to(target)
         assert f"{place(name)}: expected a " in self.refused(opened, caplog, opened_paths)
 
     @pytest.mark.parametrize("name", ["", "prepared"])
     def test_nothing_is_kept_where_others_may_write(self, opened, place, name):
-        prepare(opened)
+        pack_graph(opened)
         place(name).chmod(0o777)
-        for keep in (prepare, lambda opened: prefix_runtime.load(opened.root, prepare=True)):
+        for pack in (pack_graph, lambda opened: prefix_runtime.load(opened.root, prepare=True)):
             with pytest.raises(OSError, match=f"^{place(name)}: expected a folder of this user's .* found mode 0777; "):
-                keep(opened)
+                pack(opened)
         refused = CliRunner().invoke(main, ["prepare", str(opened.root)])
         assert (refused.exit_code, refused.output.count("\n")) == (1, 1)
 
@@ -347,31 +347,31 @@ class TestOthers:
         cache.mkdir(mode=0o700)
         (cache / "prepared.lock").symlink_to(tmp_path / "mine")
         with pytest.raises(OSError, match=f"^{cache}/prepared.lock: expected a file to write to, found none: "):
-            prepare(opened)
+            pack_graph(opened)
         assert not (tmp_path / "mine").exists()
 
     def test_a_lock_of_another_user_is_refused(self, opened, cache, give_away):
-        prepare(opened)
+        pack_graph(opened)
         give_away(cache / "prepared.lock")
         with pytest.raises(OSError, match=r"expected a (file|folder) of this user's .* found one of user "):
             forget(opened)
 
 
 def test_what_was_replaced_by_a_file_of_the_same_size_and_time_is_found_by_prepare(opened, monkeypatch):
-    graph = prepare(opened)
+    graph = pack_graph(opened)
     data = graph.with_name("model.onnx.data")
     before, whole = data.stat(), data.read_bytes()
     data.write_bytes(bytes(before.st_size))
     os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert CliRunner().invoke(main, ["prepare", str(opened.root)]).exit_code == 0
     assert data.read_bytes() == whole
-    monkeypatch.setattr(prepared, "save_opened", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(packed_graphs, "save_opened", lambda *_: pytest.fail("made again"))
     assert CliRunner().invoke(main, ["prepare", str(opened.root)]).exit_code == 0
 
 
 @pytest.mark.parametrize("how", ["replaced", "written to"])
 def test_a_bundle_that_is_changed_between_hashing_and_keeping_is_not_kept(bundle, cache, monkeypatch, how):
-    weights, save = bundle / "model.onnx.data", prepared.save_opened
+    weights, save = bundle / "model.onnx.data", packed_graphs.save_opened
 
     def change(*arguments):
         other = weights.with_name("other")
@@ -382,18 +382,18 @@ def test_a_bundle_that_is_changed_between_hashing_and_keeping_is_not_kept(bundle
             weights.write_bytes(other.read_bytes())
         save(*arguments)
 
-    monkeypatch.setattr(prepared, "save_opened", change)
+    monkeypatch.setattr(packed_graphs, "save_opened", change)
     opened = Bundle.open(bundle)
     with pytest.raises(BundleIntegrityError, match=f"^{weights}: expected the file that was verified"):
-        prepare(opened)
-    assert prepared_graph(opened) is None
+        pack_graph(opened)
+    assert packed_graph(opened) is None
     assert not list((cache / "prepared").iterdir())
 
 
 def test_it_may_be_removed(opened):
-    prepare(opened)
+    pack_graph(opened)
     assert forget(opened)
-    assert prepared_graph(opened) is None
+    assert packed_graph(opened) is None
     assert not forget(opened)
 
 

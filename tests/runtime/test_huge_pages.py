@@ -17,7 +17,7 @@ import pytest
 
 import prefix_runtime
 from prefix_runtime import Bundle
-from prefix_runtime.backends.onnxruntime import huge_pages as pages
+from prefix_runtime.backends.onnxruntime import huge_pages
 from prefix_runtime.backends.onnxruntime.huge_pages import _difference, _whole_pages, letting_go, on_huge_pages, opening
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems are left alone")
@@ -75,7 +75,7 @@ def test_what_is_allocated_meanwhile_comes_onto_huge_pages_and_stays_what_it_is(
         for name, each in (("before", before), ("meanwhile", memory))
     }
     # What lies at the ends may be in pages that other memory has a part of.
-    assert found["meanwhile"] >= (SIZE >> 10) - 4096 if pages._huge_page_size() else found["meanwhile"] == 0
+    assert found["meanwhile"] >= (SIZE >> 10) - 4096 if huge_pages._huge_page_size() else found["meanwhile"] == 0
     np.testing.assert_array_equal(np.frombuffer(memory, np.uint8), expected())
     np.testing.assert_array_equal(np.frombuffer(before, np.uint8), expected())
 
@@ -85,8 +85,8 @@ def test_where_huge_pages_are_not_to_be_nothing_is_asked(monkeypatch, tmp_path, 
     if setting is not None:
         (tmp_path / "enabled").write_text(setting)
         (tmp_path / "hpage_pmd_size").write_text("2097152\n")
-    monkeypatch.setattr(pages, "_SETTINGS", tmp_path)
-    monkeypatch.setattr(pages, "_move", lambda spans: pytest.fail("pages are moved"))
+    monkeypatch.setattr(huge_pages, "_SETTINGS", tmp_path)
+    monkeypatch.setattr(huge_pages, "_move", lambda spans: pytest.fail("pages are moved"))
     with on_huge_pages():
         memory = private_memory()
     settled()
@@ -94,7 +94,7 @@ def test_where_huge_pages_are_not_to_be_nothing_is_asked(monkeypatch, tmp_path, 
 
 
 def test_a_block_that_fails_moves_nothing(monkeypatch):
-    monkeypatch.setattr(pages, "_move", lambda spans: pytest.fail("pages are moved"))
+    monkeypatch.setattr(huge_pages, "_move", lambda spans: pytest.fail("pages are moved"))
     with pytest.raises(RuntimeError, match="no graph"), on_huge_pages():
         raise RuntimeError("no graph")
 
@@ -194,7 +194,7 @@ def test_an_engine_answers_from_pages_that_were_let_go_of(workshop, tmp_path, op
         spans = [line.split()[0].split("-") for line in maps if line.rstrip().endswith(str(data))]
     first = engine.logits(IDS, "p20")
     for start, end in spans:
-        pages._madvise()(int(start, 16), int(end, 16) - int(start, 16), pages._DONT_NEED)
+        huge_pages._madvise()(int(start, 16), int(end, 16) - int(start, 16), huge_pages._DONT_NEED)
     np.testing.assert_array_equal(engine.logits(IDS, "p20"), first)
 
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from prefix_export.errors import ModelError
-from prefix_export.models.model_shape import Shape
+from prefix_export.models.model_shape import ModelShape
 from prefix_runtime import LayerGeometry
 
 SIZES = {"vocab_size": 99, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
@@ -47,7 +47,7 @@ def cache_of(config):
 def test_a_configuration_tells_what_its_model_caches(name):
     config_class, sizes = TOLD[name]
     config = config_class(**sizes)
-    told = Shape.of_config(name, config).sites["decoder"]
+    told = ModelShape.of_config(name, config).sites["decoder"]
     expected = [((layer.key_value_heads, 5, layer.head_dim),) * 2 for layer in told]
     assert cache_of(config) == expected
 
@@ -56,7 +56,7 @@ def test_a_configuration_tells_what_its_model_caches(name):
 def test_a_configuration_that_does_not_tell_is_refused_by_name(name):
     config_class, sizes, found = REFUSED[name]
     with pytest.raises(ModelError, match=rf"^model 'base': expected one key and one value .* {found}"):
-        Shape.of_config("base", config_class(**sizes))
+        ModelShape.of_config("base", config_class(**sizes))
 
 
 def test_latent_attention_caches_no_keys_and_values_of_its_heads():
@@ -67,7 +67,7 @@ def test_latent_attention_caches_no_keys_and_values_of_its_heads():
 def test_layers_that_were_found_by_running_the_model_are_not_asked_of_its_configuration():
     layers = (LayerGeometry(4, 16),) * 2
     config = transformers.DeepseekV3Config(**_LATENT)
-    assert Shape.of_config("base", config, layers).sites == {"decoder": layers}
+    assert ModelShape.of_config("base", config, layers).sites == {"decoder": layers}
 
 
 NARROW = {
@@ -85,7 +85,7 @@ NARROW = {
 def test_the_width_of_embeddings_is_the_models_own(name):
     config_class, sizes, expected = NARROW[name]
     config = config_class(**sizes)
-    shape = Shape.of_config(name, config)
+    shape = ModelShape.of_config(name, config)
     model = transformers.AutoModel.from_config(config)
     assert shape.embedding_size == model.get_input_embeddings().weight.shape[1] == expected
     assert shape.hidden_size == 64
