@@ -127,8 +127,8 @@ function checkManifest(manifest) {
   if (format !== "prefix-export.bundle") {
     throw new PageError(`manifest.json: format: expected prefix-export.bundle, found ${format}`);
   }
-  if (version !== 1) {
-    throw new PageError(`manifest.json: format_version: expected 1, found ${version}; update this page`);
+  if (version !== 1 && version !== 2) {
+    throw new PageError(`manifest.json: format_version: expected 1 or 2, found ${version}; update this page`);
   }
   for (const [field, expected] of Object.entries(RUNS)) {
     if (manifest[field] !== expected) {
@@ -139,12 +139,17 @@ function checkManifest(manifest) {
   const parts = {
     files: Array.isArray(files) && files.every(isFile),
     tasks: Object.values(tasks ?? [null]).every(isTask),
-    geometry: geometry?.layers?.length > 0 && isCount(geometry.context_length, 1) && isCount(geometry.vocab_size, 1),
+    geometry: layersOf(manifest)?.length > 0 && isCount(geometry.context_length, 1) && isCount(geometry.vocab_size, 1),
     max_length: isCount(maxLength, 1),
   };
   for (const [field, isGood] of Object.entries(parts)) {
     if (!isGood) throw new PageError(`manifest.json: ${field}: expected what the format says, found something else`);
   }
+}
+
+/** The decoder's layers. The first format version lists no others, later ones list them by attention site. */
+export function layersOf({ geometry }) {
+  return geometry?.sites ? geometry.sites.decoder : geometry?.layers;
 }
 
 function isFile(entry) {

@@ -1,7 +1,7 @@
 /** The frozen model and its tasks: one graph, opened once, and a prefix for each task, fetched when it is chosen. */
 
 import * as ort from "./node_modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs";
-import { Bundle } from "./bundle.js";
+import { Bundle, layersOf } from "./bundle.js";
 import { PageError } from "./errors.js";
 import { readPrefix } from "./prefix.js";
 import { TextCodec } from "./text.js";
@@ -122,13 +122,13 @@ export class Engine {
 
   #noPrefix() {
     const nothing = { key: new Float32Array(0), value: new Float32Array(0) };
-    return { past: this.#past(this.manifest.geometry.layers.map(() => nothing), 0), length: 0, positionBase: 0 };
+    return { past: this.#past(layersOf(this.manifest).map(() => nothing), 0), length: 0, positionBase: 0 };
   }
 
   /** Keys and values as the graph's inputs, each [1, num_key_value_heads, length, head_dim]. */
   #past(layers, length) {
     const past = {};
-    for (const [index, { key_value_heads: heads, head_dim: headDim }] of this.manifest.geometry.layers.entries()) {
+    for (const [index, { key_value_heads: heads, head_dim: headDim }] of layersOf(this.manifest).entries()) {
       for (const part of ["key", "value"]) {
         const shape = [1, heads, length, headDim];
         past[`past_key_values.${index}.${part}`] = new ort.Tensor("float32", layers[index][part], shape);

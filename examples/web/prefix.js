@@ -1,5 +1,6 @@
 /** A task's prefix: keys and values for every layer of the frozen model, from its canonical file. */
 
+import { layersOf } from "./bundle.js";
 import { PageError } from "./errors.js";
 import { readSafetensors } from "./safetensors.js";
 
@@ -24,7 +25,7 @@ export function readPrefix(buffer, task, manifest) {
   for (const [name, value] of Object.entries(expected)) {
     if (metadata[name] !== value) throw new PageError(`${where}: ${name}: expected ${value}, found ${metadata[name]}`);
   }
-  const layers = manifest.geometry.layers.map(({ key_value_heads: heads, head_dim: headDim }, index) => {
+  const layers = layersOf(manifest).map(({ key_value_heads: heads, head_dim: headDim }, index) => {
     const shape = [heads, task.prefix_length, headDim];
     return {
       key: takeTensor(tensors, `decoder.${index}.key`, shape, where),

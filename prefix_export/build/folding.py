@@ -20,7 +20,7 @@ from prefix_export.progress import Progress
 from prefix_export.quantize.options import BITS
 from prefix_export.trace.attention import check_fast_flavour
 from prefix_runtime import LayerPrefix, Prefix
-from prefix_runtime.bundle.manifest import check_free_task_name, task_key
+from prefix_runtime.bundle.task_names import check_free_task_name, task_key
 from prefix_runtime.files import check_room
 from prefix_runtime.prefix.geometry import LEAST_TEXT
 

@@ -13,8 +13,8 @@ from prefix_export import targets
 from prefix_export.errors import ExportError, ModelError
 from prefix_export.models.names import check_checkpoint, check_model
 from prefix_export.quantize.options import Quantization, quantization
-from prefix_runtime.bundle.manifest import check_free_task_name, task_key
 from prefix_runtime.bundle.staging import check_output
+from prefix_runtime.bundle.task_names import check_free_task_name, task_key
 from prefix_runtime.prefix.geometry import LEAST_TEXT
 
 

@@ -73,8 +73,8 @@ def refit(bundle: Path, prefix: str, output: Path, engines: Path | None, name: s
     from prefix_runtime import Bundle
     from prefix_runtime.backends.tensorrt.engine_file import tensorrt_engines_folder
     from prefix_runtime.backends.tensorrt.library import Library
-    from prefix_runtime.bundle.manifest import unknown_task
     from prefix_runtime.bundle.staging import check_output
+    from prefix_runtime.bundle.task_names import unknown_task
 
     task, path = runtime.split_task(prefix)
     check_output(output)

@@ -69,7 +69,7 @@ def base_model(
     """
     layers = probe(model)
     geometry = Geometry(
-        layers=tuple(LayerGeometry(layer.key_value_heads, layer.head_dim) for layer in layers),
+        sites={"decoder": tuple(LayerGeometry(layer.key_value_heads, layer.head_dim) for layer in layers)},
         context_length=context_length(name, model.config),
         vocab_size=model.config.get_text_config().vocab_size,
     )

@@ -18,8 +18,8 @@ from prefix_export.trace.prefix_bank import PrefixBank
 from prefix_runtime import Bundle, Prefix, PrefixMismatchError
 from prefix_runtime.backends.tensorrt.engine_file import TensorRTEngineRecord, add_tensorrt_engine
 from prefix_runtime.backends.tensorrt.library import Library
-from prefix_runtime.bundle.manifest import unknown_task
 from prefix_runtime.bundle.staging import check_output
+from prefix_runtime.bundle.task_names import unknown_task
 from prefix_runtime.prefix.cache_format import CACHE_TYPES
 
 

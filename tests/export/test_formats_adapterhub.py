@@ -80,7 +80,7 @@ def test_layers_that_were_left_out_have_nothing(name, tmp_path):
 
 
 def test_a_graph_has_no_layer_without_a_prefix():
-    geometry = Geometry((LayerGeometry(2, 8),) * 2, 24, 24)
+    geometry = Geometry({"decoder": (LayerGeometry(2, 8),) * 2}, 24, 24)
     with pytest.raises(PrefixMismatchError, match=r"^here: layer 1: expected a prefix at every layer"):
         geometry.check_prefix(prefix_of("gpt2", "leave_out"), "here")
 

@@ -47,7 +47,7 @@ def refusal(name):
 def test_a_folder_is_loaded_in_float32_with_its_geometry(workshop):
     base = load_base_model(str(workshop.model("llama")))
     assert base.name == "llama-0"
-    assert base.geometry == Geometry((LayerGeometry(2, 16),) * 3, context_length=320, vocab_size=384)
+    assert base.geometry == Geometry({"decoder": (LayerGeometry(2, 16),) * 3}, context_length=320, vocab_size=384)
     assert {parameter.dtype for parameter in base.model.parameters()} == {torch.float32}
     assert not base.model.training
 

@@ -330,7 +330,7 @@ def test_an_operator_that_tensorrt_does_not_know_is_named(own, change_graph):
 
 def test_a_graph_that_is_not_the_manifests_is_refused(own):
     def halve(content):
-        content["geometry"]["layers"][1]["head_dim"] = 8
+        content["geometry"]["sites"]["decoder"][1]["head_dim"] = 8
 
     edit_manifest(own, halve)
     with pytest.raises(

@@ -186,8 +186,8 @@ class TestOpening:
                 Bundle.open(bundle)
 
     def test_a_newer_format_version_is_refused(self, bundle):
-        edit_manifest(bundle, format_version=2)
-        with pytest.raises(BundleError, match=rf"^{bundle}/manifest\.json: expected format version 1.*found 2; update"):
+        edit_manifest(bundle, format_version=3)
+        with pytest.raises(BundleError, match=rf"^{bundle}/manifest\.json: expected format version 2.*found 3; update"):
             Bundle.open(bundle)
 
     @pytest.mark.parametrize("name", FILES)

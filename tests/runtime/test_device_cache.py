@@ -215,7 +215,7 @@ def test_a_graph_of_another_target_is_refused(shared_bundle, device, geometry, r
 
 
 def test_layers_of_several_shapes_are_copied_each_as_it_is(device):
-    geometry = Geometry((LayerGeometry(2, 8), LayerGeometry(1, 16), LayerGeometry(2, 8)), 64, 10)
+    geometry = Geometry({"decoder": (LayerGeometry(2, 8), LayerGeometry(1, 16), LayerGeometry(2, 8))}, 64, 10)
     source, target = (DeviceBuffer(device, geometry, 2, rows, length) for rows, length in ((1, 3), (2, 5)))
     assert source.nbytes == 3 * 2 * geometry.values_per_position
     wanted = {}

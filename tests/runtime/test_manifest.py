@@ -16,17 +16,16 @@ from prefix_runtime.bundle.manifest import (
     FileEntry,
     ModelEntry,
     TaskEntry,
-    check_new_task_name,
     check_relative_path,
-    check_task_name,
 )
+from prefix_runtime.bundle.task_names import check_new_task_name, check_task_name
 from prefix_runtime.prefix.geometry import Geometry, LayerGeometry
 
 SHA256 = "0123456789abcdef" * 4
 MANIFEST = Manifest(
     producer="prefix-export 0.1.0",
     model=ModelEntry("gpt2", "GPT2LMHeadModel", "sha256:base"),
-    geometry=Geometry((LayerGeometry(4, 16), LayerGeometry(2, 32)), context_length=320, vocab_size=384),
+    geometry=Geometry({"decoder": (LayerGeometry(4, 16), LayerGeometry(2, 32))}, context_length=320, vocab_size=384),
     max_length=300,
     mode="feed",
     flavour="fast",
@@ -47,11 +46,11 @@ MANIFEST = Manifest(
 
 TEXTS = ["format", "producer", "model.name", "model.architecture", "model.fingerprint", "mode", "flavour", "precision"]
 TEXTS += ["target", "graph", "files.0.path", "files.1.sha256", "tasks.e2e.file.path", "tasks.e2e.file.sha256"]
-NUMBERS = ["format_version", "geometry.layers.0.key_value_heads", "geometry.layers.1.head_dim", "max_length"]
-NUMBERS += ["geometry.context_length", "geometry.vocab_size", "files.0.size", "tasks.xsum.prefix_length"]
+NUMBERS = ["format_version", "geometry.sites.decoder.0.key_value_heads", "geometry.sites.decoder.1.head_dim"]
+NUMBERS += ["max_length", "geometry.context_length", "geometry.vocab_size", "files.0.size", "tasks.xsum.prefix_length"]
 NUMBERS += ["tasks.xsum.position_base", "tasks.xsum.file.size"]
 OBJECTS = ["model", "geometry", "tasks", "tasks.e2e.file"]
-LISTS = ["files", "geometry.layers"]
+LISTS = ["files", "geometry.sites.decoder"]
 OUTSIDE = ["", "/etc/passwd", "../model.onnx", "a/../../b", "a/..", "..", ".", "a/./b", "a//b", "a/", "a\\b", "..\\b"]
 OUTSIDE += ["C:/model.onnx", "C:model.onnx", "\\\\host\\share", "//host/share", "a\0b"]
 NO_NAMES = [
@@ -76,9 +75,23 @@ NO_NAMES += [".a", "-a", "a.", "é", "任务", "٣", "x" * 65, "a*", "a=b", None
 MISSING = object()
 
 
-def changed(field, value):
+def encoder_decoder():
+    """The manifest of a model with an encoder, and a task with a prefix for two of its sites."""
+    layers = (LayerGeometry(4, 16),)
+    sites = {"decoder": layers * 3, "cross": layers * 3, "encoder": layers * 2}
+    files = {path: FileEntry(path, 10, SHA256) for path in ("model.onnx", "encoder.onnx")}
+    return replace(
+        MANIFEST,
+        geometry=Geometry(sites, context_length=320, vocab_size=384, source_length=512),
+        files=files,
+        encoder_graph="encoder.onnx",
+        tasks={"e2e": replace(MANIFEST.tasks["e2e"], sites=("cross", "decoder"))},
+    )
+
+
+def changed(field, value, manifest=MANIFEST):
     """The manifest's text with another value in a field, `a.b.0.c`, or without it."""
-    content = json.loads(MANIFEST.to_json())
+    content = json.loads(manifest.to_json())
     *parents, last = [int(part) if part.isdigit() else part for part in field.split(".")]
     place = content
     for part in parents:
@@ -90,9 +103,9 @@ def changed(field, value):
     return json.dumps(content)
 
 
-def message_for(field, value, error=BundleError):
+def message_for(field, value, error=BundleError, manifest=MANIFEST):
     with pytest.raises(error) as caught:
-        Manifest.from_json(changed(field, value), "here")
+        Manifest.from_json(changed(field, value, manifest), "here")
     return str(caught.value)
 
 
@@ -100,6 +113,39 @@ class TestReading:
     @pytest.mark.parametrize("manifest", [MANIFEST, replace(MANIFEST, tasks={}), replace(MANIFEST, parity=None)])
     def test_what_is_read_is_what_was_written(self, manifest):
         assert Manifest.from_json(manifest.to_json(), "here") == manifest
+
+    def test_a_manifest_of_the_first_format_version_is_read(self):
+        content = json.loads(MANIFEST.to_json())
+        content["format_version"] = 1
+        content["geometry"] = {**content["geometry"], "layers": content["geometry"].pop("sites")["decoder"]}
+        del content["encoder_graph"], content["geometry"]["source_length"]
+        for task in content["tasks"].values():
+            del task["sites"]
+        assert Manifest.from_json(json.dumps(content), "here") == MANIFEST
+
+    def test_an_encoder_decoder_has_three_sites_and_two_graphs(self):
+        manifest = encoder_decoder()
+        assert Manifest.from_json(manifest.to_json(), "here") == manifest
+        assert manifest.geometry.is_encoder_decoder
+        assert [entry.path for entry in manifest.graph_files] == ["model.onnx", "encoder.onnx"]
+
+    @pytest.mark.parametrize(
+        ("field", "value", "message"),
+        [
+            ("geometry.sites.cross", [], "geometry: sites: cross: expected at least one, found none"),
+            ("geometry.sites.encoder", MISSING, "geometry: sites: encoder: expected list, found nothing"),
+            ("geometry.source_length", None, "geometry: source_length: expected int, found NoneType 'None'"),
+            ("encoder_graph", MISSING, "encoder_graph: expected str, found nothing"),
+            ("encoder_graph", "other.onnx", "encoder_graph: expected one of the listed files, found 'other.onnx'"),
+            ("tasks.e2e.sites", ["vision"], "tasks.e2e: sites: expected some of decoder, cross, encoder, found "),
+        ],
+    )
+    def test_what_an_encoder_decoder_lacks_is_named(self, field, value, message):
+        assert message_for(field, value, manifest=encoder_decoder()).startswith(f"here: {message}")
+
+    def test_a_task_of_a_decoder_only_model_has_no_other_site(self):
+        message = message_for("tasks.e2e.sites", ["cross"])
+        assert message == "here: tasks.e2e: sites: expected some of decoder, found ['cross']"
 
     def test_the_same_content_has_the_same_text(self):
         turned = replace(
@@ -125,8 +171,8 @@ class TestReading:
         [
             ("geometry.vocab_size", 10**15),
             ("geometry.context_length", 2**40),
-            ("geometry.layers.0.key_value_heads", 10**9),
-            ("geometry.layers.1.head_dim", 10**9),
+            ("geometry.sites.decoder.0.key_value_heads", 10**9),
+            ("geometry.sites.decoder.1.head_dim", 10**9),
             ("block_size", -5),
             ("block_size", 10**9),
         ],
@@ -158,7 +204,7 @@ class TestReading:
     @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 99])
     def test_a_newer_format_version_is_refused(self, version):
         message = message_for("format_version", version)
-        assert message == f"here: expected format version 1 or older, found {version}; update prefix-runtime"
+        assert message == f"here: expected format version 2 or older, found {version}; update prefix-runtime"
 
     def test_another_format_is_refused(self):
         assert message_for("format", "zip") == "here: expected format 'prefix-export.bundle', found 'zip'"
@@ -208,14 +254,15 @@ class TestReading:
         *_, last = field.split(".")
         assert f"{last}: expected list, found {type(value).__name__} " in message_for(field, value)
 
-    @pytest.mark.parametrize("field", ["files.1", "geometry.layers.1", "tasks.e2e"])
+    @pytest.mark.parametrize("field", ["files.1", "geometry.sites.decoder.1", "tasks.e2e"])
     @pytest.mark.parametrize("value", [3, "a", None, []])
     def test_an_item_that_is_no_object_is_refused_by_its_place(self, field, value):
-        place = {"files.1": "files[1]", "geometry.layers.1": "layers[1]", "tasks.e2e": "tasks.e2e"}[field]
+        place = {"files.1": "files[1]", "geometry.sites.decoder.1": "decoder[1]", "tasks.e2e": "tasks.e2e"}[field]
         assert f"{place}: expected a JSON object, found {type(value).__name__}" in message_for(field, value)
 
     def test_a_model_without_layers_is_refused(self):
-        assert message_for("geometry.layers", []) == "here: geometry: layers: expected at least one, found none"
+        message = message_for("geometry.sites.decoder", [])
+        assert message == "here: geometry: sites: decoder: expected at least one, found none"
 
     @pytest.mark.parametrize("field", ["mode", "flavour", "precision", "target"])
     def test_a_kind_that_came_later_is_refused(self, field):

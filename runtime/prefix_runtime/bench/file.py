@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-import types
 import unicodedata
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
-from prefix_runtime.checks import is_finite
+from prefix_runtime.checks import is_finite, is_whole
 from prefix_runtime.errors import BenchError
+from prefix_runtime.json_reader import DataclassReader
 
 from .measurements import BYTES_PER_VALUE, BenchReport, Cell, Ratio, quartiles
 
@@ -27,8 +27,6 @@ FIGURES = ("time_to_first_token", "task_selection", "prefill", "first_step", "in
 # Of seconds and of bytes a second: ratios of what lies between stay numbers.
 _LEAST, _MOST = 1e-12, 1e15
 _LONGEST_TEXT = 10_000
-
-T = TypeVar("T")
 
 
 def to_json(report: BenchReport, against: BenchReport | None = None) -> str:
@@ -52,11 +50,11 @@ def from_json(text: str, where: str) -> BenchReport:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise BenchError(f"{where}: expected a report that `bench --json` wrote, of format {FORMAT!r}, found {found!r}")
-    version = _read(int, content.get("format_version"), f"{where}: format_version")
+    version = _read_count(content.get("format_version"), f"{where}: format_version")
     if version != FORMAT_VERSION:
         advice = "update prefix-runtime" if version > FORMAT_VERSION else "measure again"
         raise BenchError(f"{where}: expected format version {FORMAT_VERSION}, found {version}; {advice}")
-    report = _read(BenchReport, content, where)
+    report = _READER.read(BenchReport, content, where)
     _check(report, where)
     return report
 
@@ -123,45 +121,22 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
-def _read(kind: type[T], value: Any, where: str) -> T:
-    """A value of a type that dataclasses, tuples, mappings of text, numbers, text and None make up, from JSON."""
-    found: Any
-    if is_dataclass(kind):
-        found = _read_object(kind, value, where)
-    elif get_origin(kind) in (types.UnionType, Union):
-        found = None if value is None else _read(get_args(kind)[0], value, where)
-    elif get_origin(kind) is tuple:
-        items = _expect(list, value, where)
-        found = tuple(_read(get_args(kind)[0], item, f"{where}[{index}]") for index, item in enumerate(items))
-    elif get_origin(kind) is Mapping:
-        found = {name: _expect(str, text, f"{where}.{name}") for name, text in _expect(dict, value, where).items()}
-    elif kind is float:
-        found = _read_float(value, where)
-    else:
-        found = _expect(kind, value, where)
-    return found  # type: ignore[no-any-return]  # by the branches above
+def _read_count(value: Any, where: str) -> int:
+    if not is_whole(value, 0, _MOST):
+        raise _unexpected(int, value, where)
+    return value
 
 
-def _read_object(kind: type[Any], value: Any, where: str) -> Any:
-    content = _expect(dict, value, where)
-    hints = get_type_hints(kind)
-    missing = [each.name for each in fields(kind) if each.name not in content]
-    if missing:
-        raise BenchError(f"{where}: {missing[0]}: expected a value, found nothing")
-    found = {each.name: _read(hints[each.name], content[each.name], f"{where}: {each.name}") for each in fields(kind)}
-    try:
-        return kind(**found)
-    except BenchError as error:
-        raise BenchError(f"{where}: {error}") from error
-
-
-def _expect(kind: type[T], value: Any, where: str) -> T:
-    # JSON's true is Python's 1: a number must not be a truth value.
-    if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and not 0 <= value <= _MOST):  # type: ignore[operator]
-        raise BenchError(f"{where}: expected {kind.__name__}, found {type(value).__name__} {str(value)[:60]!r}")
-    if isinstance(value, str) and (len(value) > _LONGEST_TEXT or any(map(_is_control, value))):
+def _read_text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise _unexpected(str, value, where)
+    if len(value) > _LONGEST_TEXT or any(map(_is_control, value)):
         raise BenchError(f"{where}: expected at most {_LONGEST_TEXT} characters, no control ones, found {value[:60]!r}")
     return value
+
+
+def _unexpected(kind: type, value: Any, where: str) -> BenchError:
+    return BenchError(f"{where}: expected {kind.__name__}, found {type(value).__name__} {str(value)[:60]!r}")
 
 
 def _is_control(character: str) -> bool:
@@ -173,6 +148,9 @@ def _read_float(value: Any, where: str) -> float:
     if not is_finite(value) or not (value == 0 or _LEAST <= value <= _MOST):
         raise BenchError(f"{where}: expected 0 or a number from {_LEAST:g} to {_MOST:g}, found {str(value)[:60]!r}")
     return float(value)
+
+
+_READER = DataclassReader(BenchError, {int: _read_count, float: _read_float, str: _read_text})
 
 
 def _check(report: BenchReport, where: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from prefix_runtime.bundle.folder import Bundle
-from prefix_runtime.bundle.manifest import unknown_task
+from prefix_runtime.bundle.task_names import unknown_task
 from prefix_runtime.errors import BenchError, UnknownTaskError
 from prefix_runtime.prefix.geometry import LEAST_TEXT
 

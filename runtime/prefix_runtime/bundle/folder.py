@@ -26,7 +26,8 @@ from prefix_runtime.prefix.cache_format import CacheFormat
 from prefix_runtime.prefix.prefix import Prefix
 
 from .external_files import external_files
-from .manifest import FileEntry, Manifest, TaskEntry, check_new_task_name, prefix_path, unknown_task
+from .manifest import FileEntry, Manifest, TaskEntry, prefix_path
+from .task_names import check_new_task_name, unknown_task
 
 MANIFEST_NAME = "manifest.json"
 ADAPTER_SUFFIX = ".onnx_adapter"
@@ -371,7 +372,9 @@ def write_prefix(root: Path, name: str, prefix: Prefix) -> TaskEntry:
     path = root / relative
     path.parent.mkdir(exist_ok=True)
     prefix.save(path)
-    return TaskEntry(describe_file(root, relative), prefix.prefix_length, prefix.position_base)
+    return TaskEntry(
+        describe_file(root, relative), prefix.prefix_length, prefix.position_base, tuple(sorted(prefix.sites))
+    )
 
 
 def adapter_path(task: str) -> str:

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from prefix_runtime.checks import MOST_QUOTED, quoted
-from prefix_runtime.errors import BundleError, DuplicateTaskError, TaskNameError, UnknownTaskError
+from prefix_runtime.checks import quoted
+from prefix_runtime.errors import BundleError
+from prefix_runtime.json_reader import Fields
 from prefix_runtime.prefix.cache_format import CACHE_TYPES, SCALES_NAME
 from prefix_runtime.prefix.geometry import Geometry, LayerGeometry
+from prefix_runtime.prefix.prefix import SITES
+
+from .task_names import check_new_task_name, check_task_name, duplicate_task, task_key, unknown_task
 
 FORMAT = "prefix-export.bundle"
-FORMAT_VERSION = 1
-_TASK_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,63}")
-# Windows opens a device under these names, whatever the extension.
-_DEVICE_NAME = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
+FORMAT_VERSION = 2
+_SITES_SINCE = 2
+"""The first format version whose geometry lists layers by site; earlier ones list a decoder-only model's."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # What no model comes near: buffers are made by these numbers, and a manifest may come from anywhere.
 _MOST_HEADS, _MOST_HEAD_DIM, _MOST_POSITIONS, _MOST_TOKENS = 1 << 12, 1 << 13, 1 << 26, 1 << 24
-_MOST_LISTED = 50
-"""Tasks that a message lists."""
 # What no path inside the bundle has: a drive, a backslash, a part that is empty, `.` or `..`.
 _OUTSIDE = re.compile(r"[\\:\0]|(?:^|/)\.{0,2}(?:/|\Z)")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,19 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class TaskEntry:
-    """A task: its prefix's file, length and position base."""
+    """A task.
+
+    Attributes:
+        file: its prefix's file.
+        prefix_length: positions that the prefix takes at each of its sites.
+        position_base: the position of the first token of text.
+        sites: the attention sites that the prefix has keys and values for, sorted.
+    """
 
     file: FileEntry
     prefix_length: int
     position_base: int
+    sites: tuple[str, ...] = ("decoder",)
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class Manifest:
             operators, the present is the past and what is new.
         precision: of the weights: "fp32", "fp16", "bf16", "int8" or "int4".
         target: what the graph was made for: "cpu", "cuda", "portable", "web" or "tensorrt".
-        graph: the graph's path.
+        graph: the graph's path; the decoder's, for an encoder-decoder.
         weight_bytes: of the weights that one decode step reads.
         files: every file but the prefixes and the manifest itself, by path.
         tasks: by name.
@@ -90,6 +99,7 @@ class Manifest:
         parity: the certificate that `build` wrote, or None where it was told not to verify.
         generation: "followed": names of the model's generation defaults that the runtime follows; "not_followed": those
             that it does not, with their values. None in bundles of older versions.
+        encoder_graph: the path of an encoder-decoder's encoder; None for a decoder-only model.
     """
 
     producer: str
@@ -109,11 +119,13 @@ class Manifest:
     quantizer: str | None = None
     parity: Mapping[str, Any] | None = None
     generation: Mapping[str, Any] | None = None
+    encoder_graph: str | None = None
 
     @property
     def graph_files(self) -> list[FileEntry]:
-        """The graph and its weights."""
-        names = (self.graph, f"{self.graph}.data")
+        """The graph, or the decoder's and the encoder's, and their weights."""
+        graphs = [self.graph, *filter(None, [self.encoder_graph])]
+        names = [name for graph in graphs for name in (graph, f"{graph}.data")]
         return [self.files[name] for name in names if name in self.files]
 
     def with_task(self, name: str, entry: TaskEntry) -> Manifest:
@@ -158,77 +170,12 @@ class Manifest:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{where}: expected JSON, found text that is none ({error})") from error
-        return _read_manifest(_Fields(content, where))
+        return _read_manifest(Fields(content, where, BundleError))
 
 
 def prefix_path(task: str) -> str:
     """Where a task's prefix lies in the bundle."""
     return f"prefixes/{task}.safetensors"
-
-
-def check_task_name(name: str) -> None:
-    """Refuse a name that cannot name a task, and so a file.
-
-    Raises:
-        TaskNameError: empty, absolute, with a separator or `..`, or with other characters than the portable ones.
-    """
-    if not isinstance(name, str) or not _TASK_NAME.fullmatch(name) or ".." in name or name.endswith("."):
-        raise TaskNameError(
-            f"task name: expected 1 to 64 letters, digits, '_', '-' or '.', beginning with a letter, digit or '_', "
-            f"without '..' and not ending in '.', found {quoted(name)}"
-        )
-
-
-def check_new_task_name(name: str, taken: Iterable[str]) -> None:
-    """Refuse a name that cannot be one, or that is taken, also by one that differs in case alone.
-
-    Raises:
-        TaskNameError, DuplicateTaskError
-    """
-    check_free_task_name(name, {task_key(other): other for other in taken})
-
-
-def check_free_task_name(name: str, taken: Mapping[str, str]) -> None:
-    """As `check_new_task_name`, for a caller that keeps the names by their `task_key`, and so looks one up.
-
-    Raises:
-        TaskNameError, DuplicateTaskError
-    """
-    check_usable_task_name(name)
-    if (other := taken.get(task_key(name))) is not None:
-        raise duplicate_task(name, other)
-
-
-def check_usable_task_name(name: str) -> None:
-    """Refuse a name that cannot be a new task's.
-
-    Raises:
-        TaskNameError: as `check_task_name`; or a name that Windows keeps for a device, whatever the extension.
-    """
-    check_task_name(name)
-    if _DEVICE_NAME.fullmatch(task_key(name)):
-        raise TaskNameError(
-            f"task name: expected one that a file can have on Windows too, found {name!r}, which names a device there; "
-            "choose another name"
-        )
-
-
-def task_key(name: str) -> str:
-    """What a task's name has in common with those that some file systems take for the same file."""
-    return name.lower()
-
-
-def duplicate_task(name: str, other: str) -> DuplicateTaskError:
-    """The error for a task whose name is taken by another."""
-    return DuplicateTaskError(f"task {name!r}: there is already {other!r}; remove it first or choose another name")
-
-
-def unknown_task(name: object, known: Iterable[str]) -> UnknownTaskError:
-    """The error for a task that is not there; it lists those that are, the first `_MOST_LISTED` of them."""
-    names = sorted(known)
-    listed = ", ".join(names[:_MOST_LISTED]) or "none"
-    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
-    return UnknownTaskError(f"task {quoted(name)}: there is none of this name; tasks here: {listed}{more}")
 
 
 def check_relative_path(path: str, where: str) -> None:
@@ -241,53 +188,7 @@ def check_relative_path(path: str, where: str) -> None:
         raise BundleError(f"{where}: expected a relative path inside the bundle, found {quoted(path)}")
 
 
-class _Fields:
-    """A JSON object that is read field by field, each with its type and a message that names its place."""
-
-    def __init__(self, content: object, where: str) -> None:
-        if not isinstance(content, dict):
-            raise BundleError(f"{where}: expected a JSON object, found {type(content).__name__}")
-        self._content, self.where = content, where
-
-    def get(self, key: str, kind: type[T]) -> T:
-        value = self._content.get(key)
-        # JSON's true is Python's 1: a number must not be a truth value.
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            found = "nothing" if key not in self._content else f"{type(value).__name__} {str(value)[:60]!r}"
-            raise BundleError(f"{self.where}: {key}: expected {kind.__name__}, found {found}")
-        return value
-
-    def optional(self, key: str, kind: type[T]) -> T | None:
-        return None if self._content.get(key) is None else self.get(key, kind)
-
-    def count(self, key: str, least: int = 0, most: int = 2**63 - 1) -> int:
-        value = self.get(key, int)
-        if not least <= value <= most:
-            limit = f"{least} or more" if value < least else f"at most {most}"
-            raise BundleError(f"{self.where}: {key}: expected a number of {limit}, found {value}")
-        return value
-
-    def child(self, key: str) -> _Fields:
-        return _Fields(self.get(key, dict), f"{self.where}: {key}")
-
-    def children(self, key: str) -> list[_Fields]:
-        return [_Fields(item, f"{self.where}: {key}[{i}]") for i, item in enumerate(self.get(key, list))]
-
-    def named(self, key: str, read: Callable[[_Fields], T]) -> dict[str, T]:
-        items = self.get(key, dict)
-        return {name: read(_Fields(item, f"{self.where}: {key}.{name[:MOST_QUOTED]}")) for name, item in items.items()}
-
-    def choice(self, key: str, *choices: str) -> str:
-        value = self.get(key, str)
-        if value not in choices:
-            raise BundleError(
-                f"{self.where}: {key}: expected {' or '.join(map(repr, choices))}, found {quoted(value)}; "
-                "update prefix-runtime"
-            )
-        return value
-
-
-def _read_manifest(fields: _Fields) -> Manifest:
+def _read_manifest(fields: Fields) -> Manifest:
     if fields.get("format", str) != FORMAT:
         raise BundleError(f"{fields.where}: expected format {FORMAT!r}, found {quoted(fields.get('format', str))}")
     version = fields.count("format_version", least=1)
@@ -299,24 +200,23 @@ def _read_manifest(fields: _Fields) -> Manifest:
     files = {entry.path: entry for entry in listed}
     if len(files) != len(listed):
         raise BundleError(f"{fields.where}: files: expected each path once, found one twice")
-    tasks = fields.named("tasks", _read_task)
+    geometry = _read_geometry(fields.child("geometry"), version)
+    tasks = fields.named("tasks", partial(_read_task, sites=tuple(geometry.sites)))
     _check_tasks(tasks, fields.where)
-    graph = fields.get("graph", str)
-    if graph not in files:
-        raise BundleError(f"{fields.where}: graph: expected one of the listed files, found {quoted(graph)}")
+    encoder_graph = _read_graph(fields, "encoder_graph", files) if geometry.is_encoder_decoder else None
     cache = fields.choice("cache", *CACHE_TYPES)
     if CACHE_TYPES[cache] == np.int8 and SCALES_NAME not in files:
         raise BundleError(f"{fields.where}: files: expected {SCALES_NAME} among them for cache {cache!r}, found none")
     return Manifest(
         producer=fields.get("producer", str),
         model=_read_model(fields.child("model")),
-        geometry=_read_geometry(fields.child("geometry")),
+        geometry=geometry,
         max_length=fields.count("max_length", least=1),
         mode=fields.choice("mode", "feed", "bake"),
         flavour=fields.choice("flavour", "fast", "portable"),
         precision=fields.choice("precision", "fp32", "fp16", "bf16", "int8", "int4"),
         target=fields.choice("target", "cpu", "cuda", "portable", "web", "tensorrt"),
-        graph=graph,
+        graph=_read_graph(fields, "graph", files),
         weight_bytes=fields.count("weight_bytes", least=1),
         files=files,
         tasks=tasks,
@@ -325,7 +225,15 @@ def _read_manifest(fields: _Fields) -> Manifest:
         quantizer=fields.choice("quantizer", "rtn", "hqq") if fields.optional("quantizer", str) else None,
         parity=_read_parity(fields),
         generation=_read_generation(fields),
+        encoder_graph=encoder_graph,
     )
+
+
+def _read_graph(fields: Fields, key: str, files: Mapping[str, FileEntry]) -> str:
+    graph = fields.get(key, str)
+    if graph not in files:
+        raise BundleError(f"{fields.where}: {key}: expected one of the listed files, found {quoted(graph)}")
+    return graph
 
 
 def _check_tasks(tasks: Mapping[str, TaskEntry], where: str) -> None:
@@ -341,31 +249,31 @@ def _check_tasks(tasks: Mapping[str, TaskEntry], where: str) -> None:
             )
 
 
-def _read_parity(fields: _Fields) -> dict[str, Any] | None:
+def _read_parity(fields: Fields) -> dict[str, Any] | None:
     parity = fields.optional("parity", dict)
     if parity is not None:
-        results = _Fields(parity, f"{fields.where}: parity")
+        results = Fields(parity, f"{fields.where}: parity", BundleError)
         results.named("tasks", _check_result)
     return parity
 
 
-def _read_generation(fields: _Fields) -> dict[str, Any] | None:
+def _read_generation(fields: Fields) -> dict[str, Any] | None:
     generation = fields.optional("generation", dict)
     if generation is not None:
-        parts = _Fields(generation, f"{fields.where}: generation")
+        parts = Fields(generation, f"{fields.where}: generation", BundleError)
         parts.get("followed", list)
         parts.get("not_followed", dict)
     return generation
 
 
-def _check_result(fields: _Fields) -> None:
+def _check_result(fields: Fields) -> None:
     fields.get("reference", str)
     # Certificates of earlier versions name the difference from the reference itself.
     if fields.optional("largest_logit_difference", float) is None:
         fields.get("error", float)
 
 
-def _read_file(fields: _Fields) -> FileEntry:
+def _read_file(fields: Fields) -> FileEntry:
     path, sha256 = fields.get("path", str), fields.get("sha256", str)
     check_relative_path(path, f"{fields.where}: path")
     if not _SHA256.fullmatch(sha256):
@@ -373,13 +281,15 @@ def _read_file(fields: _Fields) -> FileEntry:
     return FileEntry(path, fields.count("size"), sha256)
 
 
-def _read_task(fields: _Fields) -> TaskEntry:
-    return TaskEntry(
-        _read_file(fields.child("file")), fields.count("prefix_length", least=1), fields.count("position_base")
-    )
+def _read_task(fields: Fields, sites: tuple[str, ...]) -> TaskEntry:
+    file = _read_file(fields.child("file"))
+    listed = fields.optional("sites", list) or ["decoder"]
+    if not all(site in sites for site in listed):
+        raise BundleError(f"{fields.where}: sites: expected some of {', '.join(sites)}, found {str(listed)[:60]}")
+    return TaskEntry(file, fields.count("prefix_length", least=1), fields.count("position_base"), tuple(sorted(listed)))
 
 
-def _read_model(fields: _Fields) -> ModelEntry:
+def _read_model(fields: Fields) -> ModelEntry:
     return ModelEntry(
         fields.get("name", str),
         fields.get("architecture", str),
@@ -388,13 +298,26 @@ def _read_model(fields: _Fields) -> ModelEntry:
     )
 
 
-def _read_geometry(fields: _Fields) -> Geometry:
+def _read_geometry(fields: Fields, version: int) -> Geometry:
+    if version < _SITES_SINCE:
+        sites = {"decoder": _read_layers(fields, "layers")}
+    else:
+        listed = fields.child("sites")
+        names = SITES if listed.has("cross") or listed.has("encoder") else SITES[:1]
+        sites = {site: _read_layers(listed, site) for site in names}
+    return Geometry(
+        sites,
+        fields.count("context_length", 1, _MOST_POSITIONS),
+        fields.count("vocab_size", 1, _MOST_TOKENS),
+        fields.count("source_length", 1, _MOST_POSITIONS) if "cross" in sites else None,
+    )
+
+
+def _read_layers(fields: Fields, key: str) -> tuple[LayerGeometry, ...]:
     layers = tuple(
         LayerGeometry(layer.count("key_value_heads", 1, _MOST_HEADS), layer.count("head_dim", 1, _MOST_HEAD_DIM))
-        for layer in fields.children("layers")
+        for layer in fields.children(key)
     )
     if not layers:
-        raise BundleError(f"{fields.where}: layers: expected at least one, found none")
-    return Geometry(
-        layers, fields.count("context_length", 1, _MOST_POSITIONS), fields.count("vocab_size", 1, _MOST_TOKENS)
-    )
+        raise BundleError(f"{fields.where}: {key}: expected at least one, found none")
+    return layers

@@ -14,7 +14,7 @@ from prefix_runtime.prefix.composition import SEPARATOR, concatenated
 from prefix_runtime.prefix.prefix import Prefix
 
 from .folder import Bundle
-from .manifest import check_usable_task_name, duplicate_task, task_key, unknown_task
+from .task_names import check_usable_task_name, duplicate_task, task_key, unknown_task
 
 MOST_COMPOSED = 16
 """Compositions that are kept."""

@@ -32,8 +32,8 @@ class Row:
     def begin(self) -> int:
         """Go back to where text begins, behind its prefix if it has one; returns the positions that are filled."""
         prefix = self.prefix
-        self.length = prefix.prefix_length if prefix is not None else 0
-        self.offset = prefix.position_base - prefix.prefix_length if prefix is not None else 0
+        self.length = prefix.length_at("decoder") if prefix is not None else 0
+        self.offset = prefix.position_base - self.length if prefix is not None else 0
         return self.length
 
 

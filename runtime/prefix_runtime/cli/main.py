@@ -130,7 +130,7 @@ main.add_command(generate)
 def add_to_bundle(bundle: Path, prefix: str, read: Callable[[Path, Bundle], Prefix]) -> None:
     """Add what `read` makes of `[TASK=]PATH` to a bundle and print that; the name is checked first."""
     from prefix_runtime.bundle.folder import Bundle
-    from prefix_runtime.bundle.manifest import check_new_task_name
+    from prefix_runtime.bundle.task_names import check_new_task_name
 
     name, path = split_task(prefix)
     opened = Bundle.open(bundle)

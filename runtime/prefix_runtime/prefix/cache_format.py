@@ -52,9 +52,12 @@ class CacheFormat:
         dtype = CACHE_TYPES[cache]
         return cls(dtype, _read_scales(root / SCALES_NAME, geometry) if dtype == np.int8 else None)
 
-    def stored(self, prefix: Prefix) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-        """Each layer's keys and values as they are kept, [num_key_value_heads, prefix_length, head_dim]."""
-        layers = prefix.sites["decoder"]
+    def stored(self, prefix: Prefix, site: str = "decoder") -> Iterable[tuple[np.ndarray, np.ndarray]]:
+        """Each layer's keys and values as a site keeps them, [num_key_value_heads, prefix_length, head_dim].
+
+        Nothing if the prefix has no keys and values at this site. Scales are those of the decoder's self-attention.
+        """
+        layers = prefix.sites.get(site, ())
         if self.dtype == CACHE_TYPES["bf16"]:
             return ((bfloat16_bits(layer.key), bfloat16_bits(layer.value)) for layer in layers)
         if self.scales is None:
@@ -68,7 +71,7 @@ class CacheFormat:
         Raises:
             PrefixMismatchError
         """
-        for index, (layer, scale) in enumerate(zip(prefix.sites["decoder"], self.scales or (), strict=False)):
+        for index, (layer, scale) in enumerate(zip(prefix.sites.get("decoder", ()), self.scales or (), strict=False)):
             for name, array, step in (("key", layer.key, scale.key), ("value", layer.value, scale.value)):
                 reached = float(np.abs(array / step).max()) / LARGEST
                 if reached > 1.01:

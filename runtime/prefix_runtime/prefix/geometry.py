@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,23 +26,46 @@ class LayerGeometry:
 
 @dataclass(frozen=True)
 class Geometry:
-    """A decoder-only model: its attention layers, its context in positions and its vocabulary in tokens."""
+    """The attention layers, context and vocabulary of a model.
 
-    layers: tuple[LayerGeometry, ...]
+    Attributes:
+        sites: the layers of each attention site, by the names in `prefix.SITES`. A decoder-only model has "decoder". An
+            encoder-decoder also has "cross" and "encoder".
+        context_length: positions of the decoder.
+        vocab_size: tokens of the vocabulary.
+        source_length: positions of the encoder; None for a decoder-only model.
+    """
+
+    sites: Mapping[str, tuple[LayerGeometry, ...]]
     context_length: int
     vocab_size: int
+    source_length: int | None = None
+
+    @property
+    def layers(self) -> tuple[LayerGeometry, ...]:
+        """The layers of the decoder's self-attention."""
+        return self.sites["decoder"]
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the decoder also attends to a source text."""
+        return "cross" in self.sites
 
     @property
     def values_per_position(self) -> int:
-        """Numbers that one position takes in the keys and values of all layers."""
-        return sum(2 * layer.key_value_heads * layer.head_dim for layer in self.layers)
+        """Numbers in the keys and values of one position, all layers of the decoder's self-attention together."""
+        return self.values_at("decoder")
+
+    def values_at(self, site: str) -> int:
+        """Numbers in the keys and values of one position, all layers of a site together."""
+        return sum(2 * layer.key_value_heads * layer.head_dim for layer in self.sites[site])
 
     def room(self, prefix: Prefix | None, max_length: int) -> int:
         """Tokens of text that fit behind a prefix, or without one, in `max_length` positions of a buffer."""
         if prefix is None:
             return min(max_length, self.context_length)
         # A prefix takes room in the buffer, and positions of the model where its text begins behind it.
-        return min(max_length - prefix.prefix_length, self.context_length - prefix.position_base)
+        return min(max_length - prefix.length_at("decoder"), self.context_length - prefix.position_base)
 
     def check_prefix(
         self, prefix: Prefix, where: str, fingerprint: str | None = None, max_length: int | None = None
@@ -58,19 +81,28 @@ class Geometry:
         Raises:
             PrefixMismatchError: naming what was expected and found, or the fingerprints that differ.
         """
-        others = sorted(site for site in prefix.sites if site != "decoder")
-        if others or "decoder" not in prefix.sites:
-            raise PrefixMismatchError(
-                f"{where}: expected a prefix for the decoder alone, as this is a decoder-only model, "
-                f"found one for {', '.join(sorted(prefix.sites))}"
-            )
-        check_layers(self.layers, prefix.sites["decoder"], where)
+        self._check_sites(prefix, where)
+        for site, layers in prefix.sites.items():
+            check_layers(self.sites[site], layers, f"{where}: {site}" if self.is_encoder_decoder else where)
         if fingerprint and prefix.base_fingerprint and prefix.base_fingerprint != fingerprint:
             raise PrefixMismatchError(
                 f"{where}: made for another base model: expected fingerprint {fingerprint[:20]}…, "
                 f"found {prefix.base_fingerprint[:20]}…; use the model that the prefix was trained on"
             )
-        self.check_length(prefix.prefix_length, prefix.position_base, where, max_length)
+        self.check_length(prefix.length_at("decoder"), prefix.position_base, where, max_length)
+
+    def _check_sites(self, prefix: Prefix, where: str) -> None:
+        sites = sorted(prefix.sites)
+        if not self.is_encoder_decoder and sites != ["decoder"]:
+            raise PrefixMismatchError(
+                f"{where}: expected a prefix for the decoder alone, as this is a decoder-only model, "
+                f"found one for {', '.join(sites)}"
+            )
+        if not sites or not set(sites) <= set(self.sites):
+            raise PrefixMismatchError(
+                f"{where}: expected a prefix for one or more of {', '.join(sorted(self.sites))}, "
+                f"found one for {', '.join(sites) or 'none of them'}"
+            )
 
     def check_length(self, length: int, position_base: int, where: str, max_length: int | None = None) -> None:
         """Refuse a prefix that leaves no room for text, by its length and the position of its first token of text.

@@ -137,6 +137,10 @@ class Prefix:
         lengths = (int(array.shape[1]) for _, array in self._arrays())
         return next(filter(None, lengths), 0)
 
+    def length_at(self, site: str) -> int:
+        """Positions that the prefix takes at one attention site: 0 if it has no keys and values there."""
+        return self.prefix_length if site in self.sites else 0
+
     @property
     def dtype(self) -> np.dtype:
         """float32 or float16, the same for every key and value."""

@@ -15,8 +15,10 @@ from typing import Any
 
 from prefix_runtime.bundle.folder import Bundle, describe_file
 from prefix_runtime.bundle.manifest import FileEntry, Manifest, check_relative_path
+from prefix_runtime.checks import quoted
 from prefix_runtime.errors import BundleError, BundleIntegrityError
 from prefix_runtime.files import locked, read_regular, sha256_of_file, write_file_atomically
+from prefix_runtime.json_reader import DataclassReader, Fields
 
 from .profile import Profile, Tensor
 
@@ -95,24 +97,27 @@ def read_tensorrt_engines(folder: Path) -> list[TensorRTEngineRecord]:
     except (OSError, ValueError) as error:
         raise BundleError(f"{path}: cannot be read: {error}") from error
     try:
-        content = json.loads(text)
-        if content["format"] != FORMAT:
-            raise BundleError(f"{path}: expected format {FORMAT!r}, found {content['format']!r}")
-        if content["format_version"] > FORMAT_VERSION:
-            raise BundleError(
-                f"{path}: expected format version {FORMAT_VERSION} or older, found {content['format_version']}; "
-                "update prefix-runtime"
-            )
-        found = [_record(each) for each in content["engines"]]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        records = _read_records(Fields(json.loads(text), RECORD_NAME, ValueError), path)
+    except (ValueError, RecursionError) as error:
         raise BundleError(
-            f"{path}: expected a record of engines, found one that is damaged ({reason}); remove it "
+            f"{path}: expected a record of engines, found one that is damaged ({error}); remove it "
             "and the engines beside it, and build them anew with: prefix-export tensorrt"
         ) from error
-    for record in found:
+    for record in records:
         check_relative_path(record.file.path, f"{path}: engine {record.name!r}: file")
-    return found
+    return records
+
+
+def _read_records(fields: Fields, path: Path) -> list[TensorRTEngineRecord]:
+    kind, version = fields.get("format", str), fields.count("format_version", 1)
+    if kind != FORMAT:
+        raise BundleError(f"{path}: expected format {FORMAT!r}, found {quoted(kind)}")
+    if version > FORMAT_VERSION:
+        raise BundleError(
+            f"{path}: expected format version {FORMAT_VERSION} or older, found {version}; update prefix-runtime"
+        )
+    reader, engines = DataclassReader(ValueError), enumerate(fields.get("engines", list))
+    return [reader.read(TensorRTEngineRecord, engine, f"engines[{index}]") for index, engine in engines]
 
 
 def add_tensorrt_engine(folder: Path, record: TensorRTEngineRecord, content: bytes) -> TensorRTEngineRecord:
@@ -194,33 +199,3 @@ def _write(folder: Path, records: Sequence[TensorRTEngineRecord]) -> None:
     listed = sorted(records, key=lambda record: record.name)
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, "engines": [asdict(record) for record in listed]}
     write_file_atomically(folder / RECORD_NAME, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def _record(content: dict[str, Any]) -> TensorRTEngineRecord:
-    file = content["file"]
-    return TensorRTEngineRecord(
-        name=str(content["name"]),
-        file=FileEntry(str(file["path"]), int(file["size"]), str(file["sha256"])),
-        backend=str(content["backend"]),
-        version=str(content["version"]),
-        compute_capabilities=tuple(map(str, content["compute_capabilities"])),
-        graph=str(content["graph"]),
-        options=dict(content["options"]),
-        profiles=tuple(_profile(each) for each in content["profiles"]),
-        inputs=tuple(map(_tensor, content["inputs"])),
-        outputs=tuple(map(_tensor, content["outputs"])),
-        refittable={str(key): str(name) for key, name in content["refittable"].items()},
-        read_back=str(content["read_back"]),
-    )
-
-
-def _profile(content: dict[str, Any]) -> Profile:
-    inputs = {}
-    for name, shapes in content["inputs"].items():
-        least, usual, most = (tuple(map(int, shape)) for shape in shapes)
-        inputs[name] = (least, usual, most)
-    return Profile(str(content["name"]), inputs)
-
-
-def _tensor(content: dict[str, Any]) -> Tensor:
-    return Tensor(str(content["name"]), str(content["dtype"]), tuple(map(int, content["shape"])))
