@@ -17,17 +17,20 @@ from prefix_export.build.random_bundle import build_random
 
 
 class Steps:
-    """Prints each step's seconds when the next one begins."""
+    """Prints each phase's seconds when the next one begins; implements `prefix_export.progress.Progress`."""
 
     def __init__(self) -> None:
         self._name, self._since = "", time.perf_counter()
 
-    def __call__(self, name: str) -> None:
-        """A step begins."""
+    def phase(self, name: str, total: int | None = None, *, detail: str = "", unit: str = "") -> None:  # noqa: ARG002
+        """A phase begins."""
         now = time.perf_counter()
         if self._name:
             print(f"{now - self._since:7.1f} s  {self._name}", flush=True)
         self._name, self._since = name, now
+
+    def advance(self, steps: float = 1) -> None:
+        """Steps within a phase are not shown."""
 
 
 def main() -> None:
@@ -43,7 +46,7 @@ def main() -> None:
     steps = Steps()
     request = BuildRequest(given.model, {}, given.output, target=given.target, precision=given.precision)
     result = build_random(request, given.prefixes, given.prefix_length, steps)
-    steps("")
+    steps.phase("")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     read = result.bundle.manifest.weight_bytes
     print(f"{result.seconds:7.1f} s  all; a step reads {read / 1e9:.2f} GB of weights; peak memory {peak / 1e9:.1f} GB")
