@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 import weakref
 from typing import ClassVar
 
@@ -12,7 +11,6 @@ import pytest
 
 import prefix_runtime
 from prefix_runtime.backends.onnxruntime import huge_pages
-from prefix_runtime.backends.onnxruntime.worker_thread import WorkerThread
 from prefix_runtime.bundle.tasks import TaskStore
 from prefix_runtime.cache.cache import Cache
 from prefix_runtime.cache.pool import CachePool
@@ -199,17 +197,6 @@ def test_a_stream_is_collected_in_a_thread_that_holds_any_lock(shared_bundle, ma
         del stream
     assert engine._pool.lent_bytes == 0
     assert len(engine._pool._idle) == (0 if removed else 1)
-
-
-def test_what_a_collected_binding_asks_of_the_gpus_thread_waits_for_no_lock(no_hang):
-    class Device:
-        turn = threading.RLock
-
-    thread, done = WorkerThread(Device()), []
-    with no_hang, thread._pool._shutdown_lock:
-        thread.ask_for_later(lambda: done.append("released"))
-    assert done == []
-    assert thread.ask(lambda: [*done, "asked"]) == ["released", "asked"]
 
 
 def test_the_interruption_reaches_what_it_should():

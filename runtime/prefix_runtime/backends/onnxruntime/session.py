@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -70,11 +71,11 @@ class Session:
             check_threads(threads)
             options.intra_op_num_threads = int(threads)
         self.device = device
-        self._thread = WorkerThread(device) if provider == "cuda" and device is not None else None
-        self._session = self._in_thread(lambda: open_graph(path, provider, options, device, provider_options))
-        given = (*self._session.get_inputs(), *self._session.get_overridable_initializers())
-        self.inputs = frozenset(each.name for each in given)
-        self.outputs = frozenset(each.name for each in self._session.get_outputs())
+        open_session = partial(open_graph, path, provider, options, device, provider_options)
+        # On a GPU the thread owns the session: nothing else may keep it.
+        self._thread = WorkerThread(device, open_session) if provider == "cuda" and device is not None else None
+        self._session = open_session() if self._thread is None else None
+        self.inputs, self.outputs = self.ask(_names)
         self._graphs = count(1)
 
     def binding(self, *, is_replayed: bool = False) -> Binding:
@@ -91,14 +92,23 @@ class Session:
 
         On the provider "cuda" who asks must not be in a turn at the GPU.
         """
-        return self._in_thread(lambda: work(self._session))
+        if self._thread is not None:
+            return self._thread.ask(work)
+        assert self._session is not None
+        return work(self._session)
 
     def release(self, graph: int) -> None:
-        """Let go of what a binding's run was captured as; the memory that it names is about to be freed."""
-        if self._thread is None:
-            self._session.release_captured_graph(graph)
-        else:
-            self._thread.ask_for_later(lambda: self._session.release_captured_graph(graph))
+        """Drop what a binding's run was captured as: the memory that it names is about to be freed.
 
-    def _in_thread(self, work: Callable[[], _Result]) -> _Result:
-        return work() if self._thread is None else self._thread.ask(work)
+        Takes no lock, because finalisers call it.
+        """
+        if self._thread is not None:
+            self._thread.ask_for_later(lambda opened: opened.release_captured_graph(graph))
+        elif self._session is not None:
+            self._session.release_captured_graph(graph)
+
+
+def _names(session: ort.InferenceSession) -> tuple[frozenset[str], frozenset[str]]:
+    """The names of a graph's inputs and outputs."""
+    given = (*session.get_inputs(), *session.get_overridable_initializers())
+    return frozenset(each.name for each in given), frozenset(each.name for each in session.get_outputs())
