@@ -265,6 +265,19 @@ def _gpu_caption(report: Mapping[str, Any]) -> str:
     return f"\n{report['gpu']}, {report['created'][:10]}, {versions}.\n`{report['command']}`\n"
 
 
+def _real() -> str:
+    """Each precision against PEFT on a pretrained model: exact match of every task, and texts equal to PEFT's."""
+    report = json.loads((ROOT / "examples" / "real" / "results.json").read_text(encoding="utf-8"))
+    tasks = list(report["adapters"])
+    header = ["", *(f"{task}: exact match, %" for task in tasks), *(f"{task}: equal to PEFT, %" for task in tasks)]
+    keys = ("exact_match_percent", "equal_to_peft_percent")
+    rows = [
+        [one["label"], *(f"{one['tasks'][task][key]:.1f}" for key in keys for task in tasks)]
+        for one in report["contestants"].values()
+    ]
+    return _table(header, rows) + f"\n{report['held_out_tables']} held-out tables per task, greedy decoding.\n"
+
+
 FIGURES: Mapping[str, Callable[[], str]] = {
     "readme": _readme,
     "cpu-epyc": lambda: _cpu("gpt2-medium-epyc"),
@@ -277,6 +290,7 @@ FIGURES: Mapping[str, Callable[[], str]] = {
     "gpu-tasks": _gpu_tasks,
     "footprint": _footprint,
     "demo": _demo,
+    "real": _real,
 }
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ def test_the_table_shows_the_figures(scripts, results):
     assert (REAL / "results.md").read_text(encoding="utf-8") == scripts.evaluate.as_markdown(results)
 
 
-def test_every_contestant_ran_on_40_tables_per_task_at_least(scripts, results):
-    assert results["held_out_tables"] >= 40
+def test_every_contestant_ran_on_400_tables_per_task_at_least(scripts, results):
+    assert results["held_out_tables"] >= 400
     assert set(results["contestants"]) == set(scripts.contestants.LABELS)
 
 
