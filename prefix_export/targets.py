@@ -159,26 +159,26 @@ def plan(
         _expect("adapters: mode", mode, ("feed",))
     name = target if target is not None else ("portable" if mode == "bake" or adapters else "cpu")
     _expect("target", name, TARGETS)
-    found = TARGETS[name]
-    if mode not in found.modes:
+    wanted_target = TARGETS[name]
+    if mode not in wanted_target.modes:
         fitting = ", ".join(other for other, each in TARGETS.items() if mode in each.modes)
-        offered = ", ".join(found.modes)
+        offered = ", ".join(wanted_target.modes)
         raise ExportError(f"target {name}: mode: expected {offered}, found {mode!r}; for it take {fitting}")
-    precision = precision if precision is not None else found.precisions[0]
-    _expect(f"target {name}: precision", precision, found.precisions)
-    caches = found.caches[precision]
+    precision = precision if precision is not None else wanted_target.precisions[0]
+    _expect(f"target {name}: precision", precision, wanted_target.precisions)
+    caches = wanted_target.caches[precision]
     cache = cache if cache is not None else caches[0]
     _expect(f"target {name}, precision {precision}: cache", cache, caches)
-    chosen = found.opset if opset is None else opset
-    least = 21 if precision == "int8" and found.flavour == "portable" else _OPSETS[0]
+    chosen = wanted_target.opset if opset is None else opset
+    least = 21 if precision == "int8" and wanted_target.flavour == "portable" else _OPSETS[0]
     if not least <= chosen <= _OPSETS[-1]:
         why = " for int8 in standard operators" if least > _OPSETS[0] else ""
         raise ExportError(f"opset: expected {least} to {_OPSETS[-1]}{why}, found {chosen}")
-    if adapters is not None and (found.flavour != "portable" or name == "tensorrt"):
+    if adapters is not None and (wanted_target.flavour != "portable" or name == "tensorrt"):
         raise ExportError(f"adapters: expected target portable or web, found {name!r}")
-    return GraphPlan(name, found, mode, precision, cache, chosen, adapters is not None)
+    return GraphPlan(name, wanted_target, mode, precision, cache, chosen, adapters is not None)
 
 
-def _expect(what: str, found: str, choices: Collection[str]) -> None:
-    if found not in choices:
-        raise ExportError(f"{what}: expected one of {', '.join(choices)}, found {found!r}")
+def _expect(what: str, actual: str, choices: Collection[str]) -> None:
+    if actual not in choices:
+        raise ExportError(f"{what}: expected one of {', '.join(choices)}, found {actual!r}")

@@ -113,9 +113,9 @@ def _check_one_base(prefixes: Mapping[str, Prefix]) -> None:
     said = {name: task for task, prefix in prefixes.items() if (name := prefix.metadata.get("base_model"))}
     owned = {name for name in said if "/" in name}
     if len(owned) > 1 or len({name.rpartition("/")[2].casefold() for name in said}) > 1:
-        found = ", ".join(f"{name!r} (task {task!r})" for name, task in said.items())
+        listed = ", ".join(f"{name!r} (task {task!r})" for name, task in said.items())
         raise ExportError(
-            f"mode bake: expected prefixes of one base model, found {found}; bake those of each model by "
+            f"mode bake: expected prefixes of one base model, found {listed}; bake those of each model by "
             "themselves, or, where these are names of one model, write one of them into the adapters' configurations"
         )
 
@@ -154,26 +154,28 @@ def _least_weight_bytes(base: BaseModel, precision: str) -> int:
 def _warnings(
     request: BuildRequest, target: targets.Target, base: BaseModel, prefixes: Mapping[str, Prefix], max_length: int
 ) -> list[str]:
-    found = list(base.warnings)
+    warnings = list(base.warnings)
     notes = expert_notes(base.model, is_quantized=request.precision in BITS)
-    found += [f"{request.model}: {line}" for line in notes]
+    warnings += [f"{request.model}: {line}" for line in notes]
     positions = base.model.config.get_text_config().max_position_embeddings
     if base.geometry.context_length < positions:
-        found.append(
+        warnings.append(
             f"{request.model}: the context is {base.geometry.context_length} of {positions} positions: beyond, the "
             "model's rotary scaling changes what is cached"
         )
     if request.cache == "fp16" and target.flavour == "fast" and not target.is_for_gpu:
-        found.append("cache fp16: on a CPU onnxruntime widens the whole buffer in every step: slower than fp32, int8")
+        warnings.append(
+            "cache fp16: on a CPU onnxruntime widens the whole buffer in every step: slower than fp32, int8"
+        )
     if request.mode == "bake" and len(prefixes) > 1:
         numbered = ", ".join(f"{index} {task}" for index, task in enumerate(sorted(prefixes)))
-        found.append(
+        warnings.append(
             f"the graph has an input task_id ({numbered}), which optimum, onnxruntime-genai and transformers.js do not "
             "give: for them bake one prefix"
         )
     if base.tokenizer is None:
-        found.append(f"{request.model} has no tokenizer: the bundle takes token ids, not text")
-    found += generation_report(base).warnings
+        warnings.append(f"{request.model} has no tokenizer: the bundle takes token ids, not text")
+    warnings += generation_report(base).warnings
     for task, prefix in prefixes.items():
-        found += [f"task {task!r}: {line}" for line in lint(prefix, base.shape, max_length)]
-    return found
+        warnings += [f"task {task!r}: {line}" for line in lint(prefix, base.shape, max_length)]
+    return warnings

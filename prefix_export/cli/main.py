@@ -184,7 +184,7 @@ def _by_task(prefixes: tuple[str, ...]) -> dict[str, Path]:
 
 def _held_out(files: tuple[str, ...]) -> dict[str | None, Path]:
     named = [runtime.split_named(file) for file in files]
-    found = dict(named)
-    if len(found) < len(named):
+    paths = dict(named)
+    if len(paths) < len(named):
         raise click.UsageError("--held-out: two files for one task, or for all; give one")
-    return found
+    return paths

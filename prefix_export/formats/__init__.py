@@ -99,10 +99,10 @@ def describe(path: Path, wanted: str | None = None) -> Mapping[str, str]:
         CheckpointError, PrefixError
     """
     reader, checkpoint = find_reader(path, wanted)
-    found: Mapping[str, str] = reader.describe(checkpoint)
+    facts: Mapping[str, str] = reader.describe(checkpoint)
     if checkpoint.notes:
-        found = {"file": checkpoint.weights.relative_to(checkpoint.path).as_posix(), **found}
-    return {"format": reader.TITLE, **{_printable(name): _printable(text) for name, text in found.items()}}
+        facts = {"file": checkpoint.weights.relative_to(checkpoint.path).as_posix(), **facts}
+    return {"format": reader.TITLE, **{_printable(name): _printable(text) for name, text in facts.items()}}
 
 
 def _printable(text: str) -> str:

@@ -80,18 +80,18 @@ def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
 
 
 def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    found = (checkpoint.config(_CONFIG_NAME) or {}).get("config")
-    return found if isinstance(found, dict) else {}
+    settings = (checkpoint.config(_CONFIG_NAME) or {}).get("config")
+    return settings if isinstance(settings, dict) else {}
 
 
 def _locations(checkpoint: Checkpoint) -> dict[str, str]:
     """The locations of the one prefix tuning that there is, and where each one's tensors stand first."""
-    found = [match for name in checkpoint.shapes if (match := _NAME.fullmatch(name))]
-    tasks = sorted({match["task"] for match in found})
+    matches = [match for name in checkpoint.shapes if (match := _NAME.fullmatch(name))]
+    tasks = sorted({match["task"] for match in matches})
     if len(tasks) != 1:
         raise CheckpointError(f"{checkpoint.weights}: expected one prefix tuning, found {', '.join(tasks) or 'none'}")
     starts: dict[str, str] = {}
-    for match in found:
+    for match in matches:
         first = f"{starts.setdefault(match['location'], match['start'])}.{match['part']}"
         if first not in checkpoint.shapes or not _is_same(checkpoint, first, match.string):
             raise CheckpointError(
@@ -120,12 +120,12 @@ def _refuse_what_is_more_than_a_prefix(checkpoint: Checkpoint, config: Mapping[s
 
 def _left_out(checkpoint: Checkpoint, config: Mapping[str, Any]) -> set[int]:
     """Layers without a prefix, by their number in the whole model: a decoder's are counted on from the encoder's."""
-    found = config.get("leave_out") or []
-    if not isinstance(found, list) or not all(isinstance(index, int) for index in found):
+    left_out = config.get("leave_out") or []
+    if not isinstance(left_out, list) or not all(isinstance(index, int) for index in left_out):
         raise CheckpointError(
-            f"{checkpoint.config_path(_CONFIG_NAME)}: leave_out: expected numbers of layers, found {found!r}"
+            f"{checkpoint.config_path(_CONFIG_NAME)}: leave_out: expected numbers of layers, found {left_out!r}"
         )
-    return set(found)
+    return set(left_out)
 
 
 def _with_left_out(
@@ -137,9 +137,9 @@ def _with_left_out(
     kept = [index for index in range(len(layers)) if first + index not in left_out]
     if not kept:
         raise CheckpointError(f"{where}: expected a prefix for at least one layer, found all left out")
-    found = dict(zip(kept, folded(matrix, [layers[index] for index in kept], where), strict=True))
+    trained_layers = dict(zip(kept, folded(matrix, [layers[index] for index in kept], where), strict=True))
     nothing = [np.empty((layer.key_value_heads, 0, layer.head_dim), np.float32) for layer in layers]
-    return tuple(found.get(index, LayerPrefix(nothing[index], nothing[index])) for index in range(len(layers)))
+    return tuple(trained_layers.get(index, LayerPrefix(nothing[index], nothing[index])) for index in range(len(layers)))
 
 
 def _site(checkpoint: Checkpoint, location: str, shape: ModelShape) -> str:

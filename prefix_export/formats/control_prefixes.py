@@ -115,19 +115,19 @@ def _of_tables(checkpoint: Checkpoint, start: str) -> Iterator[_Block]:
             f"{checkpoint.config_path('config.json')}: m_prefix_len: expected the rows of a label, found {rows!r}"
         )
     for category in _categories(checkpoint, start):
-        found = {}
+        blocks = {}
         for table in TABLES:
             name = f"{start}M_Prefixes.{_STARTS[table.site]}{category}.weight"
             if name not in checkpoint.shapes:
                 raise CheckpointError(f"{checkpoint.weights}: expected a tensor {name!r}, found none")
-            found[table] = through_mlp(checkpoint, f"{start}{table.mlp}", checkpoint.array(name))
-        yield from _labels(checkpoint, category, found, rows)
+            blocks[table] = through_mlp(checkpoint, f"{start}{table.mlp}", checkpoint.array(name))
+        yield from _labels(checkpoint, category, blocks, rows)
 
 
 def _labels(
-    checkpoint: Checkpoint, category: str, found: Mapping[PromptTable, np.ndarray], rows: int
+    checkpoint: Checkpoint, category: str, blocks: Mapping[PromptTable, np.ndarray], rows: int
 ) -> Iterator[_Block]:
-    counts = {len(numbers) for numbers in found.values()}
+    counts = {len(numbers) for numbers in blocks.values()}
     if len(counts) != 1 or min(counts) % rows:
         raise CheckpointError(
             f"{checkpoint.weights}: {category}: expected the same multiple of {rows} rows at every site, found "
@@ -135,18 +135,19 @@ def _labels(
         )
     for label in range(min(counts) // rows):
         part = slice(label * rows, (label + 1) * rows)
-        sites = {table.site: numbers[part] for table, numbers in found.items()}
+        sites = {table.site: numbers[part] for table, numbers in blocks.items()}
         yield _Block(category, f"{category}-{label}", sites)
 
 
 def _of_rows(checkpoint: Checkpoint, general: Mapping[str, np.ndarray]) -> Iterator[_Block]:
     first = _general_length(checkpoint)
     behind = sum(labels * rows for _, labels, rows in _XSUM)
-    found = {len(numbers) for numbers in general.values()}
-    if first is None or found != {first + behind}:
+    lengths = {len(numbers) for numbers in general.values()}
+    if first is None or lengths != {first + behind}:
         raise CheckpointError(
             f"{checkpoint.weights}: expected attribute tables M_Prefixes, or {behind} rows behind as many general ones "
-            f"as config.json counts (preseqlen), found preseqlen {first} and {', '.join(map(str, sorted(found)))} rows"
+            f"as config.json counts (preseqlen), found preseqlen {first} and "
+            f"{', '.join(map(str, sorted(lengths)))} rows"
         )
     for category, labels, rows in _XSUM:
         for label in range(labels):
@@ -159,8 +160,10 @@ def _of_rows(checkpoint: Checkpoint, general: Mapping[str, np.ndarray]) -> Itera
 def _categories(checkpoint: Checkpoint, start: str) -> list[str]:
     names = [name.removeprefix(f"{start}M_Prefixes.").removesuffix(".weight") for name in checkpoint.shapes]
     tables = [name for name in names if name.startswith("wte_") and not name.startswith(("wte_2_", "wte_enc_"))]
-    found = [name.removeprefix("wte_") for name in tables if f"{start}M_Prefixes.{name}.weight" in checkpoint.shapes]
-    return sorted(found, key=lambda name: _PUBLISHED.index(name) if name in _PUBLISHED else len(_PUBLISHED))
+    categories = [
+        name.removeprefix("wte_") for name in tables if f"{start}M_Prefixes.{name}.weight" in checkpoint.shapes
+    ]
+    return sorted(categories, key=lambda name: _PUBLISHED.index(name) if name in _PUBLISHED else len(_PUBLISHED))
 
 
 def _general_length(checkpoint: Checkpoint) -> int | None:

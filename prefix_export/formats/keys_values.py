@@ -54,8 +54,8 @@ def matches(checkpoint: Checkpoint) -> bool:
 def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     """The shapes of its arrays."""
     shapes = checkpoint.shapes
-    found = {name or "array": " x ".join(map(str, shape)) for name, shape in list(shapes.items())[:4]}
-    return {"arrays": str(len(shapes)), **found}
+    listed = {name or "array": " x ".join(map(str, shape)) for name, shape in list(shapes.items())[:4]}
+    return {"arrays": str(len(shapes)), **listed}
 
 
 def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
@@ -128,28 +128,30 @@ def _of_slots(array: np.ndarray, layers: Sequence[LayerGeometry], where: str) ->
 
 def _per_layer(checkpoint: Checkpoint) -> dict[int, list[str]]:
     """The names of each layer's arrays, the key's first; empty if names or axes are others."""
-    found: dict[int, dict[bool, str]] = {}
+    halves: dict[int, dict[bool, str]] = {}
     for name, shape in checkpoint.shapes.items():
         match = _PAIRED.fullmatch(name)
         if match is not None and len(shape) in (3, 4):
-            found.setdefault(int(match[1]), {})[match[2] not in _KEYS] = name
+            halves.setdefault(int(match[1]), {})[match[2] not in _KEYS] = name
         elif name.isdecimal() and len(shape) == _SLOTS and shape[0] == 2:
-            found.setdefault(int(name[:9]), {})[False] = name
+            halves.setdefault(int(name[:9]), {})[False] = name
         else:
             return {}
-    counts = {len(names) for names in found.values()}
-    is_whole = sorted(found) == list(range(len(found))) and len(counts) == 1
-    held = sum(len(names) for names in found.values())
+    counts = {len(names) for names in halves.values()}
+    is_whole = sorted(halves) == list(range(len(halves))) and len(counts) == 1
+    held = sum(len(names) for names in halves.values())
     if not is_whole or held != len(checkpoint.shapes) or (counts == {1} and "0" not in checkpoint.shapes):
         return {}
-    return {index: [names[is_value] for is_value in sorted(names)] for index, names in found.items()}
+    return {index: [names[is_value] for is_value in sorted(names)] for index, names in halves.items()}
 
 
 def _of_layers(checkpoint: Checkpoint, layers: Sequence[LayerGeometry]) -> Sequence[LayerPrefix]:
     named, where = _per_layer(checkpoint), str(checkpoint.weights)
     if len(named) != len(layers):
-        found = f"them of {len(named)}" if named else f"arrays of other names: {', '.join(list(checkpoint.shapes)[:4])}"
-        raise PrefixMismatchError(f"{where}: expected keys and values of {len(layers)} layers, found {found}")
+        listed = (
+            f"them of {len(named)}" if named else f"arrays of other names: {', '.join(list(checkpoint.shapes)[:4])}"
+        )
+        raise PrefixMismatchError(f"{where}: expected keys and values of {len(layers)} layers, found {listed}")
     pairs = [[_without_batch(checkpoint.array(name), where) for name in named[index]] for index in range(len(layers))]
     arranged = [pair if len(pair) == 2 else [pair[0][0], pair[0][1]] for pair in pairs]
     return [_checked(LayerPrefix(*pair), layer, where) for pair, layer in zip(arranged, layers, strict=True)]

@@ -118,8 +118,8 @@ def _shallow_name(checkpoint: Checkpoint) -> str | None:
 def _read_shallow(checkpoint: Checkpoint, name: str, shape: ModelShape) -> Trained:
     layers = shape.site("decoder", str(checkpoint.weights))
     numbers, where = checkpoint.array(name), f"{checkpoint.weights}: {name}"
-    found = _stacked(numbers, layers, where) if numbers.ndim == _STACKED else _flat(numbers, layers, where)
-    return _trained(checkpoint, {"decoder": found}, moves_positions=True)
+    prefix_layers = _stacked(numbers, layers, where) if numbers.ndim == _STACKED else _flat(numbers, layers, where)
+    return _trained(checkpoint, {"decoder": prefix_layers}, moves_positions=True)
 
 
 def _flat(numbers: np.ndarray, layers: tuple[LayerGeometry, ...], where: str) -> list[LayerPrefix]:

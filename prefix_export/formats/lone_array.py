@@ -47,31 +47,31 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
 
 def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
     """See `formats.read`."""
-    found, where = _shape(checkpoint), str(checkpoint.weights)
+    array_shape, where = _shape(checkpoint), str(checkpoint.weights)
     if shape.kind == BOTH:
         return soft_prompt.read(checkpoint, shape)
     ((_, layers),) = shape.sites.items()
     width, embedding = folded_width(layers), shape.embedding_size
-    if width == embedding == found[-1]:
+    if width == embedding == array_shape[-1]:
         raise CheckpointError(
             f"{where}: expected a width that tells a soft prompt from keys and values, found {width}, which both have "
             f"for {shape.name!r}; say which it is with --format {soft_prompt.NAME} or --format {keys_values.NAME}"
         )
-    if found[-1] == embedding and len(found) == _MATRIX:
+    if array_shape[-1] == embedding and len(array_shape) == _MATRIX:
         return soft_prompt.read(checkpoint, shape)
-    if found[-1] == width:
+    if array_shape[-1] == width:
         return keys_values.read(checkpoint, shape)
     first = layers[0]
     raise PrefixMismatchError(
         f"{where}: expected a width of {embedding} (a soft prompt for {shape.name!r}) or {width} (keys and values: 2 x "
         f"{len(layers)} layers x {first.key_value_heads} key/value heads x head size {first.head_dim}), found shape "
-        f"{list(found)}"
+        f"{list(array_shape)}"
     )
 
 
 def _shape(checkpoint: Checkpoint) -> tuple[int, ...]:
     if not matches(checkpoint):
-        found = ", ".join(f"{name!r} {list(shape)}" for name, shape in list(checkpoint.shapes.items())[:4]) or "none"
-        raise CheckpointError(f"{checkpoint.weights}: expected one array alone, [prefix_length, width], found {found}")
+        listed = ", ".join(f"{name!r} {list(shape)}" for name, shape in list(checkpoint.shapes.items())[:4]) or "none"
+        raise CheckpointError(f"{checkpoint.weights}: expected one array alone, [prefix_length, width], found {listed}")
     (shape,) = checkpoint.shapes.values()
     return shape

@@ -45,16 +45,16 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
 
 def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
     """See `formats.read`."""
-    found = _starts(checkpoint)
-    if list(found) == [_ENCODER] and shape.kind == DECODER:
-        found = {_OLD: found[_ENCODER]}
-    if shape.kind != (BOTH if _ENCODER in found else DECODER) and list(found) != [_DECODER]:
+    starts = _starts(checkpoint)
+    if list(starts) == [_ENCODER] and shape.kind == DECODER:
+        starts = {_OLD: starts[_ENCODER]}
+    if shape.kind != (BOTH if _ENCODER in starts else DECODER) and list(starts) != [_DECODER]:
         raise PrefixMismatchError(
-            f"{checkpoint.weights}: holds prefixes for {', '.join(table.site for table in found)}: expected T5 or "
+            f"{checkpoint.weights}: holds prefixes for {', '.join(table.site for table in starts)}: expected T5 or "
             f"GPT-2, found {shape.name!r} ({shape.kind})"
         )
     sites = {}
-    for table, start in found.items():
+    for table, start in starts.items():
         layers = shape.site(table.site, str(checkpoint.weights))
         sites[table.site] = folded(
             matrix(checkpoint, start, table), layers, f"{checkpoint.weights}: {start}{table.mlp}"
@@ -62,14 +62,14 @@ def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
     prefix = make_prefix(
         sites, moves_positions=True, source=Source(NAME, checkpoint.sha256), weights=checkpoint.weights
     )
-    stems = [f"{start}{table.mlp}" for table, start in found.items()]
+    stems = [f"{start}{table.mlp}" for table, start in starts.items()]
     return Trained({"": prefix}, tuple(untrained(checkpoint, stems, "OpenPrompt")))
 
 
 def _starts(checkpoint: Checkpoint) -> dict[PromptTable, str]:
     """The tables that have an MLP, and what stands before its name."""
     starts = {table: lead(checkpoint, f"{table.mlp}.0.weight") for table in (_DECODER, _ENCODER)}
-    found = {table: start for table, start in starts.items() if start is not None}
-    if not found:
+    present = {table: start for table, start in starts.items() if start is not None}
+    if not present:
         raise CheckpointError(f"{checkpoint.weights}: expected {_DECODER.mlp}.0, the first layer of an MLP, found none")
-    return found
+    return present

@@ -82,8 +82,8 @@ def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
 
 
 def _base_module(checkpoint: Checkpoint) -> dict[str, str]:
-    found = {match[1] for name in checkpoint.shapes if (match := _MODULE.fullmatch(name))}
-    return {BASE_MODULE: found.pop()} if len(found) == 1 else {}
+    modules = {match[1] for name in checkpoint.shapes if (match := _MODULE.fullmatch(name))}
+    return {BASE_MODULE: modules.pop()} if len(modules) == 1 else {}
 
 
 def _head(checkpoint: Checkpoint) -> dict[str, str]:

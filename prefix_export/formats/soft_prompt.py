@@ -53,7 +53,7 @@ def _array(checkpoint: Checkpoint) -> tuple[str, tuple[int, int]]:
     """Name, length and width of the one array."""
     shapes = list(checkpoint.shapes.items())
     if len(shapes) != 1 or len(shapes[0][1]) != _AXES:
-        found = ", ".join(f"{name!r} {list(shape)}" for name, shape in shapes[:4]) or "none"
-        raise CheckpointError(f"{checkpoint.weights}: expected one array alone, [length, width], found {found}")
+        listed = ", ".join(f"{name!r} {list(shape)}" for name, shape in shapes[:4]) or "none"
+        raise CheckpointError(f"{checkpoint.weights}: expected one array alone, [length, width], found {listed}")
     name, (length, width) = shapes[0]
     return name, (length, width)

@@ -81,11 +81,11 @@ def _check_weights(graph: onnx.GraphProto, source: Path) -> None:
                 f"graph {source}: weight {tensor.name}: expected its place in a file, found {error}"
             ) from error
         path = source.parent / place.location
-        needed, found = (place.offset or 0) + (place.length or 0), path.stat().st_size
-        if needed > found:
+        needed, available = (place.offset or 0) + (place.length or 0), path.stat().st_size
+        if needed > available:
             raise ExportError(
                 f"graph {source}: weight {tensor.name}: expected {path.name} of {needed} bytes or more, found "
-                f"{found}; copy it again, it is not whole"
+                f"{available}; copy it again, it is not whole"
             )
 
 
@@ -129,19 +129,19 @@ def _shapes(name: str, layers: Sequence[AttentionLayer]) -> dict[str, tuple[int 
 
 def _check_value(value: onnx.ValueInfoProto, shape: tuple[int | None, ...], kind: int, source: Path) -> None:
     _check_type(value, kind, source)
-    found = [dim.dim_value or None for dim in value.type.tensor_type.shape.dim]
-    pairs = zip(found, shape, strict=False)
+    actual = [dim.dim_value or None for dim in value.type.tensor_type.shape.dim]
+    pairs = zip(actual, shape, strict=False)
     # A size that the model has may be left open; an axis that varies may not be fixed.
-    fits = len(found) == len(shape) and all(left is None or left == right for left, right in pairs)
+    fits = len(actual) == len(shape) and all(left is None or left == right for left, right in pairs)
     if not fits:
-        expected, shown = (", ".join("?" if size is None else str(size) for size in each) for each in (shape, found))
+        expected, shown = (", ".join("?" if size is None else str(size) for size in each) for each in (shape, actual))
         raise ExportError(f"graph {source}: {value.name}: expected shape [{expected}], found [{shown}]")
 
 
 def _check_type(value: onnx.ValueInfoProto, kind: int, source: Path) -> None:
     if not value.type.tensor_type.HasField("shape"):
         raise ExportError(f"graph {source}: {value.name}: expected a tensor with a shape, found none")
-    found = value.type.tensor_type.elem_type
-    if found != kind:
-        names = (onnx.TensorProto.DataType.Name(each).lower() for each in (kind, found))
+    dtype = value.type.tensor_type.elem_type
+    if dtype != kind:
+        names = (onnx.TensorProto.DataType.Name(each).lower() for each in (kind, dtype))
         raise ExportError(f"graph {source}: {value.name}: expected {next(names)}, found {next(names)}")

@@ -42,8 +42,8 @@ def check_axes(graph: ir.Model) -> None:
     for name, axes in TOKEN_INPUTS.items():
         value = next((value for value in graph.graph.inputs if value.name == name), None)
         shape = ", ".join(axes)
-        found = (
+        actual = (
             ", ".join(str(size) for size in value.shape) if value is not None and value.shape is not None else "none"
         )
-        if found != shape:
-            raise ExportError(f"graph: input {name}: expected axes [{shape}], found [{found}]")
+        if actual != shape:
+            raise ExportError(f"graph: input {name}: expected axes [{shape}], found [{actual}]")

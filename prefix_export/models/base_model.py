@@ -134,6 +134,6 @@ def context_length(name: str, config: PreTrainedConfig) -> int:
 
 def _rotary_kinds(config: PreTrainedConfig) -> set[str]:
     """The rope types of a model: one, or one for each kind of layer."""
-    found = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in found.values() if isinstance(value, dict)]
-    return {str(parameters.get("rope_type")) for parameters in (found, *nested)}
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    return {str(parameters.get("rope_type")) for parameters in (rope, *nested)}

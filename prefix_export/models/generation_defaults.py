@@ -146,12 +146,12 @@ def logits_processors(
         prepared.max_length = new_tokens + length
         if prepared.min_new_tokens is not None:
             prepared.min_length = prepared.min_new_tokens + length
-        found: LogitsProcessorList = mixin._get_logits_processor(  # noqa: SLF001
+        processors: LogitsProcessorList = mixin._get_logits_processor(  # noqa: SLF001
             prepared, input_ids_seq_length=length, encoder_input_ids=prompt, device="cpu"
         )
     finally:
         model.generation_config = own
-    return found
+    return processors
 
 
 def _settings(model: PreTrainedModel) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def _refused(name: str, error: Exception) -> ModelError:
 
 def _not_followed(settings: dict[str, Any], *, has_tokenizer: bool) -> dict[str, Any]:
     known = vars(GenerationConfig())
-    found = {
+    unsupported = {
         name: value
         for name, value in settings.items()
         if name in known
@@ -198,17 +198,17 @@ def _not_followed(settings: dict[str, Any], *, has_tokenizer: bool) -> dict[str,
         and value not in _NEUTRAL.get(name, ())
     }
     if settings.get("do_sample") or settings.get("num_beams", 1) != 1:
-        found.pop("penalty_alpha", None)  # only greedy text is searched by contrast
+        unsupported.pop("penalty_alpha", None)  # only greedy text is searched by contrast
     if "stop_strings" in settings and not has_tokenizer:
-        found["stop_strings"] = settings["stop_strings"]
-    return found
+        unsupported["stop_strings"] = settings["stop_strings"]
+    return unsupported
 
 
 def _warnings_of_settings(defaults: GenerationDefaults, not_followed: dict[str, Any]) -> list[str]:
-    found = []
+    warnings = []
     if not_followed:
         listed = ", ".join(f"{name} {str(value)[:60]}" for name, value in sorted(not_followed.items()))
-        found.append(
+        warnings.append(
             f"{FILE}: the runtime does not follow {listed}: its text can differ from what PEFT's generate makes by "
             "default"
         )
@@ -216,30 +216,30 @@ def _warnings_of_settings(defaults: GenerationDefaults, not_followed: dict[str, 
         shown = ", ".join(
             f"{name} {value}" for name, value in defaults.described().items() if name in vars(defaults.sampling)
         )
-        found.append(
+        warnings.append(
             f"{FILE}: the model samples by default ({shown}), and so does the runtime; for greedy text pass "
             "sampling=Sampling() or --temperature 0"
         )
-    return found
+    return warnings
 
 
 def _warnings_of_ends(defaults: GenerationDefaults, base: BaseModel) -> list[str]:
-    found = []
+    warnings = []
     ends, vocab_size, tokenizer = defaults.end_tokens, base.geometry.vocab_size, base.tokenizer
     if beyond := [end for end in ends if end >= vocab_size]:
-        found.append(f"{FILE}: end token {beyond[0]} is beyond the vocabulary of {vocab_size}: it never comes")
+        warnings.append(f"{FILE}: end token {beyond[0]} is beyond the vocabulary of {vocab_size}: it never comes")
     configured = getattr(base.model.config.get_text_config(), "eos_token_id", None)
     if not ends and configured is not None:
-        found.append(
+        warnings.append(
             f"{FILE} names no end token, though config.json names {configured}: text goes on to max_new_tokens, as "
             f"with transformers' generate; to end there, pass end_tokens={configured} (--end-token)"
         )
     own = getattr(tokenizer, "eos_token_id", None)
     if tokenizer is not None and own is not None and own < vocab_size and ends and own not in ends:
         named = ", ".join(f"{tokenizer.convert_ids_to_tokens(end)!r} ({end})" for end in ends if end < vocab_size)
-        found.append(
+        warnings.append(
             f"the tokenizer's end token is {tokenizer.eos_token!r} ({own}), but {FILE} ends text at {named}, and so "
             f"does PEFT's generate; to end at the tokenizer's, pass end_tokens={own} "
             f"(--end-token '{tokenizer.eos_token}')"
         )
-    return found
+    return warnings

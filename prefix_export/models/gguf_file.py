@@ -74,8 +74,8 @@ def read_header(name: str, path: Path) -> Header:
         OSError: it cannot be read.
     """
 
-    def refusal(expected: str, found: str) -> ModelError:
-        return ModelError(f"model {name!r}: expected {expected}, found {found}")
+    def refusal(expected: str, actual: str) -> ModelError:
+        return ModelError(f"model {name!r}: expected {expected}, found {actual}")
 
     with path.open("rb") as file:
         size = path.stat().st_size

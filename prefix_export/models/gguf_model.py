@@ -104,8 +104,8 @@ def with_positions(name: str, header: Header, config: PreTrainedConfig) -> PreTr
     Raises:
         ModelError: the file scales rotary positions in another way that transformers leaves out.
     """
-    found: Any = getattr(config, "rope_parameters", None) or {}
-    kept = found.get("rope_type", "default") != "default"
+    parameters: Any = getattr(config, "rope_parameters", None) or {}
+    kept = parameters.get("rope_type", "default") != "default"
     scaling = header.value("rope.scaling.type")
     if not kept and (scaling not in _NO_SCALING or _LONG_FACTORS in header.tensors):
         raise ModelError(
@@ -113,7 +113,7 @@ def with_positions(name: str, header: Header, config: PreTrainedConfig) -> PreTr
             f"file, found scaling of type {scaling or 'longrope'!r}, which it leaves out; take the original repository"
         )
     if _FREQUENCIES in header.tensors and not kept:
-        config.rope_parameters = {**found, **_llama_3(name, header, found)}
+        config.rope_parameters = {**parameters, **_llama_3(name, header, parameters)}
     return config
 
 

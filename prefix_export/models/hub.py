@@ -15,10 +15,10 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
     A file or folder that exists is a path, even if its name contains `@`.
     """
-    found, at, revision = name.partition("@")
-    if not at or not revision or Path(name).exists() or not _HUB_PATH.fullmatch(found):
+    model, at, revision = name.partition("@")
+    if not at or not revision or Path(name).exists() or not _HUB_PATH.fullmatch(model):
         return name, None
-    return found, revision
+    return model, revision
 
 
 def with_revision(model: str | None, revision: str | None) -> str | None:
@@ -31,11 +31,11 @@ def with_revision(model: str | None, revision: str | None) -> str | None:
         return model
     if model is None:
         raise ModelError(f"--revision {revision}: expected --model with a Hub id, found none")
-    found, own = split_revision(model)
+    name, own = split_revision(model)
     if own is not None or Path(model).exists():
         what = f"one with the revision {own!r} already" if own is not None else "a path, which has no revisions"
         raise ModelError(f"--revision {revision}: expected a Hub id as --model, found {what}")
-    return f"{found}@{revision}"
+    return f"{name}@{revision}"
 
 
 def shown_name(name: str) -> str:
@@ -43,8 +43,8 @@ def shown_name(name: str) -> str:
     path = Path(name)
     if path.is_dir():
         return path.resolve().name
-    found, _ = split_revision(name)
-    return Path(found).stem if found.lower().endswith(".gguf") else found
+    model, _ = split_revision(name)
+    return Path(model).stem if model.lower().endswith(".gguf") else model
 
 
 def commit_of(cached: str | Path) -> str | None:

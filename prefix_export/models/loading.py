@@ -115,8 +115,8 @@ def _no_config(source: ModelSource, error: Exception) -> ModelError:
         return ModelError(f"{expected} that transformers can read, found {pretrained.reason(error, source)}")
     if source.file(_ADAPTER) is not None:
         return _only_an_adapter(source)
-    found = "a folder without" if Path(source.root).is_dir() else "no such folder"
-    return ModelError(f"{expected}, found {found}: {pretrained.reason(error, source)}")
+    actual = "a folder without" if Path(source.root).is_dir() else "no such folder"
+    return ModelError(f"{expected}, found {actual}: {pretrained.reason(error, source)}")
 
 
 def _only_an_adapter(source: ModelSource) -> ModelError:

@@ -178,16 +178,16 @@ def _side(config: Any, heads: int) -> LayerGeometry:
 
 
 def _first(config: Any, *names: str) -> int:
-    found = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
-    if found is None:
+    first = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+    if first is None:
         raise AttributeError(f"none of {', '.join(names)}")
-    return int(found)
+    return int(first)
 
 
 def _embedding_size(config: Any) -> int:
     """The width of a model's token embeddings where its configuration says another than the hidden size, else 0."""
-    found = (getattr(config, name, None) for name in _EMBEDDING_SIZES)
-    return next((size for size in found if isinstance(size, int) and size > 0), 0)
+    sizes = (getattr(config, name, None) for name in _EMBEDDING_SIZES)
+    return next((size for size in sizes if isinstance(size, int) and size > 0), 0)
 
 
 def _windows(config: Any) -> tuple[int, ...]:

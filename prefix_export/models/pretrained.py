@@ -97,14 +97,14 @@ def weights(source: ModelSource, config: PreTrainedConfig) -> tuple[PreTrainedMo
 def tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """A model's tokenizer."""
     with _folder(source) as (root, arguments):
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(root, trust_remote_code=False, **arguments)
-    return found
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(root, trust_remote_code=False, **arguments)
+    return tokenizer
 
 
 def tokenizer_in(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder without a model, as a model's configuration chooses its class."""
-    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
-    return found
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    return tokenizer
 
 
 def model_without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

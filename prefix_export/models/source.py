@@ -50,10 +50,10 @@ class ModelSource:
         if not root.lower().endswith(_GGUF):
             return cls(name, root, revision)
         match = _HUB_GGUF.fullmatch(root)
-        found = _cached(match[1], match[2], revision) if match else None
-        if found is None:
+        folder = _cached(match[1], match[2], revision) if match else None
+        if folder is None:
             raise ModelError(f"model {name!r}: expected a GGUF file, found no such file")
-        return cls(name, str(found.parent), revision, found)
+        return cls(name, str(folder.parent), revision, folder)
 
     @classmethod
     def _of_file(cls, name: str, path: Path) -> ModelSource:
@@ -91,13 +91,13 @@ class ModelSource:
         """The commit of a repository, if Hugging Face's cache tells it; else the revision as the user named it."""
         if Path(self.root).is_dir() and self.gguf is None:
             return None
-        found = self.gguf if self.gguf is not None else self.file("config.json")
-        return (commit_of(found) if found is not None else None) or self.revision
+        path = self.gguf if self.gguf is not None else self.file("config.json")
+        return (commit_of(path) if path is not None else None) or self.revision
 
 
 def _cached(root: str, name: str, revision: str | None) -> Path | None:
     try:
-        found = cached_file(
+        path = cached_file(
             root,
             name,
             revision=revision,
@@ -106,4 +106,4 @@ def _cached(root: str, name: str, revision: str | None) -> Path | None:
         )
     except (OSError, ValueError):  # no such repository or revision: transformers' loader says which
         return None
-    return Path(found) if found is not None else None
+    return Path(path) if path is not None else None

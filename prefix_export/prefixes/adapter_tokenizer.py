@@ -36,12 +36,12 @@ def with_adapters_tokenizer(
         base: the model.
         sources: what each task was folded from.
     """
-    found, warnings = _tokenizers(sources, base.model.config)
-    differing = {task: text for task, own in found.items() if (text := _difference(base.tokenizer, own))}
+    tokenizers, warnings = _tokenizers(sources, base.model.config)
+    differing = {task: text for task, own in tokenizers.items() if (text := _difference(base.tokenizer, own))}
     if not differing:
         return base, tuple(warnings)
-    chosen = found[next(iter(differing))]
-    reason = _reason_against(chosen, found, base)
+    chosen = tokenizers[next(iter(differing))]
+    reason = _reason_against(chosen, tokenizers, base)
     for task, text in differing.items():
         what = f"task {task!r}: the tokenizer beside the adapter differs from the base model's ({text})"
         warnings.append(
@@ -105,7 +105,7 @@ def _tokenizers(
     sources: Mapping[str, PrefixSource | None], config: PreTrainedConfig
 ) -> tuple[dict[str, PreTrainedTokenizerBase], list[str]]:
     """The tokenizers beside adapters, one for each folder under its first task, and those that cannot be read."""
-    found: dict[str, PreTrainedTokenizerBase] = {}
+    tokenizers: dict[str, PreTrainedTokenizerBase] = {}
     warnings: list[str] = []
     folders: dict[Path, str] = {}
     for task, source in sources.items():
@@ -120,8 +120,8 @@ def _tokenizers(
             warnings.append(f"{line}: {error}")
             continue
         if own is not None:
-            found[task] = own
-    return found, warnings
+            tokenizers[task] = own
+    return tokenizers, warnings
 
 
 def _folder(path: Path) -> Path:
@@ -136,10 +136,10 @@ def _folder(path: Path) -> Path:
 
 
 def _reason_against(
-    chosen: PreTrainedTokenizerBase, found: Mapping[str, PreTrainedTokenizerBase], base: BaseModel
+    chosen: PreTrainedTokenizerBase, tokenizer: Mapping[str, PreTrainedTokenizerBase], base: BaseModel
 ) -> str | None:
     """Why an adapters' tokenizer cannot be the bundle's, and what to do; None if it can."""
-    if any(_difference(chosen, other) for other in found.values()):
+    if any(_difference(chosen, other) for other in tokenizer.values()):
         return ", because the adapters' tokenizers differ: build each task by itself to use its own"
     largest, rows = max(chosen.get_vocab().values(), default=0), base.geometry.vocab_size
     if largest >= rows:

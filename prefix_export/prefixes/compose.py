@@ -42,7 +42,7 @@ def average(prefixes: Sequence[Prefix], weights: Sequence[float] | None = None) 
     shares = shares / whole
 
     def mixed(arrays: Sequence[np.ndarray]) -> np.ndarray:
-        found: np.ndarray = np.einsum("i,i...->...", shares, np.stack(arrays).astype(np.float64))
-        return found.astype(arrays[0].dtype)
+        mixture: np.ndarray = np.einsum("i,i...->...", shares, np.stack(arrays).astype(np.float64))
+        return mixture.astype(arrays[0].dtype)
 
     return combined(prefixes, mixed, lengths[0])

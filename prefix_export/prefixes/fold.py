@@ -108,8 +108,8 @@ def fold(path: Path, shape: ModelShape, load: Callable[[], BaseModel], wanted: s
 
 def _vocabulary(base: BaseModel) -> np.ndarray:
     table: Any = base.model.get_input_embeddings()
-    found: np.ndarray = table.weight.detach().float().numpy()
-    return found
+    embeddings: np.ndarray = table.weight.detach().float().numpy()
+    return embeddings
 
 
 def fold_for_bundle(path: Path, bundle: Bundle) -> tuple[Prefix, tuple[str, ...]]:
@@ -189,12 +189,14 @@ def fold_text(text: str, base: BaseModel) -> Prefix:
 
 def _tokens(text: str, base: BaseModel) -> list[int]:
     assert base.tokenizer is not None
-    found: list[int] = base.tokenizer(text)["input_ids"]
+    token_ids: list[int] = base.tokenizer(text)["input_ids"]
     plain: list[int] = base.tokenizer(text, add_special_tokens=False)["input_ids"]
-    behind = len(found) - len(plain)
-    while behind and found and found[-1] in base.tokenizer.all_special_ids and found[-len(plain) :] != plain:
-        found, behind = found[:-1], behind - 1
-    return found
+    behind = len(token_ids) - len(plain)
+    while (
+        behind and token_ids and token_ids[-1] in base.tokenizer.all_special_ids and token_ids[-len(plain) :] != plain
+    ):
+        token_ids, behind = token_ids[:-1], behind - 1
+    return token_ids
 
 
 def _hash(ids: list[int]) -> str:

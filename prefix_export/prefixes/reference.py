@@ -159,8 +159,8 @@ def reference(base: BaseModel, prefix: Prefix | None, source: PrefixSource | Non
     Raises:
         PrefixExportError: the source is an adapter of PEFT's and PEFT is not installed.
     """
-    with _plain_generation(base.model), _reference(base, prefix, source) as found:
-        yield found
+    with _plain_generation(base.model), _reference(base, prefix, source) as answers:
+        yield answers
 
 
 def _reference(
@@ -206,10 +206,10 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _end_tokens(model: PreTrainedModel) -> set[int]:
-    found = getattr(model.generation_config, "eos_token_id", None)
-    if found is None:
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    if ends is None:
         return set()
-    return set(found) if isinstance(found, list) else {found}
+    return set(ends) if isinstance(ends, list) else {ends}
 
 
 def _numpy(logits: torch.Tensor) -> np.ndarray:

@@ -43,16 +43,16 @@ def _shapes(head: Mapping[str, np.ndarray], shape: ModelShape) -> Iterator[str]:
     for name, array in head.items():
         if array.ndim != 2:  # of a weight, [outputs, inputs]
             continue
-        found = array.shape
-        if found[1] != shape.hidden_size:
+        array_shape = array.shape
+        if array_shape[1] != shape.hidden_size:
             yield (
-                f"head {name}: takes {found[1]} numbers, where {shape.name!r} has a hidden size of "
+                f"head {name}: takes {array_shape[1]} numbers, where {shape.name!r} has a hidden size of "
                 f"{shape.hidden_size}: it does not belong to this model"
             )
         bias = head.get(f"{name.removesuffix('weight')}bias")
-        if bias is not None and bias.shape != found[:1]:
+        if bias is not None and bias.shape != array_shape[:1]:
             shown = list(bias.shape)
-            yield f"head {name}: has {found[0]} outputs, its bias has shape {shown}: they do not belong together"
+            yield f"head {name}: has {array_shape[0]} outputs, its bias has shape {shown}: they do not belong together"
 
 
 def _labels(head: Mapping[str, np.ndarray], config: PreTrainedConfig) -> Iterator[str]:

@@ -115,12 +115,12 @@ def _emitting(
     weights, linear, embedding = emitted
     if id(weight) not in shared:
         shared[id(weight)] = weights(weight)
-    found: torch.nn.Module
+    kept_module: torch.nn.Module
     if isinstance(module, torch.nn.Embedding):
-        found = embedding(shared[id(weight)])
+        kept_module = embedding(shared[id(weight)])
     else:
-        found = linear(shared[id(weight)], module.bias)
-    return found
+        kept_module = linear(shared[id(weight)], module.bias)
+    return kept_module
 
 
 class _QuantizedLinear(torch.nn.Module):

@@ -82,8 +82,8 @@ def _up_to_date(
     wanted = recipe_hash(graph_hash(bundle.manifest), library.backend, library.version, request.options(), ranges)
     here = _capabilities_here(library)
     for record in read_tensorrt_engines(folder):
-        found = recipe_hash(record.graph, record.backend, record.version, record.options, record.profiles)
-        if found == wanted and here in ((), record.compute_capabilities):
+        recipe = recipe_hash(record.graph, record.backend, record.version, record.options, record.profiles)
+        if recipe == wanted and here in ((), record.compute_capabilities):
             try:
                 check_tensorrt_engine(folder, record, bundle)
             except BundleIntegrityError:
@@ -118,10 +118,10 @@ def _build(
     if request.timing_cache is not None:
         save_timing_cache(request.timing_cache, config)
     progress.phase("read the engine back")
-    found = _read_back(plan, library, given, kept)
-    check_tensors(expected, found.tensors, "the engine")
-    check_profiles(ranges, found.profiles, "the engine")
-    inputs, outputs = found.tensors
+    read_back = _read_back(plan, library, given, kept)
+    check_tensors(expected, read_back.tensors, "the engine")
+    check_profiles(ranges, read_back.profiles, "the engine")
+    inputs, outputs = read_back.tensors
     record = TensorRTEngineRecord(
         name=request.name,
         file=_NOT_YET,
@@ -130,19 +130,19 @@ def _build(
         compute_capabilities=request.compute_capabilities or _capabilities_here(library),
         graph=graph_hash(bundle.manifest),
         options=request.options(),
-        profiles=found.profiles,
+        profiles=read_back.profiles,
         inputs=inputs,
         outputs=outputs,
         refittable=refittable,
-        read_back=found.source,
+        read_back=read_back.source,
     )
     return record, plan
 
 
 def _capabilities_here(library: Library) -> tuple[str, ...]:
     """What an engine runs on that is built for no compute capability by name: this machine's GPU's, of TensorRT."""
-    found = gpu_capability(0) if library.backend != RTX else None
-    return () if found is None else (found,)
+    capability = gpu_capability(0) if library.backend != RTX else None
+    return () if capability is None else (capability,)
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,8 @@ def _add_profile(profile: Profile, builder: Any, config: Any) -> Profile:
             (made.set_shape_input if is_value else made.set_shape)(name, *shapes)
         except ValueError as error:
             raise EngineError(f"profile {profile.name}: {name}: expected a range, found {shapes}: {error}") from error
-        found = made.get_shape_input(name) if is_value else made.get_shape(name)
-        kept[name] = tuple(tuple(shape) for shape in found)
+        read_shapes = made.get_shape_input(name) if is_value else made.get_shape(name)
+        kept[name] = tuple(tuple(shape) for shape in read_shapes)
     if config.add_optimization_profile(made) < 0:
         raise EngineError(f"profile {profile.name}: expected ranges of all inputs that TensorRT takes, found others")
     return Profile(profile.name, kept)

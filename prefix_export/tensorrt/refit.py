@@ -120,11 +120,11 @@ def _check(bundle: Bundle, task: str, prefix: Prefix) -> None:
     if entry is None:
         raise unknown_task(task, bundle.manifest.tasks)
     bundle.check_prefix(prefix, f"task {task!r}")
-    wanted, found = (entry.prefix_length, entry.position_base), (prefix.prefix_length, prefix.position_base)
-    if wanted != found:
+    wanted, actual = (entry.prefix_length, entry.position_base), (prefix.prefix_length, prefix.position_base)
+    if wanted != actual:
         raise PrefixMismatchError(
             f"task {task!r}: expected a prefix of length {wanted[0]} and position base {wanted[1]}, which the engine "
-            f"has room for, found {found[0]} and {found[1]}; build the bundle and the engine with it"
+            f"has room for, found {actual[0]} and {actual[1]}; build the bundle and the engine with it"
         )
 
 
@@ -143,21 +143,21 @@ def _places(bundle: Bundle) -> list[_Place]:
     model = onnx.load(bundle.graph_path, load_external_data=False)
     prefixes = {task: bundle.prefix(task) for task in bundle.tasks}
     left = list(model.graph.initializer)
-    found = []
+    places = []
     for key, array in _arrays(prefixes, bundle):
         for tensor in left:
             held = _held(tensor, array.size, bundle.graph_path.parent)
             is_same, is_turned = (held is not None and np.array_equal(held, each) for each in (array, _turned(array)))
             if is_same or is_turned:
                 left.remove(tensor)
-                found.append(_Place(key, tensor.name, is_transposed=not is_same))
+                places.append(_Place(key, tensor.name, is_transposed=not is_same))
                 break
         else:
             raise EngineError(
                 f"refit: {key}: expected a weight of the graph that holds the prefix as it is, found none; an engine "
                 "of this model has to be built anew for another prefix"
             )
-    return found
+    return places
 
 
 def _arrays(prefixes: Mapping[str, Prefix], bundle: Bundle) -> Iterator[tuple[str, np.ndarray]]:

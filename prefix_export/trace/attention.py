@@ -113,7 +113,7 @@ def probe(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
     # transformers' own test, which reads the architecture's source (5.23).
     if not model._can_set_attn_implementation():  # noqa: SLF001  # there is no public way to ask
         raise _not_on_the_interface(model)
-    found: dict[int, AttentionLayer] = {}
+    by_module: dict[int, AttentionLayer] = {}
 
     def record(
         module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
@@ -121,22 +121,22 @@ def probe(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
         _refuse_unknown(type(model).__name__, kwargs)
         index = getattr(module, "layer_idx", None)
         is_plain = key.shape == value.shape and getattr(module, "is_causal", True)
-        if index is None or index in found or not is_plain:
+        if index is None or index in by_module or not is_plain:
             raise UnsupportedArchitectureError(
                 f"{type(model).__name__}: expected one causal self-attention a layer, keys and values of one shape, "
                 f"found a second or another kind in {type(module).__name__}; such models are not supported yet"
             )
         _, heads, sequence, head_dim = query.shape
-        found[index] = AttentionLayer(heads, key.shape[1], key.shape[3], kwargs.get("sliding_window"))
+        by_module[index] = AttentionLayer(heads, key.shape[1], key.shape[3], kwargs.get("sliding_window"))
         return query.new_zeros(query.shape[0], sequence, heads, head_dim)
 
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     with torch.no_grad(), attention(model, record), _refusing_failures(model):
         model(input_ids=token, position_ids=token, use_cache=False)
     layers = model.config.get_text_config().num_hidden_layers
-    if sorted(found) != list(range(layers)):
+    if sorted(by_module) != list(range(layers)):
         raise _not_on_the_interface(model)
-    return tuple(found[index] for index in range(layers))
+    return tuple(by_module[index] for index in range(layers))
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def _emitted(
     **attributes: Any,
 ) -> torch.Tensor:
     """A tensor that an operator of the graph makes, of which the trace knows type and shape alone."""
-    found: torch.Tensor = torch.onnx.ops.symbolic(
+    output: torch.Tensor = torch.onnx.ops.symbolic(
         operator, inputs, attrs=attributes, dtype=dtype, shape=tuple(shape), version=1 if "::" in operator else None
     )
-    return found
+    return output

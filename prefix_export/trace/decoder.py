@@ -227,22 +227,22 @@ class PortableDecoder(Decoder):
 
     def example(self) -> dict[str, Any]:
         """See `Decoder`."""
-        found = super().example()
+        example = super().example()
         if self._is_choosing:
-            found[contract.TASK_ID] = torch.tensor([0, 1])
+            example[contract.TASK_ID] = torch.tensor([0, 1])
         if self.takes_prefix:
-            found |= {"prefixes": self.zeros(1, 7), contract.POSITION_BASE: torch.tensor([7])}
-        return found
+            example |= {"prefixes": self.zeros(1, 7), contract.POSITION_BASE: torch.tensor([7])}
+        return example
 
     def dynamic_shapes(self) -> dict[str, Any]:
         """See `Decoder`."""
-        found = super().dynamic_shapes()
+        shapes = super().dynamic_shapes()
         if self._is_choosing:
-            found[contract.TASK_ID] = {0: found[contract.INPUT_IDS][0]}
+            shapes[contract.TASK_ID] = {0: shapes[contract.INPUT_IDS][0]}
         if self.takes_prefix:
             length = {2: torch.export.Dim("prefix_length")}
-            found |= {"prefixes": [(length, length)] * len(self.layers), contract.POSITION_BASE: {}}
-        return found
+            shapes |= {"prefixes": [(length, length)] * len(self.layers), contract.POSITION_BASE: {}}
+        return shapes
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -281,7 +281,7 @@ def _size(tensor: torch.Tensor, axis: int) -> torch.Tensor:
 
 def _as_bool(mask: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """A mask as bool, of a shape that the trace cannot know to be the mask's: past and new tokens together."""
-    found: torch.Tensor = torch.onnx.ops.symbolic(
+    seen: torch.Tensor = torch.onnx.ops.symbolic(
         "Cast", (mask,), attrs={"to": 9}, dtype=torch.bool, shape=shape, version=19
     )
-    return found
+    return seen

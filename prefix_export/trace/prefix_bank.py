@@ -31,17 +31,17 @@ class PrefixBank:
     def of(cls, prefixes: Mapping[str, Prefix]) -> PrefixBank:
         """The bank of at least one task, all of one model."""
         tasks = tuple(sorted(prefixes))
-        found = [prefixes[task] for task in tasks]
-        longest = max(prefix.prefix_length for prefix in found)
-        layers = zip(*(prefix.sites["decoder"] for prefix in found), strict=True)
+        ordered = [prefixes[task] for task in tasks]
+        longest = max(prefix.prefix_length for prefix in ordered)
+        layers = zip(*(prefix.sites["decoder"] for prefix in ordered), strict=True)
         return cls(
             tasks,
             tuple(
                 (_stacked([part.key for part in layer], longest), _stacked([part.value for part in layer], longest))
                 for layer in layers
             ),
-            np.array([prefix.prefix_length for prefix in found], np.int64),
-            np.array([prefix.position_base for prefix in found], np.int64),
+            np.array([prefix.prefix_length for prefix in ordered], np.int64),
+            np.array([prefix.position_base for prefix in ordered], np.int64),
         )
 
     @property

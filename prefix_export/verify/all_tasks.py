@@ -45,12 +45,12 @@ def answer_all(
     base: BaseModel, sourced: SourcedPrefixes, held_out: Mapping[str | None, HeldOut], progress: Progress
 ) -> dict[str | None, FloatAnswers]:
     """What a model that is not rounded yet makes of held-out texts under each task and without."""
-    found = {}
+    by_task = {}
     for task in held_out:
         progress.phase("read text in float32", len(held_out[task].texts), detail=shown_task(task))
         with reference(base, *sourced.under(task)) as model:
-            found[task] = FloatAnswers(held_out[task], answers(held_out[task], model, progress))
-    return found
+            by_task[task] = FloatAnswers(held_out[task], answers(held_out[task], model, progress))
+    return by_task
 
 
 def observe_all(
@@ -146,24 +146,24 @@ def assess_all(
 ) -> dict[str | None, TaskQuality]:
     """A bundle as it is run against the float32 model, on the same texts."""
     engine = load(folder, provider=_provider(Bundle.open(folder).manifest.target), prepare=False)
-    found = {}
+    qualities = {}
     for task, in_float in expected.items():
         progress.phase("read text", len(in_float.held_out.texts), detail=shown_task(task))
-        found[task] = assess(in_float.held_out, in_float.answers, engine, task, progress)
-    return found
+        qualities[task] = assess(in_float.held_out, in_float.answers, engine, task, progress)
+    return qualities
 
 
 def certificate(
     parity: Mapping[str | None, TaskParity], quality: Mapping[str | None, TaskQuality], graph_bytes: int
 ) -> dict[str, object]:
     """The comparisons as the manifest keeps them; quality with the size of graph and weights that it is had for."""
-    found = _by_task({task: asdict(result) for task, result in parity.items()})
+    content = _by_task({task: asdict(result) for task, result in parity.items()})
     if quality:
         rounded = {
             task: {**asdict(result), "perplexity_change": result.perplexity_change} for task, result in quality.items()
         }
-        found["quality"] = {"graph_bytes": graph_bytes, **_by_task(rounded)}
-    return found
+        content["quality"] = {"graph_bytes": graph_bytes, **_by_task(rounded)}
+    return content
 
 
 def _by_task(results: Mapping[str | None, dict[str, object]]) -> dict[str, object]:

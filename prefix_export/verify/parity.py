@@ -151,15 +151,15 @@ def observe(
     room = base.geometry.room(prefix, max_length)
     texts = text_prompts(held_out, room)
     truths = []
-    with reference(base, prefix, source) as found:
+    with reference(base, prefix, source) as answers:
         for prompt in (*texts, *random_prompts(base.geometry.vocab_size, room)):
             # The default implementation of experts has no kernel for double precision.
             with _enough_memory(base), traceable_experts(base.model), DoublePrecision():
-                logits = _on_disk(found.logits(prompt))
+                logits = _on_disk(answers.logits(prompt))
             count = min(_NEW_TOKENS, room - len(prompt))
-            truths.append(PromptTruth(prompt, logits, tuple(found.greedy(prompt, count)), count))
+            truths.append(PromptTruth(prompt, logits, tuple(answers.greedy(prompt, count)), count))
             progress.advance()
-    return Expectation(found.name, tuple(truths), len(texts))
+    return Expectation(answers.name, tuple(truths), len(texts))
 
 
 def measured(
@@ -185,9 +185,9 @@ def measured(
         ParityError: the source framework itself leaves the numbers that the type holds.
     """
     truths = []
-    with reference(base, prefix, source) as found:
+    with reference(base, prefix, source) as framework:
         for truth in expectation.prompts:
-            answers: Reference = found
+            answers: Reference = framework
             if arithmetic.cache is not None:
                 truth = _with_rounded_cache(truth, base, prefix, arithmetic)  # noqa: PLW2901  # it is meant from here
                 jitter = torch.Generator().manual_seed(0)
@@ -195,8 +195,8 @@ def measured(
             own = own_error(answers, base.model, truth.token_ids, truth.logits, arithmetic.activations)
             if not np.isfinite(own):
                 raise ParityError(
-                    f"{found.name} in {str(arithmetic.activations).removeprefix('torch.')}: expected finite logits, "
-                    "found others: the model leaves the numbers that this type holds; take another --precision"
+                    f"{framework.name} in {str(arithmetic.activations).removeprefix('torch.')}: expected finite "
+                    "logits, found others: the model leaves the numbers that this type holds; take another --precision"
                 )
             truths.append(replace(truth, yardstick=own))
             progress.advance()
@@ -264,13 +264,13 @@ def _answers(
     ]
 
 
-def _parting(prompt: PromptTruth, found: Sequence[int], engine: Engine, task: str | None) -> float:
+def _parting(prompt: PromptTruth, tokens: Sequence[int], engine: Engine, task: str | None) -> float:
     """How far apart the engine's logits of the two tokens are where its greedy tokens part from the expected; else 0.
 
     The model's own generation defaults apply, as they do to the tokens. Two tokens closer than both their accepted
     errors are a tie, which either side may break its way.
     """
-    for index, (left, right) in enumerate(zip(prompt.tokens, found, strict=False)):
+    for index, (left, right) in enumerate(zip(prompt.tokens, tokens, strict=False)):
         if left != right:
             text = [*prompt.token_ids, *prompt.tokens[:index]]
             process = LogitsProcessors(engine.generation_defaults(), engine.bundle.manifest.geometry.vocab_size)
@@ -279,7 +279,7 @@ def _parting(prompt: PromptTruth, found: Sequence[int], engine: Engine, task: st
             if not np.isfinite(logits[[left, right]]).all():
                 return float("inf")  # the defaults forbid one of them
             return max(float(abs(logits[left] - logits[right])), float(np.finfo(np.float32).tiny))
-    return 0.0 if len(prompt.tokens) == len(found) else float("inf")
+    return 0.0 if len(prompt.tokens) == len(tokens) else float("inf")
 
 
 @contextmanager

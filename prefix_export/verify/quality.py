@@ -60,9 +60,9 @@ def assess(
     held_out: HeldOut, expected: Answers, engine: Engine, task: str | None, progress: Progress = SILENT
 ) -> TaskQuality:
     """What the engine makes of the texts, against what the float32 model made of them; each text is a step."""
-    found = _answers(held_out, lambda text: engine.logits(text, task), progress)
-    same = expected.choices == found.choices
-    perplexities = (math.exp(found.loss), math.exp(expected.loss)) if held_out.is_text else (None, None)
+    answers = _answers(held_out, lambda text: engine.logits(text, task), progress)
+    same = expected.choices == answers.choices
+    perplexities = (math.exp(answers.loss), math.exp(expected.loss)) if held_out.is_text else (None, None)
     return TaskQuality(held_out.name, len(same), float(same.mean()), *perplexities)
 
 

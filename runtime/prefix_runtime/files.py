@@ -116,15 +116,15 @@ def sha256_of_file(path: Path, on_bytes: Callable[[int], object] = lambda count:
     return digest.hexdigest()
 
 
-def check_sha256(path: Path, found: str, expected: str) -> None:
+def check_sha256(path: Path, actual: str, expected: str) -> None:
     """Refuse a file by the SHA-256 of its bytes.
 
     Raises:
         BundleIntegrityError
     """
-    if found != expected:
+    if actual != expected:
         raise BundleIntegrityError(
-            f"{path}: expected SHA-256 {expected}, found {found}; "
+            f"{path}: expected SHA-256 {expected}, found {actual}; "
             "the file was changed or damaged: build or copy the bundle again"
         )
 

@@ -20,8 +20,8 @@ def describe(gpu: str | None = None) -> dict[str, str]:
     Args:
         gpu: the name of the one that is used, which stands first.
     """
-    found = {} if gpu is None else {"gpu": gpu}
-    return found | {
+    description = {} if gpu is None else {"gpu": gpu}
+    return description | {
         "processor": processor_name(),
         "processors": f"{usable_processors()} processors",
         "system": f"{platform.system()} {platform.machine()}",
@@ -36,13 +36,13 @@ def processor_features() -> str:
 
 def versions() -> dict[str, str]:
     """Of Python, the runtime and what it runs on, those that are installed."""
-    found = {"python": platform.python_version()}
+    versions_by_name = {"python": platform.python_version()}
     for name in _DISTRIBUTIONS:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions_by_name[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions_by_name
 
 
 def usable_processors() -> int:
@@ -71,8 +71,8 @@ def peak_memory() -> int | None:
         import resource
     except ImportError:  # Windows
         return None
-    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return found if sys.platform == "darwin" else found * 1024
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024
 
 
 def _kibibytes(path: Path, name: str) -> int | None:
@@ -90,7 +90,7 @@ def _line(path: Path, name: str) -> str | None:
     if not path.exists():
         return None
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        found, _, value = line.partition(":")
-        if found.strip() == name:
+        key, _, value = line.partition(":")
+        if key.strip() == name:
             return value.strip()
     return None

@@ -59,8 +59,8 @@ def os_error_behind(error: BaseException) -> int | None:
     """The number of the operating system's error that an error is, or names in its text as Rust's libraries do."""
     if isinstance(error, OSError):
         return error.errno
-    found = _RUSTS_NUMBER.search(str(error))
-    return int(found[1]) if found else None
+    match = _RUSTS_NUMBER.search(str(error))
+    return int(match[1]) if match else None
 
 
 def _shown_path(error: OSError) -> str:

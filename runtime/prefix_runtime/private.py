@@ -43,10 +43,10 @@ def check_private(path: Path, *, is_folder: bool = True) -> os.stat_result:
     status = path.lstat()
     if is_folder and not stat.S_ISDIR(status.st_mode) and not stat.S_ISLNK(status.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
-    if (found := _wrong(status, is_folder=is_folder)) is not None:
+    if (fault := _wrong(status, is_folder=is_folder)) is not None:
         kind = "folder" if is_folder else "file"
         raise NotPrivateError(
-            f"{path}: expected a {kind} of this user's that nobody else can write to, found {found}; remove it, or "
+            f"{path}: expected a {kind} of this user's that nobody else can write to, found {fault}; remove it, or "
             "name another folder in PREFIX_RUNTIME_CACHE"
         )
     return status

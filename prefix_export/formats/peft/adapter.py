@@ -109,13 +109,13 @@ class Adapter:
     def metadata(self) -> dict[str, str]:
         """Its base model and its task, as far as they say something elsewhere."""
         base, task = self.config.get("base_model_name_or_path"), self.config.get("task_type")
-        found = {"task_type": str(task)} if task not in (None, "CAUSAL_LM") else {}
+        metadata = {"task_type": str(task)} if task not in (None, "CAUSAL_LM") else {}
         if isinstance(base, str) and _HUB_ID.fullmatch(base):
-            found["base_model"] = base
+            metadata["base_model"] = base
         elif isinstance(base, str) and (folder := PureWindowsPath(base).name.strip(".")):
             # Where a folder lay on the machine that it was trained on says nothing elsewhere, and is nobody's business.
-            found["base_folder"] = folder
-        return found
+            metadata["base_folder"] = folder
+        return metadata
 
 
 def adapters_of(checkpoint: Checkpoint, shape: ModelShape | None = None) -> dict[str, Adapter]:
@@ -134,8 +134,8 @@ def adapters_of(checkpoint: Checkpoint, shape: ModelShape | None = None) -> dict
     if not encoders:
         there = ", ".join(repr(name) for name in list(checkpoint.shapes)[:4]) or "none"
         raise CheckpointError(f"{checkpoint.weights}: expected PEFT's tensor {PROMPT!r}, found tensors {there}")
-    found = {name: _open_state_dict(encoder, shape) for name, encoder in encoders.items()}
-    return found if len(found) > 1 else {"": next(iter(found.values()))}
+    adapters = {name: _open_state_dict(encoder, shape) for name, encoder in encoders.items()}
+    return adapters if len(adapters) > 1 else {"": next(iter(adapters.values()))}
 
 
 def _open(checkpoint: Checkpoint) -> Adapter:
@@ -220,15 +220,15 @@ def _kind_by_width(encoder: PromptEncoder, width: int, shape: ModelShape | None)
         return "PREFIX_TUNING or PROMPT_TUNING"
     ((_, layers),) = shape.sites.items()
     fits = {"PREFIX_TUNING": folded_width(layers), "PROMPT_TUNING": shape.embedding_size}
-    found = [kind for kind, expected in fits.items() if expected == width]
-    if len(found) > 1:
+    kinds = [kind for kind, expected in fits.items() if expected == width]
+    if len(kinds) > 1:
         raise _config_missing(encoder, f"{width} is the width of keys and values and of embeddings alike")
-    if not found:
+    if not kinds:
         raise PrefixMismatchError(
             f"{encoder.where}: expected a width of {fits['PREFIX_TUNING']} (keys and values) or {shape.embedding_size} "
             f"(embeddings) for {shape.name!r}, found {width}"
         )
-    return found[0]
+    return kinds[0]
 
 
 def _config_missing(encoder: PromptEncoder, why: str) -> CheckpointError:

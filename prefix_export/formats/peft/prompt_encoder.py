@@ -89,9 +89,9 @@ class PromptEncoder(Tensors):
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """See `Tensors`."""
-        found = {PROMPT: self._prompt_shape()}
+        shapes = {PROMPT: self._prompt_shape()}
         kept = {name: self.modules[name] for name in (COLUMNS, ROWS) if name in self.modules}
-        return found | {name: self.checkpoint.shapes[full] for name, full in (kept | dict(self.heads)).items()}
+        return shapes | {name: self.checkpoint.shapes[full] for name, full in (kept | dict(self.heads)).items()}
 
     def array(self, name: str) -> np.ndarray:
         """See `Tensors`; the prompt is computed in float64."""
@@ -116,23 +116,23 @@ class PromptEncoder(Tensors):
             tables = [self._matrix(tail) for tail in (_FROZEN, _TRAINABLE) if tail in self.modules]
             self._check_alike([table.shape[1:] for table in tables])
             return np.concatenate(tables)
-        found = self._matrix(_EMBEDDING)
-        self._check_size(len(found))
+        prompt = self._matrix(_EMBEDDING)
+        self._check_size(len(prompt))
         if _DELTA in self.modules:
             delta = self._matrix(_DELTA)
-            self._check_alike([found.shape, delta.shape])
-            return np.asarray(found + _projected(delta, self.config, self.where))
+            self._check_alike([prompt.shape, delta.shape])
+            return np.asarray(prompt + _projected(delta, self.config, self.where))
         if any(tail.startswith("lstm_head.") for tail in self.modules):
-            found = _lstm(found, self._lstm_layers(), f"{self.where}.lstm_head")
+            prompt = _lstm(prompt, self._lstm_layers(), f"{self.where}.lstm_head")
         for stem, activation in (("transform", "tanh"), ("mlp_head", "relu")):
             if layers := self._linear_layers(stem):
-                found = evaluated(found, layers, f"{self.where}.{stem}", activation)
-        return found
+                prompt = evaluated(prompt, layers, f"{self.where}.{stem}", activation)
+        return prompt
 
     def _check_alike(self, shapes: Sequence[tuple[int, ...]]) -> None:
         if len(set(shapes)) > 1:
-            found = " and ".join(str(list(shape)) for shape in shapes)
-            raise CheckpointError(f"{self.where}: expected tables of one width and, for CPT, length, found {found}")
+            listed = " and ".join(str(list(shape)) for shape in shapes)
+            raise CheckpointError(f"{self.where}: expected tables of one width and, for CPT, length, found {listed}")
 
     def _check_size(self, rows: int) -> None:
         shapes = {tail: self.checkpoint.shapes[full] for tail, full in self.modules.items()}
@@ -196,9 +196,9 @@ def prompt_encoders(checkpoint: Checkpoint) -> dict[str, PromptEncoder]:
             leads.setdefault(name, set()).add(match["lead"])
         elif (head := _HEAD.fullmatch(_WRAPPER.sub("", full))) is not None:
             heads.setdefault(head[2], {})[f"{head[1]}.{head[3]}"] = full
-    for name, found in leads.items():
-        if len(found) > 1:
-            shown = ", ".join(repr(f"{lead}prompt_encoder.{name}") for lead in sorted(found)[:4])
+    for name, leads_of_name in leads.items():
+        if len(leads_of_name) > 1:
+            shown = ", ".join(repr(f"{lead}prompt_encoder.{name}") for lead in sorted(leads_of_name)[:4])
             raise CheckpointError(
                 f"{checkpoint.weights}: expected each adapter once, found {shown}; save the one that is meant alone"
             )
@@ -211,13 +211,13 @@ def _module(name: str) -> re.Match[str] | None:
 
 def _lstm(inputs: np.ndarray, layers: Sequence[Sequence[tuple[np.ndarray, ...]]], where: str) -> np.ndarray:
     """The outputs [length, 2 * width] of a bidirectional LSTM over inputs [length, ·], dropout off, in float64."""
-    found = inputs.astype(np.float64)
+    states = inputs.astype(np.float64)
     for forwards, backwards in layers:
         for weights in (forwards, backwards):
-            _check_lstm(weights, found.shape[1], where)
-        ahead, back = _direction(found, *forwards), _direction(found[::-1], *backwards)[::-1]
-        found = np.concatenate([ahead, back], axis=1)
-    return found
+            _check_lstm(weights, states.shape[1], where)
+        ahead, back = _direction(states, *forwards), _direction(states[::-1], *backwards)[::-1]
+        states = np.concatenate([ahead, back], axis=1)
+    return states
 
 
 def _check_lstm(weights: tuple[np.ndarray, ...], inputs: int, where: str) -> None:
@@ -266,17 +266,17 @@ _EPSILONS = ("opt_projection_epsilon", "opt_projection_format_epsilon")
 
 
 def _numbers(config: Mapping[str, Any], key: str, count: int, where: str) -> np.ndarray:
-    found = config.get(key)
-    if not isinstance(found, list) or len(found) != count or not all(type(each) is int for each in found):
+    value = config.get(key)
+    if not isinstance(value, list) or len(value) != count or not all(type(each) is int for each in value):
         raise CheckpointError(
             f"{where}: {key}: expected {count} whole numbers in adapter_config.json, which CPT's offsets are scaled "
-            f"by, found {str(found)[:40]}"
+            f"by, found {str(value)[:40]}"
         )
-    return np.array([max(-1, min(each, 1 << 40)) for each in found])
+    return np.array([max(-1, min(each, 1 << 40)) for each in value])
 
 
 def _number(config: Mapping[str, Any], key: str, where: str) -> float:
-    found = config.get(key, 0.1)
-    if type(found) not in (int, float) or not 0 < found < 1e9:
-        raise CheckpointError(f"{where}: {key}: expected a number above 0 in adapter_config.json, found {found!r:.40}")
-    return float(found)
+    value = config.get(key, 0.1)
+    if type(value) not in (int, float) or not 0 < value < 1e9:
+        raise CheckpointError(f"{where}: {key}: expected a number above 0 in adapter_config.json, found {value!r:.40}")
+    return float(value)

@@ -193,8 +193,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(path, path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: expected a trained prefix, a file or a folder, found a pipe or a device")
-    found = find_weights(path)
-    return Checkpoint(path, found.weights, found.notes)
+    weights = find_weights(path)
+    return Checkpoint(path, weights.weights, weights.notes)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -218,18 +218,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _open_tensors(path: Path) -> Tensors:
-    found = kind(path)
-    what = other_kind(path) if found is None else None
-    if found == "safetensors" or (found is what is None and path.suffix == ".safetensors"):
+    tensors = kind(path)
+    what = other_kind(path) if tensors is None else None
+    if tensors == "safetensors" or (tensors is what is None and path.suffix == ".safetensors"):
         return _Mapped(path)
-    if found == "numpy":
+    if tensors == "numpy":
         return _Array(path)
-    if found is None:
+    if tensors is None:
         raise CheckpointError(
             f"{path}: expected safetensors, a checkpoint of torch.save's or an .npy file, found "
             f"{what or 'a file of another kind'}"
         )
-    return _Pickled(path, dict(_named(path, _unpickled(path, is_zip=found == "zip"))))
+    return _Pickled(path, dict(_named(path, _unpickled(path, is_zip=tensors == "zip"))))
 
 
 def _unpickled(path: Path, *, is_zip: bool) -> Any:
@@ -297,9 +297,9 @@ def _scan(path: Path, pickles: Sequence[bytes | mmap.mmap]) -> None:
                 raise _refused(path, str(argument).replace(" ", "."))
 
 
-def _refused(path: Path, found: str) -> CheckpointError:
+def _refused(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"{path}: expected a pickle of dense tensors alone, found {found[:80]!r}, which is not loaded; save the state "
+        f"{path}: expected a pickle of dense tensors alone, found {reason[:80]!r}, which is not loaded; save the state "
         "dict as safetensors where the checkpoint was made"
     )
 

@@ -64,8 +64,8 @@ class _Candidate:
 
     def step(self, root: Path) -> int:
         """The training step in its path, -1 without one."""
-        found = _STEP.findall(self.weights.relative_to(root).as_posix())
-        return int(found[-1]) if found else -1
+        steps = _STEP.findall(self.weights.relative_to(root).as_posix())
+        return int(steps[-1]) if steps else -1
 
 
 def find_weights(folder: Path) -> Found:
@@ -151,8 +151,8 @@ def _is_searched(entry: os.DirEntry[str]) -> bool:
 
 
 def _entries(folder: Path, most: int) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as found:
-        entries = list(islice(found, most + 1))
+    with os.scandir(folder) as listing:
+        entries = list(islice(listing, most + 1))
     if len(entries) > most:
         raise CheckpointError(
             f"{folder}: expected a folder with a trained prefix, found more than {_MOST_ENTRIES} files and folders in "

@@ -34,8 +34,8 @@ class PromptTable:
 
 def lead(checkpoint: Checkpoint, name: str) -> str | None:
     """What stands before a name in the checkpoint, such as `model.`; None where the name does not occur."""
-    found = [each.removesuffix(name) for each in checkpoint.shapes if each == name or each.endswith(f".{name}")]
-    return min(found, key=len) if found else None
+    leads = [each.removesuffix(name) for each in checkpoint.shapes if each == name or each.endswith(f".{name}")]
+    return min(leads, key=len) if leads else None
 
 
 def required_lead(checkpoint: Checkpoint, name: str) -> str:
@@ -44,11 +44,11 @@ def required_lead(checkpoint: Checkpoint, name: str) -> str:
     Raises:
         CheckpointError: the name does not occur.
     """
-    found = lead(checkpoint, name)
-    if found is None:
+    start = lead(checkpoint, name)
+    if start is None:
         there = ", ".join(repr(each) for each in list(checkpoint.shapes)[:4]) or "none"
         raise CheckpointError(f"{checkpoint.weights}: expected a tensor {name!r}, found tensors {there}")
-    return found
+    return start
 
 
 def matrix(checkpoint: Checkpoint, start: str, table: PromptTable) -> np.ndarray:
@@ -128,10 +128,10 @@ def site_layers(
     """
     layers = shape.site(site, str(checkpoint.weights))
     counted = shape.sites.get("decoder", layers)
-    found = folded(numbers, counted, f"{checkpoint.weights}: {stem}")
-    if len(layers) > len(found):
+    pairs = folded(numbers, counted, f"{checkpoint.weights}: {stem}")
+    if len(layers) > len(pairs):
         raise CheckpointError(
-            f"{checkpoint.weights}: {stem}: expected slots for {len(layers)} layers of the {site}, found {len(found)}; "
+            f"{checkpoint.weights}: {stem}: expected slots for {len(layers)} layers of the {site}, found {len(pairs)}; "
             "the code that trained it cannot run such a model"
         )
-    return list(found[: len(layers)])
+    return list(pairs[: len(layers)])

@@ -26,9 +26,9 @@ def kind(path: Path) -> str | None:
     """`"safetensors"`, `"zip"`, `"pickle"` or `"numpy"`, or None for a file of another kind."""
     with path.open("rb") as file:
         first = file.read(9)
-    for start, found in ((_ZIP, "zip"), (_NUMPY, "numpy")):
+    for start, name in ((_ZIP, "zip"), (_NUMPY, "numpy")):
         if first.startswith(start):
-            return found
+            return name
     # The first bytes of safetensors are a length, which may begin as a pickle does.
     if first[8:] == b"{" and int.from_bytes(first[:8], "little") <= path.stat().st_size:
         return "safetensors"

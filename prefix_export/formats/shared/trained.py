@@ -63,11 +63,11 @@ def folded(matrix: np.ndarray, layers: Sequence[LayerGeometry], where: str) -> t
     if any(layer != first for layer in layers):
         raise CheckpointError(f"{where}: prefixes of models whose layers differ are not read yet")
     width = folded_width(layers)
-    found = matrix.shape[1] if matrix.ndim == _AXES else f"shape {list(matrix.shape)}"
-    if found != width:
+    actual = matrix.shape[1] if matrix.ndim == _AXES else f"shape {list(matrix.shape)}"
+    if actual != width:
         raise PrefixMismatchError(
             f"{where}: expected a width of {width} = 2 x {len(layers)} layers x {first.key_value_heads} key/value "
-            f"heads x head size {first.head_dim}, found {found}"
+            f"heads x head size {first.head_dim}, found {actual}"
         )
     slots = matrix.reshape(len(matrix), len(layers), 2, first.key_value_heads, first.head_dim)
     # [length, layers, 2, heads, head_dim] -> [layers, 2, heads, length, head_dim]
@@ -130,13 +130,13 @@ def evaluated(
         raise CheckpointError(f"{where}: activation: expected one of {', '.join(_ACTIVATIONS)}, found {activation!r}")
     # What is not finite is refused by what is made of it.
     with np.errstate(all="ignore"):
-        found = inputs.astype(np.float64)
+        outputs = inputs.astype(np.float64)
         for index, (weight, bias) in enumerate(layers):
-            _check_linear(weight, bias, found, f"{where}: layer {index} of the MLP")
+            _check_linear(weight, bias, outputs, f"{where}: layer {index} of the MLP")
             if index:
-                found = _ACTIVATIONS[activation](found)
-            found = found @ weight.T.astype(np.float64) + bias
-        result: np.ndarray = found.astype(np.float32)
+                outputs = _ACTIVATIONS[activation](outputs)
+            outputs = outputs @ weight.T.astype(np.float64) + bias
+        result: np.ndarray = outputs.astype(np.float32)
     return result
 
 
@@ -149,14 +149,14 @@ def _check_linear(weight: np.ndarray, bias: np.ndarray, inputs: np.ndarray, wher
         )
 
 
-def check_embedding_size(found: Sequence[int], shape: ModelShape, where: str) -> None:
+def check_embedding_size(actual: Sequence[int], shape: ModelShape, where: str) -> None:
     """Refuse a soft prompt whose shape is of another width than the model's embeddings.
 
     Raises:
         PrefixMismatchError
     """
-    if len(found) != _AXES or 0 in found or found[1] != shape.embedding_size:
+    if len(actual) != _AXES or 0 in actual or actual[1] != shape.embedding_size:
         raise PrefixMismatchError(
             f"{where}: expected [prefix_length, {shape.embedding_size}] as the embeddings of {shape.name!r} have, "
-            f"found shape {list(found)}"
+            f"found shape {list(actual)}"
         )

@@ -36,10 +36,10 @@ def is_normal(array: np.ndarray, deviation: float, many: int = _MANY) -> bool:
     numbers = _sampled(array) / deviation
     # Of n standard normal numbers these differ from 0, 1 and 3 by about 1, 0.7 and 5 over the root of n.
     spread = 4 / np.sqrt(numbers.size)
-    mean, found = numbers.mean(), numbers.std()
-    if abs(mean) >= spread or abs(found - 1) >= spread:
+    mean, scatter = numbers.mean(), numbers.std()
+    if abs(mean) >= spread or abs(scatter - 1) >= spread:
         return False
-    fourth = ((numbers - mean) ** 4).mean() / found**4
+    fourth = ((numbers - mean) ** 4).mean() / scatter**4
     return bool(abs(fourth - 3) < 5 * spread)
 
 
@@ -72,5 +72,5 @@ def is_linear(layers: Sequence[tuple[np.ndarray, np.ndarray]], deviation: float 
 def _sampled(array: np.ndarray) -> np.ndarray:
     numbers = array.reshape(-1)
     step = max(1, numbers.size // _SAMPLE)
-    found: np.ndarray = numbers[::step].astype(np.float64)
-    return found
+    sample: np.ndarray = numbers[::step].astype(np.float64)
+    return sample

@@ -66,11 +66,11 @@ class _RoundBeforeScale(pattern.RewriteRuleClassBase):
         return op.Cast(op.Mul(x, scale), _outputs=["rounded"])
 
     def check(self, op: Any, scale: ir.Value, rounded: ir.Value, **_: Any) -> Any:  # noqa: ARG002  # onnxscript calls it so
-        found = pattern.MatchResult()
+        result = pattern.MatchResult()
         constant = scale.const_value
         if constant is None or len(constant.shape) != 1 or rounded.dtype not in _HALVES:
-            return found.fail("no weight of a norm", scale)
-        return found
+            return result.fail("no weight of a norm", scale)
+        return result
 
     def rewrite(self, op: Any, x: ir.Value, scale: ir.Value, rounded: ir.Value) -> ir.Value:
         assert rounded.dtype is not None
@@ -108,10 +108,10 @@ class _BiasesOfSum(pattern.RewriteRuleClassBase):
         return op.Add(op.Add(x, first), op.Add(y, second))
 
     def check(self, op: Any, first: ir.Value, second: ir.Value, **_: Any) -> Any:  # noqa: ARG002  # as above
-        found = pattern.MatchResult()
+        result = pattern.MatchResult()
         constants = [value.const_value for value in (first, second)]
         is_bias = [constant is not None and len(constant.shape) == 1 for constant in constants]
-        return found if all(is_bias) else found.fail("no biases", first)
+        return result if all(is_bias) else result.fail("no biases", first)
 
     def rewrite(self, op: Any, x: ir.Value, y: ir.Value, first: ir.Value, second: ir.Value) -> ir.Value:
         arrays = [value.const_value.numpy() for value in (first, second) if value.const_value is not None]
@@ -135,8 +135,8 @@ class _FastGeluOfSum(pattern.RewriteRuleClassBase):
         return op.Gelu(op.Add(x, bias), approximate="tanh")
 
     def check(self, op: Any, bias: ir.Value, **_: Any) -> Any:  # noqa: ARG002  # onnxscript calls it so
-        found = pattern.MatchResult()
-        return found if bias.shape is not None and len(bias.shape) == 1 else found.fail("more than one axis", bias)
+        result = pattern.MatchResult()
+        return result if bias.shape is not None and len(bias.shape) == 1 else result.fail("more than one axis", bias)
 
     def rewrite(self, op: Any, x: ir.Value, bias: ir.Value) -> ir.Value:
         return cast(ir.Value, op.FastGelu(x, bias, _domain=_ORT))

@@ -35,20 +35,20 @@ def are_all_of_one(slices: Sequence[ir.Node]) -> bool:
         return False
     bounds = [_bounds(node) for node in slices]
     size, end = source.shape[-1], 0
-    for found in bounds:
-        if found is None or found[0] != end or found[2:] not in ((len(source.shape) - 1, 1), (-1, 1)):
+    for bound in bounds:
+        if bound is None or bound[0] != end or bound[2:] not in ((len(source.shape) - 1, 1), (-1, 1)):
             return False
-        end = found[1]
+        end = bound[1]
     return isinstance(size, int) and end >= size
 
 
 def _bounds(node: ir.Node) -> tuple[int, ...] | None:
     """A slice's start, end, axis and step, where it has one axis and they are constants."""
     constants = [value.const_value for value in node.inputs[1:] if value is not None]
-    found = [constant.numpy() for constant in constants if constant is not None]
-    if len(found) < 4 or any(array.size != 1 for array in found):
+    arrays = [constant.numpy() for constant in constants if constant is not None]
+    if len(arrays) < 4 or any(array.size != 1 for array in arrays):
         return None
-    return tuple(int(array.item()) for array in found)
+    return tuple(int(array.item()) for array in arrays)
 
 
 def set_packed(node: ir.Node, packed: ir.Value | None) -> None:

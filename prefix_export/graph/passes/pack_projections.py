@@ -16,8 +16,8 @@ from .projections import Projection, projected, projection_of
 
 def pack_projections(model: ir.Model, node: ir.Node) -> None:
     """Query, key and value that three projections make of one activation: one makes them packed."""
-    found = [projection_of(value) for value in node.inputs[:3]]
-    projections = [projection for projection in found if projection is not None]
+    three = [projection_of(value) for value in node.inputs[:3]]
+    projections = [projection for projection in three if projection is not None]
     if len(projections) < 3 or not _alike(projections):
         return
     tensors = zip(*(projection.tensors for projection in projections), strict=True)

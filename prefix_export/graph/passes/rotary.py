@@ -101,8 +101,8 @@ def _tables(model: ir.Model, angles: Sequence[ir.Value], positions: int) -> tupl
     feeds[POSITION_IDS] = np.arange(positions, dtype=np.int64)[None]
     part = ir.convenience.extract(model.graph, list(feeds), list(angles))
     computation = ReferenceEvaluator(ir.to_proto(ir.Model(part, ir_version=model.ir_version)))
-    found = [np.asarray(array) for array in computation.run(None, feeds)]
-    halves = [np.ascontiguousarray(array.reshape(positions, -1)[:, : array.shape[-1] // 2]) for array in found]
+    tables = [np.asarray(array) for array in computation.run(None, feeds)]
+    halves = [np.ascontiguousarray(array.reshape(positions, -1)[:, : array.shape[-1] // 2]) for array in tables]
     names = [f"{value.name}.table" for value in angles]
     cosines, sines = (initializer(model, name, half) for name, half in zip(names, halves, strict=True))
     return cosines, sines

@@ -129,8 +129,8 @@ def open_backend(bundle: Bundle, request: OpenRequest) -> Backend:
     check_fits(request.provider, bundle)
     if request.prepare and (request.provider != "cpu" or request.only_own):
         is_cpu = request.provider == "cpu"
-        found = "verify, which opens the bundle's own graph" if is_cpu else f"provider {request.provider!r}"
-        raise RequestError(f"prepare: expected provider 'cpu' without verify, found {found}; leave it out")
+        actual = "verify, which opens the bundle's own graph" if is_cpu else f"provider {request.provider!r}"
+        raise RequestError(f"prepare: expected provider 'cpu' without verify, found {actual}; leave it out")
     return _backend(request.name).open(bundle, request)
 
 

@@ -48,8 +48,10 @@ def from_json(text: str, where: str) -> BenchReport:
     except (ValueError, RecursionError) as error:
         raise BenchError(f"{where}: expected a report that `bench --json` wrote, found no JSON ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise BenchError(f"{where}: expected a report that `bench --json` wrote, of format {FORMAT!r}, found {found!r}")
+        actual = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise BenchError(
+            f"{where}: expected a report that `bench --json` wrote, of format {FORMAT!r}, found {actual!r}"
+        )
     version = _read_count(content.get("format_version"), f"{where}: format_version")
     if version != FORMAT_VERSION:
         advice = "update prefix-runtime" if version > FORMAT_VERSION else "measure again"
@@ -86,8 +88,8 @@ def _summary_of(report: BenchReport, cell: Cell) -> dict[str, object]:
         "rounds": len(cell.samples),
     }
     for name in FIGURES:
-        found = cell.quartiles(name)
-        row |= {name: found.median, f"{name}_first_quartile": found.first, f"{name}_third_quartile": found.third}
+        spread = cell.quartiles(name)
+        row |= {name: spread.median, f"{name}_first_quartile": spread.first, f"{name}_third_quartile": spread.third}
     step, switch = report.step_floor(cell), report.switch(cell)
     row |= {
         "task_switch_cold": quartiles(switch.cold).median if switch else None,
@@ -161,9 +163,9 @@ def _check(report: BenchReport, where: str) -> None:
         "cells": [len(cell.samples) for cell in report.cells],
         "switches": [len(times) for switch in report.switches for times in (switch.cold, switch.warm)],
     }
-    for name, found in counts.items():
-        if any(count != rounds for count in found):
-            raise BenchError(f"{where}: {name}: expected a sample for each of {rounds} rounds, found {min(found)}")
+    for name, sizes in counts.items():
+        if any(count != rounds for count in sizes):
+            raise BenchError(f"{where}: {name}: expected a sample for each of {rounds} rounds, found {min(sizes)}")
     if not report.cells or len({cell.key for cell in report.cells}) != len(report.cells):
         raise BenchError(f"{where}: cells: expected at least one, and each once")
     if not all(size for cell in report.cells for size in (cell.prompt_length, cell.batch_size)):

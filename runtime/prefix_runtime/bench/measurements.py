@@ -255,13 +255,13 @@ class BenchReport:
 
     def peak_bytes(self, cell: Cell) -> int | None:
         """The most memory that a fresh process took to run a row; None where the system does not tell."""
-        found = [opening.generated_bytes for opening in self.openings if opening.key == cell.key]
-        return max((each for each in found if each is not None), default=None)
+        peaks = [opening.generated_bytes for opening in self.openings if opening.key == cell.key]
+        return max((each for each in peaks if each is not None), default=None)
 
     def open_seconds(self, cell: Cell) -> float | None:
         """The median of what fresh processes that ran a row took to open the bundle."""
-        found = [opening.open_seconds for opening in self.openings if opening.key == cell.key]
-        return quartiles(found).median if found else None
+        seconds = [opening.open_seconds for opening in self.openings if opening.key == cell.key]
+        return quartiles(seconds).median if seconds else None
 
     def switch(self, cell: Cell) -> Switch | None:
         """The selection of a row's task; None where none was measured."""

@@ -95,14 +95,14 @@ def _openings_of(plans: Sequence[BenchPlan]) -> int:
 
 def _openings(plans: Sequence[BenchPlan], request: BenchRequest, progress: _Progress) -> list[tuple[Opening, ...]]:
     """Each bundle's openings, in turn: every row in a process of its own."""
-    found: list[list[Opening]] = [[] for _ in plans]
+    openings: list[list[Opening]] = [[] for _ in plans]
     # Before this process opens the bundles itself, so that there is memory for both.
     for number in range(_openings_of(plans)):
-        for opened, plan in zip(found, plans, strict=True):
+        for opened, plan in zip(openings, plans, strict=True):
             row = plan.rows[number % len(plan.rows)]
             progress.begin(f"{plan.bundle.root.name} in a fresh process, {row}")
             opened.append(run_in_fresh_process(plan.bundle.root, row, request))
-    return [tuple(opened) for opened in found]
+    return [tuple(opened) for opened in openings]
 
 
 def _run_rounds(steps: Sequence[_Step[Any]], rounds: int, progress: _Progress) -> None:
@@ -176,9 +176,9 @@ class _Contestant:
         )
 
     def _machine(self) -> dict[str, str]:
-        found = machine.describe(None if self.device is None else self.device.name)
+        description = machine.describe(None if self.device is None else self.device.name)
         is_kept = self._request.provider == "cpu" and packed_graph(self._plan.bundle) is not None
-        return found | {"graph": "graph kept as it was packed"} if is_kept else found
+        return description | {"graph": "graph kept as it was packed"} if is_kept else description
 
     def _add_random(self, length: int) -> str:
         name = free_name(f"prefix-{length}", self._engine.tasks)

@@ -184,5 +184,5 @@ class TaskStore:
             task = self._find(name)
             del self._tasks[task_key(name)]
             gone = [composed for composed, made in self._composed.items() if name in made.parts]
-            found = [self._composed.pop(composed).prefix for composed in gone]
-        return found if task.prefix is None else [task.prefix, *found]
+            compositions = [self._composed.pop(composed).prefix for composed in gone]
+        return compositions if task.prefix is None else [task.prefix, *compositions]

@@ -212,23 +212,23 @@ def _held(cache: Cache, prefixes: Sequence[Prefix | None]) -> int:
 def _matches(cache: Cache, prefixes: Sequence[Prefix | None]) -> dict[int, int]:
     """For prefixes that one of the first rows holds, by their place: the row; each row once."""
     free = list(range(len(prefixes)))
-    found = {}
+    rows = {}
     for index, prefix in enumerate(prefixes):
         row = next((row for row in free if cache.rows[row].prefix is prefix), None)
         if row is not None:
             free.remove(row)
-            found[index] = row
-    return found
+            rows[index] = row
+    return rows
 
 
 def _seeded(cache: Cache, prefixes: Sequence[Prefix | None]) -> list[int]:
     """Let the first rows hold these prefixes and nothing else; returns the row of each."""
-    found = _matches(cache, prefixes)
-    for row in found.values():
+    rows = _matches(cache, prefixes)
+    for row in rows.values():
         cache.reset(row)
-    free = (row for row in range(len(prefixes)) if row not in set(found.values()))
+    free = (row for row in range(len(prefixes)) if row not in set(rows.values()))
     for index, prefix in enumerate(prefixes):
-        if index not in found:
-            found[index] = next(free)
-            cache.seed(found[index], prefix)
-    return [found[index] for index in range(len(prefixes))]
+        if index not in rows:
+            rows[index] = next(free)
+            cache.seed(rows[index], prefix)
+    return [rows[index] for index in range(len(prefixes))]

@@ -156,8 +156,8 @@ def check_flags(flags: dict[str, Any]) -> None:
             raise BenchError(f"--{name} {path}: expected a file of its own, found that of --{other}")
         if path == STANDARD_OUTPUT:
             continue
-        if found := _obstacle(path.resolve()):
-            raise BenchError(f"--{name} {path}: expected a file in a folder that exists, or -, found {found}")
+        if obstacle := _obstacle(path.resolve()):
+            raise BenchError(f"--{name} {path}: expected a file in a folder that exists, or -, found {obstacle}")
     if flags["png"]:
         _check_png(flags["png"])
     if request.provider != "cpu":  # which every onnxruntime has, so that it need not be imported

@@ -151,16 +151,16 @@ def _check_generation(bundle: Path, names: tuple[str, ...], flags: dict[str, Any
 
 def _settings(given: tuple[str, ...]) -> dict[str, Any]:
     """The settings of `NAME=JSON` texts."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for text in given:
         name, separator, value = text.partition("=")
         try:
-            found[name] = json.loads(value)
+            settings[name] = json.loads(value)
         except (ValueError, RecursionError):
             separator = ""
         if not separator:
             raise click.UsageError(f"--set: expected NAME=VALUE with a value in JSON, found {text[:80]!r}")
-    return found
+    return settings
 
 
 def _options(flags: dict[str, Any], settings: dict[str, Any], engine: Engine) -> GenerationOptions:

@@ -113,8 +113,8 @@ def one_each(task: str | Sequence[str | None] | None, count: int) -> list[str | 
     if task is None or isinstance(task, str):
         return [task] * count
     if not isinstance(task, Sequence) or len(task) != count:
-        found = len(task) if isinstance(task, Sequence) else repr(task)
-        raise RequestError(f"task: expected one, or one for each of the {count} prompts, found {found}")
+        actual = len(task) if isinstance(task, Sequence) else repr(task)
+        raise RequestError(f"task: expected one, or one for each of the {count} prompts, found {actual}")
     return list(task)
 
 

@@ -62,11 +62,11 @@ class Detokenizer:
         Raises:
             BundleError: the tokenizer fails.
         """
-        found = self._bytes.get(token_id)
-        if found is None:
+        content = self._bytes.get(token_id)
+        if content is None:
             with refusing_failures(self._path):
-                self._bytes[token_id] = found = self._find_bytes(self._tokenizer.id_to_token(token_id))
-        return found
+                self._bytes[token_id] = content = self._find_bytes(self._tokenizer.id_to_token(token_id))
+        return content
 
     def is_byte(self, token_id: int) -> bool:
         """Whether a token stands for a byte where the vocabulary has no token for a character."""
@@ -75,8 +75,8 @@ class Detokenizer:
     @property
     def invalid_byte(self) -> int | None:
         """The token of a byte that no character has, if the tokenizer falls back to bytes."""
-        found: int | None = self._tokenizer.token_to_id("<0xFF>") if self._has_fallback else None
-        return found
+        token_id: int | None = self._tokenizer.token_to_id("<0xFF>") if self._has_fallback else None
+        return token_id
 
     def _find_bytes(self, token: str | None) -> bytes:
         if token is None:
@@ -178,11 +178,11 @@ def clean_up_spaces(text: str) -> str:
 
     Source: transformers 5.23, `PreTrainedTokenizerBase.clean_up_tokenization`.
     """
-    for found in (" .", " ?", " !", " ,"):
-        text = text.replace(found, found[1:])
+    for mark in (" .", " ?", " !", " ,"):
+        text = text.replace(mark, mark[1:])
     text = text.replace(" ' ", "'")
-    for found in (" n't", " 'm", " 's", " 've", " 're"):
-        text = text.replace(found, found[1:])
+    for mark in (" n't", " 'm", " 's", " 've", " 're"):
+        text = text.replace(mark, mark[1:])
     return text
 
 

@@ -144,29 +144,29 @@ class GenerationDefaults:
 
         Source: transformers 5.23, `GenerationMixin._prepare_generation_config`, `GenerationConfig.validate`.
         """
-        found = _Reader(config, vocab_size)
+        reader = _Reader(config, vocab_size)
         defaults = cls(
-            sampling=_read_sampling(found),
-            end_tokens=found.tokens("eos_token_id"),
-            stop_strings=found.strings("stop_strings"),
-            max_new_tokens=found.count("max_new_tokens", None, 1),
-            max_length=found.count("max_length", None, 1),
-            min_length=found.count("min_length", 0) or 0,
-            min_new_tokens=found.count("min_new_tokens", None),
-            repetition_penalty=found.number("repetition_penalty", 1.0, 1e-3, 1e3),
-            encoder_repetition_penalty=found.number("encoder_repetition_penalty", 1.0, 1e-3, 1e3),
-            no_repeat_ngram_size=found.count("no_repeat_ngram_size", 0) or 0,
-            encoder_no_repeat_ngram_size=found.count("encoder_no_repeat_ngram_size", 0) or 0,
-            sequence_bias=found.biases("sequence_bias"),
-            bad_words_ids=found.runs("bad_words_ids"),
-            forced_bos_token_id=found.count("forced_bos_token_id", None, 0, vocab_size - 1),
-            forced_eos_token_id=found.tokens("forced_eos_token_id", vocab_size - 1),
-            remove_invalid_values=found.flag("remove_invalid_values"),
-            exponential_decay_length_penalty=found.decay("exponential_decay_length_penalty"),
-            suppress_tokens=found.tokens("suppress_tokens"),
-            begin_suppress_tokens=found.tokens("begin_suppress_tokens"),
+            sampling=_read_sampling(reader),
+            end_tokens=reader.tokens("eos_token_id"),
+            stop_strings=reader.strings("stop_strings"),
+            max_new_tokens=reader.count("max_new_tokens", None, 1),
+            max_length=reader.count("max_length", None, 1),
+            min_length=reader.count("min_length", 0) or 0,
+            min_new_tokens=reader.count("min_new_tokens", None),
+            repetition_penalty=reader.number("repetition_penalty", 1.0, 1e-3, 1e3),
+            encoder_repetition_penalty=reader.number("encoder_repetition_penalty", 1.0, 1e-3, 1e3),
+            no_repeat_ngram_size=reader.count("no_repeat_ngram_size", 0) or 0,
+            encoder_no_repeat_ngram_size=reader.count("encoder_no_repeat_ngram_size", 0) or 0,
+            sequence_bias=reader.biases("sequence_bias"),
+            bad_words_ids=reader.runs("bad_words_ids"),
+            forced_bos_token_id=reader.count("forced_bos_token_id", None, 0, vocab_size - 1),
+            forced_eos_token_id=reader.tokens("forced_eos_token_id", vocab_size - 1),
+            remove_invalid_values=reader.flag("remove_invalid_values"),
+            exponential_decay_length_penalty=reader.decay("exponential_decay_length_penalty"),
+            suppress_tokens=reader.tokens("suppress_tokens"),
+            begin_suppress_tokens=reader.tokens("begin_suppress_tokens"),
         )
-        found.flag("renormalize_logits")  # adds the same number to all logits, so the choice stays
+        reader.flag("renormalize_logits")  # adds the same number to all logits, so the choice stays
         defaults.check(vocab_size)
         return defaults
 
@@ -257,23 +257,23 @@ def _config_name(bundle: Bundle) -> str:
     return own if own in bundle.manifest.files else "config.json"
 
 
-def _read_sampling(found: _Reader) -> Sampling:
+def _read_sampling(reader: _Reader) -> Sampling:
     """How transformers samples where `do_sample` is set; what a setting is without it does not matter."""
-    if not found.flag("do_sample"):
+    if not reader.flag("do_sample"):
         return Sampling()
-    temperature = found.number("temperature", 1.0, 0.0)
+    temperature = reader.number("temperature", 1.0, 0.0)
     if temperature == 0:
         raise RequestError("temperature: expected above 0 with do_sample, found 0; for greedy text leave do_sample out")
     return Sampling(
         temperature=temperature,
-        top_h=found.number("top_h", 0.0, 0.0, 1.0),
-        top_k=found.count("top_k", 50) or 0,  # 50 is transformers' own default
+        top_h=reader.number("top_h", 0.0, 0.0, 1.0),
+        top_k=reader.count("top_k", 50) or 0,  # 50 is transformers' own default
         # There 0 keeps one token, and more than 1 keeps all.
-        top_p=min(max(found.number("top_p", 1.0, 0.0), sys.float_info.min), 1.0),
-        min_p=found.number("min_p", 0.0, 0.0, 1.0),
-        typical_p=min(found.number("typical_p", 1.0, 0.0), 1.0),
-        epsilon_cutoff=_cutoff(found.number("epsilon_cutoff", 0.0)),
-        eta_cutoff=_cutoff(found.number("eta_cutoff", 0.0)),
+        top_p=min(max(reader.number("top_p", 1.0, 0.0), sys.float_info.min), 1.0),
+        min_p=reader.number("min_p", 0.0, 0.0, 1.0),
+        typical_p=min(reader.number("typical_p", 1.0, 0.0), 1.0),
+        epsilon_cutoff=_cutoff(reader.number("epsilon_cutoff", 0.0)),
+        eta_cutoff=_cutoff(reader.number("eta_cutoff", 0.0)),
     )
 
 
@@ -368,9 +368,9 @@ def _is_ids(value: object, most: float) -> bool:
     return isinstance(value, list | tuple) and all(is_whole(each, 0, most) for each in value)
 
 
-def _check(name: str, sound: bool, expected: str, found: object) -> None:
+def _check(name: str, sound: bool, expected: str, reader: object) -> None:
     if not sound:
-        raise RequestError(f"{name}: expected {expected}, found {_short(found)}")
+        raise RequestError(f"{name}: expected {expected}, found {_short(reader)}")
 
 
 def _shown(value: object) -> str:

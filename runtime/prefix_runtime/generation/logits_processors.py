@@ -169,8 +169,10 @@ class RepetitionPenalty(LogitsProcessor):
     def __call__(self, scores: np.ndarray, step: Step) -> np.ndarray:
         """See `LogitsProcessor`."""
         seen = step.token_ids[: step.prompt_length] if self._of_prompt else step.token_ids
-        found = scores[seen]  # a token that occurs twice is read twice before it is written: its penalty counts once
-        scores[seen] = np.where(found < 0, found * self._penalty, found / self._penalty)
+        seen_scores = scores[
+            seen
+        ]  # a token that occurs twice is read twice before it is written: its penalty counts once
+        scores[seen] = np.where(seen_scores < 0, seen_scores * self._penalty, seen_scores / self._penalty)
         return scores
 
 
@@ -268,13 +270,13 @@ class ExponentialDecay(LogitsProcessor):
 
     def __call__(self, scores: np.ndarray, step: Step) -> np.ndarray:
         """See `LogitsProcessor`."""
-        found = scores[self._ends]
+        end_scores = scores[self._ends]
         with np.errstate(over="ignore", invalid="ignore"):  # a forbidden token is minus infinity, and stays
             growth = np.power(np.float64(self._factor), step.new_tokens - self._start) - 1
-            grown = found + np.abs(found) * np.float32(growth)
+            grown = end_scores + np.abs(end_scores) * np.float32(growth)
         # In a long text the logit leaves what float32 holds; the largest number can still be sampled.
         grown = np.minimum(grown, np.finfo(np.float32).max)
-        scores[self._ends] = np.where(np.isfinite(found), grown, found)
+        scores[self._ends] = np.where(np.isfinite(end_scores), grown, end_scores)
         return scores
 
     def idle(self, step: Step) -> int:

@@ -136,18 +136,18 @@ def _none_left() -> RequestError:
 
 def _cuts(sampling: Sampling) -> list[Callable[[np.ndarray], np.ndarray]]:
     """What makes indices of candidates, ascending, of their probabilities [n], in order."""
-    found: list[Callable[[np.ndarray], np.ndarray]] = []
+    cuts: list[Callable[[np.ndarray], np.ndarray]] = []
     if sampling.top_p < 1:
-        found.append(lambda p: _nucleus(p, sampling.top_p))
+        cuts.append(lambda p: _nucleus(p, sampling.top_p))
     if sampling.min_p > 0:
-        found.append(lambda p: np.flatnonzero(p >= sampling.min_p * p.max()))
+        cuts.append(lambda p: np.flatnonzero(p >= sampling.min_p * p.max()))
     if sampling.typical_p < 1:
-        found.append(lambda p: _typical(p, sampling.typical_p))
+        cuts.append(lambda p: _typical(p, sampling.typical_p))
     if sampling.epsilon_cutoff > 0:
-        found.append(lambda p: _at_least(p, sampling.epsilon_cutoff))
+        cuts.append(lambda p: _at_least(p, sampling.epsilon_cutoff))
     if sampling.eta_cutoff > 0:
-        found.append(lambda p: _at_least(p, _eta(p, sampling.eta_cutoff)))
-    return found
+        cuts.append(lambda p: _at_least(p, _eta(p, sampling.eta_cutoff)))
+    return cuts
 
 
 def _top_k(scores: np.ndarray, ids: np.ndarray, top_k: int) -> np.ndarray:

@@ -82,10 +82,10 @@ class TextCodec:
         Raises:
             RequestError: the vocabulary has no such token.
         """
-        found: int | None = self._tokenizer.token_to_id(token)
-        if found is None:
+        token_id: int | None = self._tokenizer.token_to_id(token)
+        if token_id is None:
             raise RequestError(f"token {token!r}: expected one of the tokenizer's vocabulary, found none of this name")
-        return found
+        return token_id
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, without special tokens; bytes that are no character become U+FFFD.

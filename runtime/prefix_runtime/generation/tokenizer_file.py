@@ -65,12 +65,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     content = read_bounded(path, MAX_CONFIG_BYTES, "a JSON object")
     try:
-        found = json.loads(content)
+        settings = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: expected a JSON object, found text that is none: {_one_line(error)}") from error
-    if not isinstance(found, dict):
-        raise BundleError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
+    if not isinstance(settings, dict):
+        raise BundleError(f"{path}: expected a JSON object, found {type(settings).__name__}")
+    return settings
 
 
 def read_bounded(path: Path, limit: int, what: str) -> bytes:
@@ -123,12 +123,12 @@ def _check_normalizers(content: bytes, path: Path) -> None:
     """
     try:
         if _ESCAPED_ASCII.search(content):  # no program writes letters so, but the name may hide behind it
-            found = _all_values(content, _NORMALIZER)
+            normalizers = _all_values(content, _NORMALIZER)
         else:
-            found = _plain_values(content.decode(), _NORMALIZER)
+            normalizers = _plain_values(content.decode(), _NORMALIZER)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: expected a tokenizer, found a file that is none: {_one_line(error)}") from error
-    for state in found:
+    for state in normalizers:
         _check_components(list(components(state)), f"{path}: {_NORMALIZER}")
 
 
@@ -140,14 +140,14 @@ def _plain_values(text: str, key: str) -> list[Any]:
 
 def _all_values(content: bytes, key: str) -> list[Any]:
     """The same, however the key is written."""
-    found: list[Any] = []
+    values: list[Any] = []
 
     def note(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found.extend(value for name, value in pairs if name == key)
+        values.extend(value for name, value in pairs if name == key)
         return dict(pairs)
 
     json.loads(content, object_pairs_hook=note)
-    return found
+    return values
 
 
 def _check_shape(tokenizer: Tokenizer, path: Path) -> None:

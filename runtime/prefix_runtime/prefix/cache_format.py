@@ -111,9 +111,9 @@ _PARTS = ("key", "value")
 
 def _scale(file: TensorFile, name: str, heads: int, head_dim: int) -> np.ndarray:
     expected = (heads, 1, head_dim)
-    found = file.tensors[name].shape if name in file.tensors else None
-    if found != expected:
-        raise BundleError(f"{file.path}: tensor {name!r}: expected shape {expected}, found {found or 'none'}")
+    shape = file.tensors[name].shape if name in file.tensors else None
+    if shape != expected:
+        raise BundleError(f"{file.path}: tensor {name!r}: expected shape {expected}, found {shape or 'none'}")
     array = file.array(name)
     if not (np.isfinite(array).all() and (array > 0).all()):
         raise BundleError(f"{file.path}: tensor {name!r}: expected numbers above 0, found others")

@@ -41,12 +41,12 @@ def concatenated(prefixes: Sequence[Prefix]) -> Prefix:
     """
     ordered = _in_order(prefixes)
     length = sum(prefix.prefix_length for prefix in ordered)
-    found = combined(ordered, lambda arrays: np.concatenate(arrays, 1), length)
+    joined = combined(ordered, lambda arrays: np.concatenate(arrays, 1), length)
     if ordered[0].metadata.get(TABLE) is None:
-        return found
+        return joined
     tables = "+".join(prefix.metadata[TABLE] for prefix in ordered)
-    kept = {name: text for name, text in found.metadata.items() if name != PLACE}
-    return replace(found, metadata={**kept, TABLE: tables})
+    kept = {name: text for name, text in joined.metadata.items() if name != PLACE}
+    return replace(joined, metadata={**kept, TABLE: tables})
 
 
 def _in_order(prefixes: Sequence[Prefix]) -> Sequence[Prefix]:
@@ -57,7 +57,7 @@ def _in_order(prefixes: Sequence[Prefix]) -> Sequence[Prefix]:
     """
     if all(TABLE not in prefix.metadata for prefix in prefixes):
         return prefixes
-    found: dict[int, Prefix] = {}
+    unique: dict[int, Prefix] = {}
     for index, prefix in enumerate(prefixes):
         where = f"prefix {index + 1} of {len(prefixes)}"
         table, place = prefix.metadata.get(TABLE, "of something else"), prefix.metadata.get(PLACE, "")
@@ -65,13 +65,13 @@ def _in_order(prefixes: Sequence[Prefix]) -> Sequence[Prefix]:
             raise CompositionError(
                 f"{where}: expected single parts of Control Prefixes, all at once, found one {table!r}"
             )
-        if int(place) in found:
+        if int(place) in unique:
             raise CompositionError(
                 f"{where}: expected one general prefix of Control Prefixes and at most one label of each attribute, "
                 f"found a second of {table!r}"
             )
-        found[int(place)] = prefix
-    ordered = [found[place] for place in sorted(found)]
+        unique[int(place)] = prefix
+    ordered = [unique[place] for place in sorted(unique)]
     if ordered[-1].metadata[TABLE] != GENERAL:
         raise CompositionError(
             f"expected the general prefix of Control Prefixes ({GENERAL}) among its labels, found "

@@ -119,16 +119,16 @@ class Geometry:
 
 
 def check_layers(
-    expected: Sequence[LayerGeometry], found: Sequence[LayerPrefix], where: str, *, are_all_there: bool = True
+    expected: Sequence[LayerGeometry], layers: Sequence[LayerPrefix], where: str, *, are_all_there: bool = True
 ) -> None:
     """Refuse the keys and values of other layers than a model's at one attention site, and layers without any.
 
     Raises:
         PrefixMismatchError
     """
-    if len(found) != len(expected):
-        raise PrefixMismatchError(f"{where}: expected {len(expected)} layers, found {len(found)}")
-    for index, (geometry, layer) in enumerate(zip(expected, found, strict=True)):
+    if len(layers) != len(expected):
+        raise PrefixMismatchError(f"{where}: expected {len(expected)} layers, found {len(layers)}")
+    for index, (geometry, layer) in enumerate(zip(expected, layers, strict=True)):
         if layer.key.shape[1] == 0 and are_all_there:
             raise PrefixMismatchError(
                 f"{where}: layer {index}: expected a prefix at every layer, as all layers of a graph see the same "

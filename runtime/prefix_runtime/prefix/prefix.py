@@ -191,20 +191,20 @@ class Prefix:
 
     def describe(self) -> dict[str, str]:
         """What the prefix is, for people."""
-        found = {"format": "prefix file"}
+        description = {"format": "prefix file"}
         for layers in list(self.sites.values())[:1]:
             heads, _, head_dim = layers[0].key.shape
-            found |= {
+            description |= {
                 "sites": ", ".join(self.sites),
                 "layers": str(len(layers)),
                 "key/value heads": str(heads),
                 "head size": str(head_dim),
             }
         if self.embeddings is not None:
-            found["soft prompt"] = f"{self.embeddings.shape[0]} embeddings of {self.embeddings.shape[1]}"
+            description["soft prompt"] = f"{self.embeddings.shape[0]} embeddings of {self.embeddings.shape[1]}"
         if self.head:
-            found["head"] = ", ".join(sorted(self.head))
-        return found | {
+            description["head"] = ", ".join(sorted(self.head))
+        return description | {
             "prefix length": str(self.prefix_length),
             "position base": str(self.position_base),
             "dtype": str(self.dtype),
@@ -281,7 +281,7 @@ def _from_tensor_file(file: TensorFile) -> Prefix:
 
 
 def _read_sites(file: TensorFile) -> dict[str, tuple[LayerPrefix, ...]]:
-    found: dict[str, dict[int, dict[str, np.ndarray]]] = {}
+    sites: dict[str, dict[int, dict[str, np.ndarray]]] = {}
     for name in file.tensors:
         if name.startswith("head.") or name == _EMBEDDINGS:
             continue
@@ -289,8 +289,8 @@ def _read_sites(file: TensorFile) -> dict[str, tuple[LayerPrefix, ...]]:
         if match is None:
             raise PrefixError(f"expected tensors like 'decoder.0.key', found {name!r}")
         site, layer, part = match.groups()
-        found.setdefault(site, {}).setdefault(int(layer), {})[part] = file.array(name)
-    return {site: _in_order(site, found[site]) for site in SITES if site in found}
+        sites.setdefault(site, {}).setdefault(int(layer), {})[part] = file.array(name)
+    return {site: _in_order(site, sites[site]) for site in SITES if site in sites}
 
 
 def _in_order(site: str, layers: dict[int, dict[str, np.ndarray]]) -> tuple[LayerPrefix, ...]:

@@ -66,8 +66,8 @@ class Stream:
         kind = cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         if target.height == source.height == height:  # no gaps between groups: the host is done in a sixth of the time
             places = target.address, target.pitch, source.address, source.pitch
-            found = cuda.cudaMemcpy2DAsync(*places, width, height * depth, kind, self._stream)
-            _check(found, "copy on the GPU")
+            status = cuda.cudaMemcpy2DAsync(*places, width, height * depth, kind, self._stream)
+            _check(status, "copy on the GPU")
             return
         parameters = cuda.cudaMemcpy3DParms()
         parameters.dstPtr = _pitched(target)

@@ -54,11 +54,11 @@ class PrefixStore:
         Raises:
             ProviderError: the GPU has no room for it.
         """
-        if (found := self._find(prefix)) is not None:
-            return found
+        if (on_gpu := self._find(prefix)) is not None:
+            return on_gpu
         with self._staging_lock:
-            if (found := self._find(prefix)) is not None:  # another thread was faster
-                return found
+            if (on_gpu := self._find(prefix)) is not None:  # another thread was faster
+                return on_gpu
             buffer = self._brought_in(prefix)
             self._held[id(prefix)] = prefix, buffer
         return buffer
@@ -74,11 +74,11 @@ class PrefixStore:
 
     def _find(self, prefix: Prefix) -> DeviceBuffer | None:
         with self._lock:
-            if (found := self._held.get(id(prefix))) is None:
+            if (buffer := self._held.get(id(prefix))) is None:
                 return None
             with suppress(KeyError):  # it is forgotten at this moment
                 self._held.move_to_end(id(prefix))
-            return found[1]
+            return buffer[1]
 
     def _brought_in(self, prefix: Prefix) -> DeviceBuffer:
         needed = prefix.prefix_length * self._format.dtype.itemsize * self._geometry.values_per_position

@@ -40,9 +40,9 @@ def run_with_adapter(session: Session, adapter: Path, inputs: Mapping[str, np.nd
     try:
         loaded.Load(str(adapter.absolute()))
         options.add_active_adapter(loaded)
-        found: np.ndarray = session.ask(lambda opened: opened.run(None, dict(inputs), options))[0]
+        output: np.ndarray = session.ask(lambda opened: opened.run(None, dict(inputs), options))[0]
     except Exception as error:  # onnxruntime's own errors share no base
         raise ProviderError(
             f"{adapter}: onnxruntime {ort.__version__} cannot run the graph with it: {error}"
         ) from error
-    return found
+    return output

@@ -122,15 +122,15 @@ class CudaCache(Cache):
         held, count = self.rows[row], len(token_ids)
         self._check_room(held, count)
         kept = count if keep_all_logits else 1
-        found = self._host_logits[:1]
+        last_logits = self._host_logits[:1]
         logits = self._logits
         if keep_all_logits:
-            found = self._device.pinned((kept, self._vocab_size), _FLOAT32)
-            logits = self._device.allocate(found.nbytes)
+            last_logits = self._device.pinned((kept, self._vocab_size), _FLOAT32)
+            logits = self._device.allocate(last_logits.nbytes)
         self._run_prompt(row, token_ids, logits.address, kept)
         self._fill(row, held.length + count)
-        self._read(found, logits.address)
-        return found.copy() if keep_all_logits else found[0]  # page-locked memory stays here
+        self._read(last_logits, logits.address)
+        return last_logits.copy() if keep_all_logits else last_logits[0]  # page-locked memory stays here
 
     def step(self, token_ids: Sequence[int]) -> np.ndarray:
         """See `Cache`."""

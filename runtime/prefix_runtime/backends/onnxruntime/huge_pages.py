@@ -151,7 +151,7 @@ def _spans_of(path: Path, *, unwritten: bool = False) -> list[Span]:
 
 def _mappings(lines: Iterable[str]) -> Iterator[tuple[str, ...]]:
     """First and last address, permissions, inode and name of each mapping among some lines."""
-    return (found.groups() for found in map(_MAPPING.fullmatch, lines) if found)
+    return (match.groups() for match in map(_MAPPING.fullmatch, lines) if match)
 
 
 def _lines(path: Path) -> list[str]:

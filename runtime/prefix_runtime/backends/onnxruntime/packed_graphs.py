@@ -59,13 +59,13 @@ def pack_graph(bundle: Bundle, provider: str = "cpu", *, compares: bool = False)
         ProviderError: onnxruntime cannot open the graph.
         OSError: the disk is full, or the folder cannot be had; nothing is left behind.
     """
-    found = packed_graph(bundle, provider)
-    if found is not None and (not compares or _is_intact(found.parent)):
-        return found
+    packed = packed_graph(bundle, provider)
+    if packed is not None and (not compares or _is_intact(packed.parent)):
+        return packed
     bundle.verify()
     with writing():
-        if found is not None:
-            remove(found.parent)
+        if packed is not None:
+            remove(packed.parent)
         return make(bundle, provider)
 
 
@@ -112,8 +112,8 @@ def writing(*, waits: bool = True) -> Iterator[bool]:
 
 def make(bundle: Bundle, provider: str = "cpu") -> Path:
     """Keep the graph of a verified bundle, if it was not kept before, while `writing`; errors as `prepare`."""
-    if (found := packed_graph(bundle, provider)) is not None:
-        return found  # another process was faster
+    if (packed := packed_graph(bundle, provider)) is not None:
+        return packed  # another process was faster
     folder = _folder(bundle, provider)
     remove(folder)
     try:
@@ -124,9 +124,9 @@ def make(bundle: Bundle, provider: str = "cpu") -> Path:
             bundle.check_unchanged()  # else it were kept under another's name
             _write_record(staging)
     except BundleError:
-        if (found := packed_graph(bundle, provider)) is None:
+        if (packed := packed_graph(bundle, provider)) is None:
             raise
-        return found  # the same, where there are no locks
+        return packed  # the same, where there are no locks
     return folder / bundle.graph_path.name
 
 
@@ -220,9 +220,9 @@ def _telling_what_cannot_be_written(staging: Path) -> Iterator[None]:
     except ProviderError as error:
         if str(staging) not in str(error):
             raise
-        found = "the disk full" if shutil.disk_usage(staging).free < _FULL else "that it cannot be written"
+        reason = "the disk full" if shutil.disk_usage(staging).free < _FULL else "that it cannot be written"
         raise OSError(
-            f"{staging.parent}: expected room for twice the bundle's size, found {found}; make room, or name another "
+            f"{staging.parent}: expected room for twice the bundle's size, found {reason}; make room, or name another "
             "folder in PREFIX_RUNTIME_CACHE"
         ) from error
 
@@ -257,8 +257,8 @@ def _sizes(folder: Path) -> dict[str, list[int]]:
         NotPrivateError: somebody else can write to one.
     """
     paths = [path for path in sorted(folder.iterdir()) if path.name != _RECORD]
-    found = {path.name: check_private(path, is_folder=False) for path in paths}
-    return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}
+    statuses = {path.name: check_private(path, is_folder=False) for path in paths}
+    return {name: [status.st_size, status.st_mtime_ns] for name, status in statuses.items()}
 
 
 def _in_whole_seconds(sizes: dict[str, list[int]]) -> dict[str, list[int]]:

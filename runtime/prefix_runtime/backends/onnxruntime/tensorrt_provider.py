@@ -72,21 +72,21 @@ def add_plugin(ort: Any, session_options: Any, options: dict[str, str], index: i
             "pip install onnxruntime-ep-nv-tensorrt-rtx"
         ) from error
     name = plugin.get_ep_name()
-    found = _devices(ort, name)
-    if not found:
+    devices = _devices(ort, name)
+    if not devices:
         try:
             ort.register_execution_provider_library(name, plugin.get_library_path())
         except Exception as error:  # onnxruntime's own errors share no base
             raise ProviderError(
                 f"provider 'tensorrt-rtx': expected a plug-in that loads, which needs NVIDIA's driver, found: {error}"
             ) from error
-        found = _devices(ort, name)
-    if not 0 <= index < len(found):
+        devices = _devices(ort, name)
+    if not 0 <= index < len(devices):
         raise ProviderError(
-            f"provider 'tensorrt-rtx': expected an RTX GPU (Ampere or later) with NVIDIA's driver, found {len(found)}; "
-            "take provider 'cpu', or 'cuda' on other GPUs"
+            f"provider 'tensorrt-rtx': expected an RTX GPU (Ampere or later) with NVIDIA's driver, found "
+            f"{len(devices)}; take provider 'cpu', or 'cuda' on other GPUs"
         )
-    session_options.add_provider_for_devices([found[index]], options)
+    session_options.add_provider_for_devices([devices[index]], options)
 
 
 def _devices(ort: Any, name: str) -> list[Any]:

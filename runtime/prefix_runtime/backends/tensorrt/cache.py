@@ -117,8 +117,8 @@ class TensorRTCache(Cache):
         logits = self._run(PREFILL, [row], ids, past=past, present=present, mask=mask, keep_all_logits=keep_all_logits)
         self._own[row] = self._alone[row] = present
         held.length += count
-        found: np.ndarray = logits[0] if keep_all_logits else logits[0, -1]
-        return found
+        chosen_logits: np.ndarray = logits[0] if keep_all_logits else logits[0, -1]
+        return chosen_logits
 
     def step(self, token_ids: Sequence[int]) -> np.ndarray:
         """See `Cache`."""
@@ -140,8 +140,8 @@ class TensorRTCache(Cache):
         self._joined = present
         for held in self.rows[:count]:
             held.length += 1
-        found: np.ndarray = logits[:, -1]
-        return found
+        last_logits: np.ndarray = logits[:, -1]
+        return last_logits
 
     def _check_prompt(self, held: Row, count: int) -> None:
         limits = self._session.limits
@@ -171,10 +171,10 @@ class TensorRTCache(Cache):
         count, sequence = token_ids.shape
         present.rows, present.length = count, mask.shape[1]
         kept, vocab = (sequence if keep_all_logits else 1), self._geometry.vocab_size
-        found, logits = self._host_logits[:count, None], self._logits
+        host_logits, logits = self._host_logits[:count, None], self._logits
         if keep_all_logits:
-            found = self._device.pinned((count, kept, vocab), _FLOAT32)
-            logits = self._device.allocate(found.nbytes)
+            host_logits = self._device.pinned((count, kept, vocab), _FLOAT32)
+            logits = self._device.allocate(host_logits.nbytes)
         starts = np.array([[self.rows[row].position] for row in rows], np.int64)
         positions = starts + np.arange(sequence, dtype=np.int64)
         stream, device = self._device.stream, self._device
@@ -183,9 +183,9 @@ class TensorRTCache(Cache):
             bound |= dict(past.tensors(contract.PAST)) | dict(present.tensors(contract.PRESENT))
             bound[contract.LOGITS] = (logits.address, (count, kept, vocab))
             self._session.run(place, bound, kept)
-            stream.download(found, logits.address)
+            stream.download(host_logits, logits.address)
         stream.synchronize()
-        return found
+        return host_logits
 
     def _prefix(self, row: int, prefix: Prefix) -> PackedLayers:
         """A prefix' keys and values on the GPU, where the row had brought it there before, or has it now."""

@@ -187,10 +187,10 @@ def _engine_path(folder: Path, record: TensorRTEngineRecord, bundle: Bundle) -> 
     return path
 
 
-def _check_content(path: Path, found: str, record: TensorRTEngineRecord, bundle: Bundle) -> None:
-    if found != record.file.sha256:
+def _check_content(path: Path, actual: str, record: TensorRTEngineRecord, bundle: Bundle) -> None:
+    if actual != record.file.sha256:
         raise BundleIntegrityError(
-            f"{path}: expected SHA-256 {record.file.sha256}, found {found}; the engine was changed or damaged: build "
+            f"{path}: expected SHA-256 {record.file.sha256}, found {actual}; the engine was changed or damaged: build "
             f"it anew with: prefix-export tensorrt {bundle.root}"
         )
 

@@ -70,13 +70,13 @@ class Library:
     def tensors(self, engine: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The inputs and outputs of an engine."""
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        found = {
+        tensors = {
             name: Tensor(name, dtype_name(engine.get_tensor_dtype(name)), tuple(engine.get_tensor_shape(name)))
             for name in names
         }
         is_input = {name: engine.get_tensor_mode(name) == self.api.TensorIOMode.INPUT for name in names}
-        inputs = tuple(tensor for name, tensor in found.items() if is_input[name])
-        return inputs, tuple(tensor for name, tensor in found.items() if not is_input[name])
+        inputs = tuple(tensor for name, tensor in tensors.items() if is_input[name])
+        return inputs, tuple(tensor for name, tensor in tensors.items() if not is_input[name])
 
     def profiles(self, engine: Any, names: tuple[str, ...]) -> tuple[Profile, ...]:
         """The profiles of an engine, under these names."""
@@ -84,10 +84,10 @@ class Library:
 
         def ranges(tensor: Tensor, place: int) -> tuple[Shape, Shape, Shape]:
             if tensor.name == NUM_LOGITS_TO_KEEP:
-                found = engine.get_tensor_profile_values(place, tensor.name)  # unlike its neighbour, the place first
+                shapes = engine.get_tensor_profile_values(place, tensor.name)  # unlike its neighbour, the place first
             else:
-                found = engine.get_tensor_profile_shape(tensor.name, place)
-            least, usual, most = (tuple(each) for each in found)
+                shapes = engine.get_tensor_profile_shape(tensor.name, place)
+            least, usual, most = (tuple(each) for each in shapes)
             return least, usual, most
 
         if engine.num_optimization_profiles != len(names):
@@ -107,7 +107,7 @@ def dtype_name(dtype: Any) -> str:
 
 def check_tensors(
     expected: tuple[tuple[Tensor, ...], tuple[Tensor, ...]],
-    found: tuple[tuple[Tensor, ...], tuple[Tensor, ...]],
+    actual: tuple[tuple[Tensor, ...], tuple[Tensor, ...]],
     where: str,
 ) -> None:
     """Refuse inputs and outputs that are not those that a manifest describes; `where` names them in the message.
@@ -115,7 +115,7 @@ def check_tensors(
     Raises:
         ProviderError
     """
-    for kind, wanted, given in zip(("input", "output"), expected, found, strict=True):
+    for kind, wanted, given in zip(("input", "output"), expected, actual, strict=True):
         there = {tensor.name: tensor for tensor in given}
         for tensor in wanted:
             other = there.pop(tensor.name, None)
@@ -127,23 +127,23 @@ def check_tensors(
             raise ProviderError(f"{where}: expected no {kind} but the manifest's, found {', '.join(sorted(there))}")
 
 
-def check_profiles(expected: tuple[Profile, ...], found: tuple[Profile, ...], where: str) -> None:
+def check_profiles(expected: tuple[Profile, ...], actual: tuple[Profile, ...], where: str) -> None:
     """Refuse profiles of other ranges; `where` names them in the message.
 
     Raises:
         ProviderError
     """
-    for wanted, given in zip(expected, found, strict=True):
+    for wanted, given in zip(expected, actual, strict=True):
         for name, shapes in wanted.inputs.items():
             if (other := given.inputs.get(name)) != shapes:
                 raise ProviderError(f"{where}: profile {wanted.name}: {name}: expected {shapes}, found {other}")
 
 
-def _fits(expected: Tensor, found: Tensor) -> bool:
+def _fits(expected: Tensor, actual: Tensor) -> bool:
     """Whether types and sizes are equal, but that an output's size may be left open."""
-    if expected.dtype != found.dtype or len(expected.shape) != len(found.shape):
+    if expected.dtype != actual.dtype or len(expected.shape) != len(actual.shape):
         return False
-    return all(theirs in (ours, -1) for ours, theirs in zip(expected.shape, found.shape, strict=True))
+    return all(theirs in (ours, -1) for ours, theirs in zip(expected.shape, actual.shape, strict=True))
 
 
 def _import(backend: str) -> ModuleType:
@@ -167,13 +167,13 @@ def gpu_capability(index: int) -> str | None:
     Source: CUDA's driver API, which needs no other of its libraries (cuda.h: CUdevice_attribute 75 and 76).
     """
     driver = _driver()
-    device, found = ctypes.c_int(0), [ctypes.c_int(0), ctypes.c_int(0)]
+    device, version = ctypes.c_int(0), [ctypes.c_int(0), ctypes.c_int(0)]
     if driver is None or driver.cuDeviceGet(ctypes.byref(device), index) != 0:
         return None
-    for number, attribute in zip(found, (75, 76), strict=True):
+    for number, attribute in zip(version, (75, 76), strict=True):
         if driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device) != 0:
             return None
-    return ".".join(str(number.value) for number in found)
+    return ".".join(str(number.value) for number in version)
 
 
 def _driver() -> Any:

@@ -156,8 +156,8 @@ def _fitting(bundle: Bundle, index: int) -> TensorRTEngineRecord:
         )
     fitting = [record for record in records if _runs_on(record, capability)]
     # Who names the GPU comes before who does not say.
-    found = min(fitting, key=lambda record: capability not in record.compute_capabilities, default=None)
-    if found is None:
+    best = min(fitting, key=lambda record: capability not in record.compute_capabilities, default=None)
+    if best is None:
         listed = ", ".join(record.name for record in records)
         if int(capability.split(".", maxsplit=1)[0]) in _NOT_OF_RTX:
             build += " --backend tensorrt on this machine, or take provider 'cuda'"
@@ -167,7 +167,7 @@ def _fitting(bundle: Bundle, index: int) -> TensorRTEngineRecord:
             f"provider {TENSORRT_ENGINE!r}: expected an engine for compute capability {capability}, found {listed}; "
             f"{build}"
         )
-    return found
+    return best
 
 
 def _runs_on(record: TensorRTEngineRecord, capability: str) -> bool:

@@ -203,9 +203,9 @@ def _floor_points(report: BenchReport, cells: Iterable[Cell], figure: str) -> It
         yield _point(length, Quartiles(seconds, seconds, seconds), f"floor of prefix {length}")
 
 
-def _point(length: int, found: Quartiles, text: str) -> Point:
-    shown = f"{text}: {milliseconds(found.median)} ms [{milliseconds(found.first)}, {milliseconds(found.third)}]"
-    return Point(length, found.median * 1e3, found.first * 1e3, found.third * 1e3, shown)
+def _point(length: int, spread: Quartiles, text: str) -> Point:
+    shown = f"{text}: {milliseconds(spread.median)} ms [{milliseconds(spread.first)}, {milliseconds(spread.third)}]"
+    return Point(length, spread.median * 1e3, spread.first * 1e3, spread.third * 1e3, shown)
 
 
 def _overhead_points(report: BenchReport, cells: Iterable[Cell], figure: str) -> Iterable[Point]:

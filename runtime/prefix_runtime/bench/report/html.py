@@ -94,12 +94,12 @@ def _general(report: BenchReport, comparison: Comparison | None) -> Iterator[str
 
 
 def _figures(charts: Sequence[Chart], name: str) -> str:
-    found = []
+    figures = []
     for number, chart in enumerate(charts):
         items = "".join(f'<li><i class="{kind}"></i>{escape(shown)}</li>' for shown, kind in legend(chart))
         caption = f"<figcaption>{escape(chart.title)}</figcaption>"
-        found.append(f'<figure>{caption}<ul class="legend">{items}</ul>\n{draw(chart, f"{name}-{number}")}</figure>')
-    return f'<div class="charts">\n{"".join(found)}\n</div>' if found else ""
+        figures.append(f'<figure>{caption}<ul class="legend">{items}</ul>\n{draw(chart, f"{name}-{number}")}</figure>')
+    return f'<div class="charts">\n{"".join(figures)}\n</div>' if figures else ""
 
 
 def _tables(tables: Sequence[ReportTable]) -> str:

@@ -61,13 +61,13 @@ def check_library() -> None:
 
 def _charts(report: BenchReport, comparison: Comparison | None) -> list[tuple[Chart, str]]:
     """Every chart, with what it belongs to."""
-    found = [
+    charts = [
         (chart, setting_name(setting))
         for setting in report.settings
         for chart in setting_charts(report, setting, comparison)
     ]
     selection = selection_chart(report)
-    return [*found, (selection, report.subject.label)] if selection else found
+    return [*charts, (selection, report.subject.label)] if selection else charts
 
 
 def _draw(chart: Chart, axes: Axes) -> None:

@@ -51,8 +51,8 @@ def as_text(
         table_width: characters that a table may take; at most, and by default, `WIDTH`.
     """
     blocks = ["\n".join(folded(line, line_width) for line in headline(report))]
-    found = [*tables(report), *(comparison_tables(comparison) if comparison else ())]
-    blocks += [_render(table, min(table_width or WIDTH, WIDTH)) for table in found]
+    printed = [*tables(report), *(comparison_tables(comparison) if comparison else ())]
+    blocks += [_render(table, min(table_width or WIDTH, WIDTH)) for table in printed]
     blocks.append("\n".join(folded(line, line_width) for line in notes(report, comparison)))
     return "\n\n".join(blocks) + "\n"
 
@@ -61,21 +61,21 @@ def headline(report: BenchReport) -> list[str]:
     """What was measured, on what, and how, a line each."""
     machine, request = report.machine, report.request
     threads = f"threads {request.threads}" if request.threads else "onnxruntime's choice of threads"
-    found = quartiles(report.bandwidth)
+    bandwidth = quartiles(report.bandwidth)
     read = "memory is read" if request.provider == "cpu" else "a copy on the GPU reads and writes"
     return [
         f"{report.subject.label} ({report.subject.name}), {report.subject.weight_bytes / 1e6:.1f} MB of weights a step",
         f"{', '.join(machine.values())}; {threads}, provider {request.provider}",
         ", ".join(f"{name} {version}" for name, version in report.versions.items()),
         f"{request.rounds} interleaved rounds of {request.new_tokens} new tokens; median [first, third quartile]",
-        f"{read} at {_spread(found, 1e-9, 1)} GB/s",
+        f"{read} at {_spread(bandwidth, 1e-9, 1)} GB/s",
     ]
 
 
 def tables(report: BenchReport) -> list[ReportTable]:
     """Everything that a report says in figures."""
-    found = [table for setting in report.settings for table in setting_tables(report, setting)]
-    return found + general_tables(report)
+    tables_of_all = [table for setting in report.settings for table in setting_tables(report, setting)]
+    return tables_of_all + general_tables(report)
 
 
 def setting_tables(report: BenchReport, setting: tuple[int, int]) -> list[ReportTable]:
@@ -85,42 +85,44 @@ def setting_tables(report: BenchReport, setting: tuple[int, int]) -> list[Report
     overhead = ("prefix", *(f"{shown}, 95 % interval" for _, shown in _LATENCIES))
     breakdown = ("prefix", "selection", "prefill", "first step", "a token: weights", "keys, values", "rest")
     compared = [cell for cell in cells if report.overhead(cell, "inter_token_latency")]
-    found = [
+    setting_rows = [
         ReportTable(f"{name}: latency", latency, tuple(_latency_row(report, cell) for cell in cells)),
         ReportTable(
             f"{name}: overhead against prefix 0", overhead, tuple(_overhead_row(report, cell) for cell in compared)
         ),
         ReportTable(f"{name}: breakdown in ms", breakdown, tuple(_breakdown_row(report, cell) for cell in cells)),
     ]
-    return [table for table in found if table.rows]
+    return [table for table in setting_rows if table.rows]
 
 
 def general_tables(report: BenchReport) -> list[ReportTable]:
     """The tables that no prompt length or batch size belongs to: selecting a task, opening the bundle."""
-    found = []
+    general = []
     if report.switches:
         selecting = ("prefix", "ms cold, first request", "ms warm, later requests")
-        found.append(ReportTable("selecting a task", selecting, tuple(map(_switch_row, report.switches))))
+        general.append(ReportTable("selecting a task", selecting, tuple(map(_switch_row, report.switches))))
     if report.openings:
         opening = ("prefix", "s to import", "s to open", "MB once open", "peak MB", "MB after the row")
         several = len(report.settings) > 1
         rows = [_opening_row(_opening_name(each, several=several), [each]) for each in report.openings]
         if len(report.openings) > 1:
             rows.append(_opening_row("median", report.openings))
-        found.append(ReportTable("opening the bundle and running a row, each in a fresh process", opening, tuple(rows)))
-    return found
+        general.append(
+            ReportTable("opening the bundle and running a row, each in a fresh process", opening, tuple(rows))
+        )
+    return general
 
 
 def comparison_tables(comparison: Comparison) -> list[ReportTable]:
     """Both reports' latencies and their ratios, for the rows that both have."""
-    found = []
+    compared = []
     for setting in comparison.report.settings:
         pairs = [pair for pair in comparison.cells if pair[0].setting == setting]
         for figure, shown in _LATENCIES:
             title = f"{setting_name(setting)}: A against B, {shown}"
             rows = tuple(_comparison_row(comparison, cell, other, figure) for cell, other in pairs)
-            found.append(ReportTable(title, ("prefix", *_heads(shown)), rows))
-    return [table for table in found if table.rows]
+            compared.append(ReportTable(title, ("prefix", *_heads(shown)), rows))
+    return [table for table in compared if table.rows]
 
 
 def notes(report: BenchReport, comparison: Comparison | None = None) -> list[str]:
@@ -213,8 +215,8 @@ def _opening_row(name: str, openings: Sequence[Opening]) -> tuple[str, ...]:
     return (name, *seconds, *(_megabytes([getattr(each, field) for each in openings]) for field in _OPENING_BYTES))
 
 
-def _megabytes(found: Sequence[int | None]) -> str:
-    known = [each for each in found if each is not None]
+def _megabytes(size: Sequence[int | None]) -> str:
+    known = [each for each in size if each is not None]
     return f"{median(known) / 1e6:.0f}" if known else "unknown"
 
 
@@ -236,12 +238,12 @@ def _shown_overhead(ratio: Ratio | None) -> str:
     return f"{percent(ratio.median)} %{interval}"
 
 
-def _spread_ms(found: Quartiles) -> str:
-    return _spread(found, 1e3, _digits(found.median * 1e3))
+def _spread_ms(spread: Quartiles) -> str:
+    return _spread(spread, 1e3, _digits(spread.median * 1e3))
 
 
-def _spread(found: Quartiles, scale: float, digits: int) -> str:
-    median, first, third = (f"{value * scale:.{digits}f}" for value in (found.median, found.first, found.third))
+def _spread(spread: Quartiles, scale: float, digits: int) -> str:
+    median, first, third = (f"{value * scale:.{digits}f}" for value in (spread.median, spread.first, spread.third))
     return f"{median} [{first}, {third}]"
 
 
