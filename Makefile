@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-clients test-real test-gpu test-stress docs lint bench clean
+.PHONY: demo test test-families test-runtime test-clients test-real test-gpu test-stress docs lint bench clean
 
 # Both distributions, installed as a user would, with the versions that were tested.
 $(VENV)/.installed: pyproject.toml runtime/pyproject.toml constraints.txt
@@ -23,6 +23,22 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/pytest
+
+# Every architecture, kind of graph and prefix length against PEFT; `make test` has a part of them.
+test-families: $(VENV)/.installed
+	$(BIN)/pytest -m families
+
+# The runtime's tests in an environment that has the runtime alone: no torch, no transformers, no exporter. Their bundles are
+# made before, in the other environment. Tests that compare with torch or transformers are skipped here; `make test` runs them.
+RUNTIME_ENV := build/runtime-env
+WORKSHOP := build/runtime-workshop
+
+test-runtime: $(VENV)/.installed
+	rm -rf $(RUNTIME_ENV) $(WORKSHOP)
+	$(BIN)/python -m tests.runtime.bundles $(WORKSHOP)
+	$(PYTHON) -m venv $(RUNTIME_ENV)
+	$(RUNTIME_ENV)/bin/pip install --quiet --constraint constraints.txt -e './runtime[cpu,report]' pytest pytest-xdist hypothesis onnx
+	PREFIX_EXPORT_WORKSHOP=$(CURDIR)/$(WORKSHOP) $(RUNTIME_ENV)/bin/pytest tests/runtime
 
 # Other people's programs on real bundles; their environments and packages are kept under build/clients. Chromium and g++ come
 # from Debian where they are missing and root asks; else a test that needs one fails and says so.

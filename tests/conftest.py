@@ -1,181 +1,34 @@
-"""Small models of real architectures, adapters that PEFT made for them, and bundles built from both."""
+"""What all tests start from: models, adapters and bundles of the workshop, each made once."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
-from peft import PrefixTuningConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from prefix_export.build import BuildRequest, build
+from .workshop import Workshop
 
-VOCAB_SIZE = 384
-CONTEXT = 320
-_GPT = {"n_embd": 64, "n_head": 4, "n_layer": 3, "n_positions": CONTEXT}
-_LLAMA = {
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 3,
-    "intermediate_size": 96,
-    "max_position_embeddings": CONTEXT,
-}
-_SMALL = {**_LLAMA, "num_hidden_layers": 2}  # enough to tell one from the next; each takes a second of every export
-_NEOX = dict(_SMALL)
-_NEOX.pop("num_key_value_heads")
+SEED = int(os.environ.get("PREFIX_EXPORT_SEED") or datetime.now(UTC).strftime("%Y%m%d"))
+"""Of tests that read random input: another each day. The environment variable sets it."""
 
-CONFIGS = {
-    "gpt2": (transformers.GPT2Config, _GPT),
-    "gpt_bigcode": (transformers.GPTBigCodeConfig, _GPT),
-    "opt": (
-        transformers.OPTConfig,
-        {"hidden_size": 64, "word_embed_proj_dim": 64, "num_attention_heads": 4, "num_hidden_layers": 3, "ffn_dim": 96,
-         "max_position_embeddings": CONTEXT},
-    ),
-    "gpt_neox": (transformers.GPTNeoXConfig, _NEOX),
-    "llama": (transformers.LlamaConfig, _LLAMA),
-    "qwen2": (transformers.Qwen2Config, _SMALL),
-    "qwen3": (transformers.Qwen3Config, {**_SMALL, "head_dim": 16}),
-    "phi3": (transformers.Phi3Config, {**_SMALL, "original_max_position_embeddings": CONTEXT, "sliding_window": None}),
-    "mistral": (transformers.MistralConfig, {**_SMALL, "sliding_window": None}),
-    "gemma": (transformers.GemmaConfig, {**_SMALL, "head_dim": 16}),
-    "stablelm": (transformers.StableLmConfig, _SMALL),
-    "granite": (transformers.GraniteConfig, {**_SMALL, "attention_multiplier": 1 / 16}),  # as published: 1 / head_dim
-    "mistral_windowed": (transformers.MistralConfig, {**_SMALL, "sliding_window": 24}),
-    "phi3_longrope": (
-        transformers.Phi3Config,
-        {
-            **_SMALL,
-            "original_max_position_embeddings": 64,
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 10000.0,
-                "short_factor": [1.0] * 8,
-                "long_factor": [4.0] * 8,
-            },
-        },
-    ),
-    "llama_dynamic": (
-        transformers.LlamaConfig,
-        {**_SMALL, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
-    ),
-    "bloom": (transformers.BloomConfig, {"hidden_size": 64, "n_head": 4, "n_layer": 3}),
-    "gptj": (transformers.GPTJConfig, {**_GPT, "rotary_dim": 8}),
-    "t5": (transformers.T5Config, {"d_model": 64, "num_layers": 2, "num_heads": 4, "d_kv": 16, "d_ff": 96}),
-}  # fmt: skip
-
-
-def layers_of(architecture: str) -> int:
-    """How many layers a test's model has."""
-    config_class, sizes = CONFIGS[architecture]
-    found: int = config_class(**sizes).num_hidden_layers
-    return found
+WORKSHOP = os.environ.get("PREFIX_EXPORT_WORKSHOP")
+"""A folder that keeps what the workshop makes; otherwise it is the tests' own, and new each time."""
 
 
 def pytest_configure():
-    # Two workers on two cores: more threads would only get into each other's way.
-    torch.set_num_threads(1)
+    with suppress(ModuleNotFoundError):  # the runtime's tests run without it too
+        import torch
+
+        # Two workers on two cores: more threads would only get into each other's way.
+        torch.set_num_threads(1)
 
 
-class Workshop:
-    """Makes models, adapters and bundles in a folder, each once, whichever of the tests' processes asks first."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def _once(self, folder: Path, make: Callable[[], None]) -> Path:
-        """A folder that the first process makes that wants it, while others wait."""
-        with (self.root / f"{folder.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not folder.exists():
-                make()
-        return folder
-
-    def model(self, architecture: str = "gpt2", *, tokenizer: bool = False, seed: int = 0) -> Path:
-        """A folder with a random model whose logits are spread wide enough to tell right from wrong."""
-        folder = self.root / f"{architecture}-{seed}{'-text' if tokenizer else ''}"
-
-        def make() -> None:
-            config_class, sizes = CONFIGS[architecture]
-            special = {"bos_token_id": None, "eos_token_id": 0 if tokenizer else None, "pad_token_id": None}
-            config = config_class(vocab_size=VOCAB_SIZE, **sizes, **special)
-            torch.manual_seed(seed)
-            if config.is_encoder_decoder:
-                model = transformers.AutoModelForSeq2SeqLM.from_config(config)
-            else:
-                model = AutoModelForCausalLM.from_config(config)
-            _spread(model)
-            model.save_pretrained(folder)
-            if tokenizer:
-                byte_tokenizer().save_pretrained(folder)
-
-        return self._once(folder, make)
-
-    def adapter(self, model: Path, length: int, *, projection: bool = False, seed: int = 0) -> Path:
-        """An adapter folder that PEFT saved: a random prefix of this length."""
-        folder = self.root / f"{model.name}-adapter-{length}-{projection}-{seed}"
-
-        def make() -> None:
-            config = PrefixTuningConfig(
-                task_type="CAUSAL_LM", num_virtual_tokens=length, prefix_projection=projection, encoder_hidden_size=16
-            )
-            torch.manual_seed(seed)
-            wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
-            for parameter in wrapped.prompt_encoder.parameters():
-                torch.nn.init.normal_(parameter)
-            wrapped.save_pretrained(folder)
-
-        return self._once(folder, make)
-
-    def bundle(
-        self, architecture: str = "gpt2", lengths: tuple[int, ...] = (3, 20), *, tokenizer: bool = True, **options
-    ) -> Path:
-        """A verified bundle with the tasks `p3`, `p20` and so on, for prefixes of these lengths; not to be changed.
-
-        `options` are fields of the `BuildRequest`.
-        """
-        chosen = [f"{name}={value}" for name, value in options.items()]
-        parts = [architecture, *map(str, lengths), *chosen, *(["text"] if tokenizer else [])]
-        folder = self.root / f"{'-'.join(parts)}.bundle"
-
-        def make() -> None:
-            model = self.model(architecture, tokenizer=tokenizer)
-            prefixes = {f"p{length}": self.adapter(model, length) for length in lengths}
-            build(BuildRequest(str(model), prefixes, folder, **options))
-
-        return self._once(folder, make)
-
-
-def _spread(model: torch.nn.Module) -> None:
-    """Make a random model's answers depend on everything: larger weights, biases and norms that are not trivial."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
-        elif name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.1)
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer whose characters outside of ASCII are several tokens; id 0 ends a text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=["<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 4] * 8, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+def pytest_report_header():
+    return f"seed of random input: PREFIX_EXPORT_SEED={SEED}"
 
 
 @pytest.fixture(autouse=True)
@@ -187,8 +40,9 @@ def no_width(monkeypatch):
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory) -> Workshop:
     base = tmp_path_factory.getbasetemp()
-    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "workshop"
-    root.mkdir(exist_ok=True)
+    own = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "workshop"
+    root = Path(WORKSHOP) if WORKSHOP else own
+    root.mkdir(parents=True, exist_ok=True)
     return Workshop(root)
 
 

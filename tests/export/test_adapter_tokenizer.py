@@ -17,7 +17,7 @@ from prefix_export.prefixes.adapter_tokenizer import with_adapters_tokenizer
 from prefix_export.prefixes.fold import fold_for_bundle
 from prefix_export.prefixes.reference import PrefixSource
 from prefix_runtime import Bundle
-from tests.conftest import VOCAB_SIZE
+from tests.workshop import VOCAB_SIZE
 
 BESIDE = "the tokenizer beside the adapter differs from the base model's"
 

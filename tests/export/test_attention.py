@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, GPT2Config, GptOssConfig, GptOssForCausalLM
 
 from prefix_export.errors import UnsupportedArchitectureError
 from prefix_export.graph.export import export_graph
 from prefix_export.trace.attention import AttentionLayer, GroupQueryAttention, attention, check_fast_flavour, probe
 from prefix_export.trace.decoder import FastDecoder
-from tests.conftest import CONFIGS, layers_of
+from tests.workshop import CONFIGS, layers_of
 
 OFF_THE_INTERFACE = {"bloom": "BloomForCausalLM", "gptj": "GPTJForCausalLM"}
 ON_THE_INTERFACE = sorted(set(CONFIGS) - set(OFF_THE_INTERFACE) - {"t5"})
@@ -21,8 +22,8 @@ def load(workshop, architecture):
 
 
 def expected_layer(architecture):
-    config_class, sizes = CONFIGS[architecture]
-    config = config_class(**sizes)
+    name, sizes = CONFIGS[architecture]
+    config = getattr(transformers, name)(**sizes)
     heads = config.num_attention_heads
     key_value_heads = 1 if architecture == "gpt_bigcode" else getattr(config, "num_key_value_heads", None) or heads
     head_dim = sizes.get("head_dim", config.hidden_size // heads)

@@ -14,12 +14,13 @@ import onnx.numpy_helper
 import onnxruntime as ort
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from prefix_export.graph.export import export_graph
 from prefix_export.trace.attention import probe
 from prefix_export.trace.decoder import FastDecoder
-from tests.conftest import CONFIGS, VOCAB_SIZE, layers_of
+from tests.workshop import CONFIGS, VOCAB_SIZE, layers_of
 
 
 def graph_of(bundle):
@@ -65,10 +66,10 @@ def test_rotary_tables_are_the_models_own(workshop):
 
 @pytest.mark.parametrize("architecture", ["stablelm", "gpt_neox"])
 def test_so_is_partial_rotation_and_queries_keys_and_values_of_each_head_beside_one_another(tmp_path, architecture):
-    config_class, sizes = CONFIGS[architecture]
+    name, sizes = CONFIGS[architecture]
     # Heads of 64, of which 16 are rotated; grouped queries in StableLM.
     wide = {**sizes, "hidden_size": 256, "num_hidden_layers": 1}
-    model = AutoModelForCausalLM.from_config(config_class(vocab_size=VOCAB_SIZE, **wide)).eval()
+    model = AutoModelForCausalLM.from_config(getattr(transformers, name)(vocab_size=VOCAB_SIZE, **wide)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     export_graph(FastDecoder(model, probe(model), torch.float32), 320, tmp_path / "model.onnx", opset=21)

@@ -14,6 +14,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -29,7 +30,7 @@ from prefix_export.trace.cuda_decoder import CudaDecoder
 from prefix_export.verify import all_tasks as verification
 from prefix_runtime import Bundle, ProviderError
 from prefix_runtime.bundle.graph_contract import NEXT_INPUTS
-from tests.conftest import CONFIGS, VOCAB_SIZE
+from tests.workshop import CONFIGS, VOCAB_SIZE
 
 LENGTH, ROOM, NEW = 20, 64, 8
 NORM = {"gpt2": "SkipLayerNormalization", "opt": "SkipLayerNormalization"}
@@ -183,8 +184,8 @@ def test_a_layer_is_as_few_nodes_as_there_are_kernels_for(bundle_of, architectur
 
 @pytest.mark.parametrize("architecture", ["opt", "gemma"])
 def test_so_is_a_layer_whose_rows_are_joined_or_whose_norms_are_rounded_last(tmp_path, architecture):
-    config_class, sizes = CONFIGS[architecture]
-    config = config_class(vocab_size=VOCAB_SIZE, **{**sizes, "num_hidden_layers": 2})
+    kind, sizes = CONFIGS[architecture]
+    config = getattr(transformers, kind)(vocab_size=VOCAB_SIZE, **{**sizes, "num_hidden_layers": 2})
     model = AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1 and "q_proj" not in name:  # those stay zero, for torch to store them once

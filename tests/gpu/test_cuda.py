@@ -17,8 +17,8 @@ from prefix_runtime import Bundle, Cuda, ProviderError, Sampling
 from prefix_runtime.backends.onnxruntime.cuda_cache import CudaCache
 from prefix_runtime.bench.inputs import random_prefix
 from prefix_runtime.cli.main import main
-from tests.conftest import VOCAB_SIZE
 from tests.end_to_end.test_parity_with_peft import ARCHITECTURES
+from tests.workshop import VOCAB_SIZE
 
 pytestmark = pytest.mark.gpu
 

@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file, save_file
 
 import prefix_runtime
@@ -47,6 +46,7 @@ def test_floats_are_kept_as_they_are(make_prefix, dtype):
 
 
 def test_bfloat16_is_rounded_as_torch_rounds_it():
+    torch = pytest.importorskip("torch")
     random = np.random.default_rng(0)
     bits = random.integers(0, 1 << 32, 100_000, np.uint32)
     edges = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x80000000, 0x00008000, 0x7F7F8000], np.uint32)

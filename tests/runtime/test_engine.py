@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 import prefix_runtime
 from prefix_runtime import (
@@ -78,7 +76,8 @@ class TestPrompts:
         assert result.text
 
     def test_the_bare_models_tokens_are_those_of_transformers(self, engine, workshop):
-        model = AutoModelForCausalLM.from_pretrained(workshop.model(tokenizer=True)).eval()
+        torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+        model = transformers.AutoModelForCausalLM.from_pretrained(workshop.model(tokenizer=True)).eval()
         ids = torch.tensor([IDS])
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, pad_token_id=0)
         assert tokens(engine, count=40) == tuple(expected[0, len(IDS) :].tolist())
@@ -435,7 +434,8 @@ class TestSampling:
         assert len({tokens(engine, sampling=Sampling(**SAMPLING)) for _ in range(4)}) == 4
 
     def test_a_repetition_penalty_is_that_of_transformers(self, bare, workshop):
-        model = AutoModelForCausalLM.from_pretrained(workshop.model()).eval()
+        torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+        model = transformers.AutoModelForCausalLM.from_pretrained(workshop.model()).eval()
         ids = torch.tensor([IDS])
         expected = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, repetition_penalty=1.7, pad_token_id=0
@@ -457,7 +457,8 @@ class TestLogits:
         assert tuple(found[: len(expected)]) == expected
 
     def test_they_are_those_of_transformers(self, engine, workshop):
-        model = AutoModelForCausalLM.from_pretrained(workshop.model(tokenizer=True)).eval()
+        torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+        model = transformers.AutoModelForCausalLM.from_pretrained(workshop.model(tokenizer=True)).eval()
         with torch.no_grad():
             expected = model(torch.tensor([IDS])).logits[0].numpy()
         np.testing.assert_allclose(engine.logits(IDS), expected, rtol=0, atol=1e-4)
@@ -792,7 +793,7 @@ class TestBatches:
     def test_a_manifest_of_another_model_than_the_graphs_is_told_by_the_input(self, shared_bundle, tmp_path):
         folder = shutil.copytree(shared_bundle, tmp_path / "bundle")
         manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["geometry"]["layers"] *= 2
+        manifest["geometry"]["sites"]["decoder"] *= 2
         (folder / "manifest.json").write_text(json.dumps({**manifest, "tasks": {}, "parity": None}))
         with pytest.raises(ProviderError, match=r"the graph has no input 'past_key_values\.3\.key'"):
             prefix_runtime.load(folder).generate("a")

@@ -6,11 +6,16 @@ import json
 import re
 
 import pytest
-from transformers import GenerationConfig as TheirConfig
 
 import prefix_runtime
 from prefix_runtime import Bundle, BundleError, GenerationConfig, GenerationDefaults, RequestError, Sampling
 from prefix_runtime.generation.generation_config import FOLLOWED, PLAIN, shown_defaults
+
+
+def their_class():
+    """transformers' own class of generation settings."""
+    return pytest.importorskip("transformers").GenerationConfig
+
 
 VOCAB_SIZE = 384
 NOT_A_NUMBER = float("nan")
@@ -139,19 +144,19 @@ def test_without_a_generation_config_the_models_config_has_the_defaults(bundle, 
     }
     rewrite(bundle, "config.json", json.dumps(config).encode())
     found = GenerationDefaults.of_bundle(Bundle.open(bundle))
-    theirs = TheirConfig.from_model_config(dict(config))
+    theirs = their_class().from_model_config(dict(config))
     assert found == GenerationDefaults(end_tokens=(3,), min_length=7, repetition_penalty=1.5)
     assert (theirs.eos_token_id, theirs.min_length, theirs.repetition_penalty) == ([3], 7, 1.5)
 
 
 def test_every_name_is_one_of_transformers():
-    assert set(FOLLOWED) <= set(vars(TheirConfig()))
+    assert set(FOLLOWED) <= set(vars(their_class()()))
     assert set(PLAIN) == set(GenerationConfig.__annotations__) - {"eos_token_id"}
     assert GenerationDefaults.of_config(PLAIN, VOCAB_SIZE) == GenerationDefaults()
 
 
 def test_an_empty_sampling_configuration_is_that_of_transformers():
-    theirs = TheirConfig._get_default_generation_params()
+    theirs = their_class()._get_default_generation_params()
     sampling = GenerationDefaults.of_config({"do_sample": True}, VOCAB_SIZE).sampling
     assert sampling == Sampling(**{name: theirs[name] for name in ("temperature", "top_k", "top_p", "typical_p")})
 

@@ -9,9 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, GenerationConfig
 
 import prefix_runtime
 from prefix_runtime import RequestError, Sampling
@@ -19,6 +16,11 @@ from prefix_runtime.backends.onnxruntime.shared_cache import SharedCache
 from prefix_runtime.generation.answer import GrowingAnswer
 from prefix_runtime.generation.generation_config import PLAIN
 from prefix_runtime.generation.sampling import distribution
+
+torch = pytest.importorskip("torch", reason="what is expected comes from torch")
+transformers = pytest.importorskip("transformers", reason="what is expected comes from transformers")
+PeftModel = pytest.importorskip("peft").PeftModel
+AutoModelForCausalLM, GenerationConfig = transformers.AutoModelForCausalLM, transformers.GenerationConfig
 
 TASK, LENGTH = "p10", 10
 LENGTHS = (1, 10, 50, 200)  # of the bundle that the comparison with PEFT builds too

@@ -138,6 +138,7 @@ main()
     ],
 )
 def test_ctrl_c_during_an_import_ends_in_one_line(tmp_path, package, module, arguments):
+    pytest.importorskip(package)
     command = [sys.executable, "-c", ENTRY.format(package=package), module, *arguments]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path)
     assert (run.returncode, run.stdout, run.stderr) == (130, "", "Aborted!\n")

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from prefix_export.models.generation_defaults import logits_processors
 from prefix_runtime import GenerationDefaults
 from prefix_runtime.generation.logits_processors import LogitsProcessors, Step
+
+torch = pytest.importorskip("torch", reason="what is expected comes from torch")
+transformers = pytest.importorskip("transformers", reason="what is expected comes from transformers")
+GenerationConfig, GPT2Config, GPT2LMHeadModel = (
+    transformers.GenerationConfig,
+    transformers.GPT2Config,
+    transformers.GPT2LMHeadModel,
+)
+logits_processors = pytest.importorskip("prefix_export.models.generation_defaults").logits_processors
 
 VOCAB_SIZE = 60
 ENDS = [7, 59]

@@ -9,8 +9,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, DynamicCache
 
 import prefix_runtime
 from prefix_runtime import Bundle, BusyError, ContextOverflowError
@@ -41,7 +39,10 @@ def geometry(opened):
 
 @pytest.fixture(scope="module")
 def model(workshop):
-    return AutoModelForCausalLM.from_pretrained(workshop.model(tokenizer=True)).eval()
+    pytest.importorskip("torch")
+    return (
+        pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(workshop.model(tokenizer=True)).eval()
+    )
 
 
 @pytest.fixture
@@ -90,6 +91,9 @@ class TestCache:
     ):
         length = 6
         prefix = make_prefix(length, dtype=dtype, position_base=0 if base == "0" else length)
+        import torch
+        from transformers import DynamicCache
+
         past = DynamicCache()
         for index, layer in enumerate(prefix.sites["decoder"]):
             key, value = (torch.tensor(array.astype(np.float32))[None] for array in (layer.key, layer.value))

@@ -8,12 +8,13 @@ import random
 
 import numpy as np
 import pytest
-import torch
 from safetensors import SafetensorError, deserialize
-from safetensors.torch import load_file, save_file
 
 from prefix_runtime import PrefixError
 from prefix_runtime.prefix.tensor_file import TensorFile
+
+torch = pytest.importorskip("torch", reason="what is expected comes from torch")
+load_file, save_file = (getattr(pytest.importorskip("safetensors.torch"), name) for name in ("load_file", "save_file"))
 
 
 @pytest.fixture
