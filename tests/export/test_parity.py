@@ -276,6 +276,17 @@ def test_the_largest_yardstick_of_all_prompts_counts():
     assert (result.error, result.yardstick, result.limit) == (pytest.approx(0.01), 1e-2, 4e-2)
 
 
+def test_texts_and_random_tokens_have_a_yardstick_each():
+    # The first prompt is a text that the framework itself gets right: what is accepted of random tokens is no excuse.
+    text, random = (expectation([1.0, 0.0, 0.0], yardstick=yardstick).prompts for yardstick in (1e-5, 1e-2))
+    both = Expectation("script", (*text, *random), text_prompts=1)
+    assert [kind.limit for kind in both.by_kind()] == [1e-4, pytest.approx(4e-2)]
+    with pytest.raises(ParityError, match=re.escape("within 1.0e-04 (script itself: 1.0e-05), found 1.0e-02")):
+        compare(both, Scripted([1.0, 0.01, 0.0], [0, 1, 2]), "t")
+    alone = compare(Expectation("script", random), Scripted([1.0, 0.01, 0.0], [0, 1, 2]), "t")
+    assert alone.limit == pytest.approx(4e-2)
+
+
 @pytest.mark.parametrize("place", range(3))
 @pytest.mark.parametrize("side", ["reference", "graph", "both"])
 def test_logits_that_are_not_numbers_never_agree(side, place):
