@@ -13,6 +13,7 @@ from prefix_runtime import Prefix
 from prefix_runtime.backends.onnxruntime.adapter_files import save_adapter
 from prefix_runtime.bundle import graph_contract as contract
 from prefix_runtime.bundle.folder import adapter_path
+from prefix_runtime.prefix.prefix import DECODER
 
 from .models import BaseModel
 from .tokenizers.tokenizer import save_tokenizer
@@ -31,7 +32,7 @@ def save_adapters(prefixes: Mapping[str, Prefix], folder: Path, dtype: np.dtype)
     (folder / "adapters").mkdir()
     for task, prefix in prefixes.items():
         tensors: dict[str, np.ndarray] = {contract.POSITION_BASE: np.array([prefix.position_base], np.int64)}
-        for index, layer in enumerate(prefix.sites["decoder"]):
+        for index, layer in enumerate(prefix.sites[DECODER]):
             for part, array in zip(contract.PARTS, (layer.key, layer.value), strict=True):
                 tensors[contract.tensor_name(contract.PREFIX, index, part)] = np.ascontiguousarray(array[None], dtype)
         save_adapter(folder / adapter_path(task), tensors)

@@ -53,5 +53,8 @@ def random_prefix(geometry: Geometry, length: int, seed: int) -> Prefix:
     def drawn(layer: LayerGeometry) -> np.ndarray:
         return random.standard_normal((layer.key_value_heads, length, layer.head_dim), np.float32)
 
-    layers = tuple(LayerPrefix(drawn(layer), drawn(layer)) for layer in geometry.layers)
-    return Prefix({"decoder": layers}, position_base=length)
+    sites = {
+        site: tuple(LayerPrefix(drawn(layer), drawn(layer)) for layer in layers)
+        for site, layers in geometry.sites.items()
+    }
+    return Prefix(sites, position_base=length)

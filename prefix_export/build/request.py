@@ -108,7 +108,8 @@ def check_sources(request: BuildRequest) -> None:
     """Refuse a model or a checkpoint that is a path where nothing is; the Hub is not asked.
 
     Raises:
-        ModelError, CheckpointError
+        ModelError: there is no such model folder or file.
+        CheckpointError: there is no such checkpoint.
     """
     check_model(request.model)
     for path in request.prefixes.values():

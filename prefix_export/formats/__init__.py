@@ -59,7 +59,7 @@ def check_format(wanted: str | None) -> None:
     """Refuse the name of a format that there is none of; None stands for any.
 
     Raises:
-        CheckpointError
+        CheckpointError: the message lists the formats.
     """
     if wanted is not None and wanted not in FORMATS:
         raise CheckpointError(f"format: expected one of {', '.join(FORMATS)}, found {wanted!r}")
@@ -96,7 +96,8 @@ def describe(path: Path, wanted: str | None = None) -> Mapping[str, str]:
     """What a checkpoint says of itself, for people.
 
     Raises:
-        CheckpointError, PrefixError
+        CheckpointError: no reader knows the file, or several do; name the format.
+        PrefixError: the canonical file is damaged.
     """
     reader, checkpoint = find_reader(path, wanted)
     facts: Mapping[str, str] = reader.describe(checkpoint)

@@ -15,6 +15,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTr
 from prefix_export.errors import ModelError, UnsupportedArchitectureError
 from prefix_export.trace.attention import AttentionLayer, probe
 from prefix_runtime import Geometry, LayerGeometry
+from prefix_runtime.prefix.prefix import DECODER
 
 from .hub import shown_name
 from .model_shape import ModelShape
@@ -69,7 +70,7 @@ def base_model(
     """
     layers = probe(model)
     geometry = Geometry(
-        sites={"decoder": tuple(LayerGeometry(layer.key_value_heads, layer.head_dim) for layer in layers)},
+        sites={DECODER: tuple(LayerGeometry(layer.key_value_heads, layer.head_dim) for layer in layers)},
         context_length=context_length(name, model.config),
         vocab_size=model.config.get_text_config().vocab_size,
     )

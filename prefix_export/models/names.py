@@ -18,7 +18,7 @@ def check_model(name: str) -> None:
     """Refuse a base model that can only be a path, if there is no model at that path.
 
     Raises:
-        ModelError
+        ModelError: there is no such folder or file, and the text is no Hub id.
     """
     path = Path(name)
     if _is_dir(path):
@@ -36,7 +36,7 @@ def check_checkpoint(path: Path) -> None:
     """Refuse a checkpoint that can only be a path, if nothing is there.
 
     Raises:
-        CheckpointError
+        CheckpointError: there is no such folder or file, and the text is no Hub id.
     """
     if not os.path.exists(path) and not _HUB_CHECKPOINT.fullmatch(str(path)):  # noqa: PTH110
         raise CheckpointError(f"{path}: expected a trained prefix, a file or a folder, found nothing there")

@@ -24,6 +24,7 @@ from prefix_export.models.model_shape import DECODER, ModelShape
 from prefix_export.prefixes.adapter_tokenizer import tokenizer_warnings_for_bundle
 from prefix_runtime import Bundle, LayerPrefix, Prefix, PrefixMismatchError, Source
 from prefix_runtime.prefix.geometry import LEAST_TEXT
+from prefix_runtime.prefix.prefix import DECODER as SELF_ATTENTION
 from prefix_runtime.prefix.prefix import TEXT_HAS_BEGUN
 
 from .lint import lint, lint_prompt
@@ -219,4 +220,4 @@ def _run(base: BaseModel, length: int, **inputs: torch.Tensor) -> Prefix:
             use_cache=True,
         )
     layers = tuple(LayerPrefix(key, value) for key, value in cached(cache))
-    return Prefix({"decoder": layers}, position_base=length, base_fingerprint=base.fingerprint)
+    return Prefix({SELF_ATTENTION: layers}, position_base=length, base_fingerprint=base.fingerprint)

@@ -23,6 +23,7 @@ from prefix_export.formats.peft import reader as peft_format
 from prefix_export.models import BaseModel, cached
 from prefix_export.models.generation_defaults import followed_config, logits_processors
 from prefix_runtime import Prefix
+from prefix_runtime.prefix.prefix import DECODER
 
 _PEFT_WEIGHTS = "adapter_model.safetensors"
 
@@ -78,7 +79,7 @@ class CacheReference:
         cache = self._make_cache()
         if self._prefix is None:
             return cache, 0
-        for index, layer in enumerate(self._prefix.sites["decoder"]):
+        for index, layer in enumerate(self._prefix.sites[DECODER]):
             dtype = self._model.dtype
             key, value = (
                 torch.tensor(np.asarray(array, np.float32))[None].to(dtype) for array in (layer.key, layer.value)

@@ -14,6 +14,7 @@ from prefix_export.progress import SILENT, Progress
 from prefix_export.tokenizers.held_out import HeldOut
 from prefix_runtime import LayerPrefix, Prefix
 from prefix_runtime.prefix.cache_format import LARGEST, SCALES_NAME
+from prefix_runtime.prefix.prefix import DECODER
 
 # Other text reaches a little further than the text that was measured.
 _MARGIN = 1.2
@@ -45,7 +46,7 @@ def cache_scales(
             _widen(largest, model.keys_and_values(text.token_ids), _MARGIN)
             progress.advance()
     for prefix in prefixes.values():
-        _widen(largest, ((layer.key, layer.value) for layer in prefix.sites["decoder"]), 1.0)
+        _widen(largest, ((layer.key, layer.value) for layer in prefix.sites[DECODER]), 1.0)
     return tuple(LayerPrefix(*(np.maximum(part / LARGEST, _LEAST) for part in layer)) for layer in largest)
 
 

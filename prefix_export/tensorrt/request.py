@@ -127,7 +127,7 @@ def check_choices(request: TensorRTEngineRequest, library: Library) -> None:
     """Refuse what the library does not offer.
 
     Raises:
-        EngineError
+        EngineError: naming the option and its choices.
     """
     _check_gpu(request, library)
     offered = capabilities(library)
@@ -153,7 +153,7 @@ def check_timing_cache(timing_cache: Path | None, library: Library) -> None:
     """Refuse a timing cache that the library has no use for.
 
     Raises:
-        EngineError
+        EngineError: leave the timing cache out; TensorRT for RTX measures nothing while it builds.
     """
     if timing_cache is not None and library.backend == RTX:
         raise EngineError(

@@ -345,7 +345,7 @@ def check_fast_flavour(model: PreTrainedModel, layers: tuple[AttentionLayer, ...
     """Refuse what `GroupQueryAttention` cannot run on a CPU.
 
     Raises:
-        UnsupportedArchitectureError
+        UnsupportedArchitectureError: a head size is no multiple of 8; build with --target portable.
     """
     for index, layer in enumerate(layers):
         if layer.head_dim % 8:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prefix_runtime import Prefix
+from prefix_runtime.prefix.prefix import DECODER
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class PrefixBank:
         tasks = tuple(sorted(prefixes))
         ordered = [prefixes[task] for task in tasks]
         longest = max(prefix.prefix_length for prefix in ordered)
-        layers = zip(*(prefix.sites["decoder"] for prefix in ordered), strict=True)
+        layers = zip(*(prefix.sites[DECODER] for prefix in ordered), strict=True)
         return cls(
             tasks,
             tuple(

@@ -190,7 +190,7 @@ def check_can_run(precision: str) -> None:
     """Refuse to verify what only a GPU runs where there is none.
 
     Raises:
-        ExportError
+        ExportError: build where a GPU and onnxruntime-gpu are, or with --no-verify.
     """
     if precision == "bf16" and _provider("cuda") == "cpu":
         raise ExportError(

@@ -120,7 +120,7 @@ def check_sha256(path: Path, actual: str, expected: str) -> None:
     """Refuse a file by the SHA-256 of its bytes.
 
     Raises:
-        BundleIntegrityError
+        BundleIntegrityError: the bytes have another hash; copy the bundle again.
     """
     if actual != expected:
         raise BundleIntegrityError(

@@ -53,7 +53,7 @@ def check_threads(threads: int) -> None:
     """Refuse a number of threads that no session can be given.
 
     Raises:
-        ProviderError
+        ProviderError: give a whole number of at least 1, or None.
     """
     if not is_whole(threads, 1, _MOST_THREADS):
         raise ProviderError(f"threads: expected 1 to {_MOST_THREADS}, found {threads!r}")

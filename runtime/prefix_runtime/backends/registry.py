@@ -148,7 +148,7 @@ def check_fits(provider: str | Cuda, bundle: Bundle) -> None:
     """Refuse a provider that is unknown or does not run a bundle's graph.
 
     Raises:
-        ProviderError
+        ProviderError: choose another provider, or build the bundle for this one; the message says which.
     """
     name, manifest = _name(provider), bundle.manifest
     check_known(name)

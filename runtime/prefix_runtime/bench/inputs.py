@@ -8,7 +8,8 @@ import numpy as np
 
 from prefix_runtime.bundle.folder import Bundle
 from prefix_runtime.prefix.cache_format import LARGEST
-from prefix_runtime.prefix.prefix import LayerPrefix, Prefix
+from prefix_runtime.prefix.geometry import LayerGeometry
+from prefix_runtime.prefix.prefix import DECODER, LayerPrefix, Prefix
 
 from .plan import BenchRow
 
@@ -17,15 +18,25 @@ def random_prefix(bundle: Bundle, length: int, seed: int | None = None) -> Prefi
     """A prefix of a length that fits a bundle, the same for the same seed; text begins at position `length`."""
     random = np.random.default_rng(length if seed is None else seed)
     manifest = bundle.manifest
-    shapes = [(2, layer.key_value_heads, length, layer.head_dim) for layer in manifest.geometry.layers]
-    pairs = [LayerPrefix(*random.standard_normal(shape, np.float32)) for shape in shapes]
+    sites = {site: _random_layers(random, layers, length) for site, layers in manifest.geometry.sites.items()}
     if scales := bundle.cache_format.scales:
         # Within what 8 bits reach, each channel by its own scale.
-        layers = zip(pairs, scales, strict=True)
-        pairs = [LayerPrefix(_within(pair.key, scale.key), _within(pair.value, scale.value)) for pair, scale in layers]
+        layers = zip(sites[DECODER], scales, strict=True)
+        sites[DECODER] = [
+            LayerPrefix(_within(own.key, scale.key), _within(own.value, scale.value)) for own, scale in layers
+        ]
     if manifest.cache == "fp16":  # as `build` keeps them
-        pairs = [LayerPrefix(pair.key.astype(np.float16), pair.value.astype(np.float16)) for pair in pairs]
-    return Prefix({"decoder": tuple(pairs)}, position_base=length)
+        sites = {site: [_in_float16(layer) for layer in layers] for site, layers in sites.items()}
+    return Prefix({site: tuple(layers) for site, layers in sites.items()}, position_base=length)
+
+
+def _random_layers(random: np.random.Generator, layers: Sequence[LayerGeometry], length: int) -> list[LayerPrefix]:
+    shapes = [(2, layer.key_value_heads, length, layer.head_dim) for layer in layers]
+    return [LayerPrefix(*random.standard_normal(shape, np.float32)) for shape in shapes]
+
+
+def _in_float16(layer: LayerPrefix) -> LayerPrefix:
+    return LayerPrefix(layer.key.astype(np.float16), layer.value.astype(np.float16))
 
 
 def _within(numbers: np.ndarray, scale: np.ndarray) -> np.ndarray:

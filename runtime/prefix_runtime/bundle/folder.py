@@ -190,7 +190,8 @@ class Bundle:
         """Refuse a prefix that does not fit the bundle's model; `where` names it in the message.
 
         Raises:
-            PrefixMismatchError
+            PrefixMismatchError: it was made for another model, has other shapes, leaves no room for text, or goes
+                beyond what an 8-bit cache holds.
         """
         manifest = self.manifest
         manifest.geometry.check_prefix(prefix, where, manifest.model.fingerprint, manifest.max_length)
@@ -209,7 +210,7 @@ class Bundle:
         """Refuse prefixes that together leave no room for text; `where` names them in the message.
 
         Raises:
-            PrefixMismatchError
+            PrefixMismatchError: shorter prefixes, or fewer, leave room.
         """
         manifest, length = self.manifest, sum(prefix.prefix_length for prefix in prefixes)
         position_base = length if prefixes[0].position_base else 0
@@ -219,7 +220,7 @@ class Bundle:
         """Refuse to add or remove tasks where the graph holds their prefixes.
 
         Raises:
-            BundleError
+            BundleError: the graph holds the prefixes; build the bundle again.
         """
         if self.manifest.mode == "bake":
             raise BundleError(
@@ -231,7 +232,7 @@ class Bundle:
         """Refuse to add or remove tasks in a folder whose graph or adapter files belong to its tasks.
 
         Raises:
-            BundleError
+            BundleError: the graph or adapter files hold the tasks; build the bundle again with its tasks.
         """
         self.check_tasks_may_change()
         if any(name.endswith(ADAPTER_SUFFIX) for name in self.manifest.files):

@@ -16,7 +16,7 @@ from prefix_runtime.errors import BundleError
 from prefix_runtime.json_reader import Fields
 from prefix_runtime.prefix.cache_format import CACHE_TYPES, SCALES_NAME
 from prefix_runtime.prefix.geometry import Geometry, LayerGeometry
-from prefix_runtime.prefix.prefix import SITES
+from prefix_runtime.prefix.prefix import CROSS, DECODER, ENCODER, SITES
 
 from .task_names import check_new_task_name, check_task_name, duplicate_task, task_key, unknown_task
 
@@ -54,7 +54,7 @@ class TaskEntry:
     file: FileEntry
     prefix_length: int
     position_base: int
-    sites: tuple[str, ...] = ("decoder",)
+    sites: tuple[str, ...] = (DECODER,)
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def check_relative_path(path: str, where: str) -> None:
     """Refuse a path that leads out of the bundle.
 
     Raises:
-        BundleError
+        BundleError: the path is absolute, empty, or leads out with `..`, a drive or a backslash.
     """
     if _OUTSIDE.search(path):
         raise BundleError(f"{where}: expected a relative path inside the bundle, found {quoted(path)}")
@@ -283,7 +283,7 @@ def _read_file(fields: Fields) -> FileEntry:
 
 def _read_task(fields: Fields, sites: tuple[str, ...]) -> TaskEntry:
     file = _read_file(fields.child("file"))
-    listed = fields.optional("sites", list) or ["decoder"]
+    listed = fields.optional("sites", list) or [DECODER]
     if not all(site in sites for site in listed):
         raise BundleError(f"{fields.where}: sites: expected some of {', '.join(sites)}, found {str(listed)[:60]}")
     return TaskEntry(file, fields.count("prefix_length", least=1), fields.count("position_base"), tuple(sorted(listed)))
@@ -300,16 +300,16 @@ def _read_model(fields: Fields) -> ModelEntry:
 
 def _read_geometry(fields: Fields, version: int) -> Geometry:
     if version < _SITES_SINCE:
-        sites = {"decoder": _read_layers(fields, "layers")}
+        sites = {DECODER: _read_layers(fields, "layers")}
     else:
         listed = fields.child("sites")
-        names = SITES if listed.has("cross") or listed.has("encoder") else SITES[:1]
+        names = SITES if listed.has(CROSS) or listed.has(ENCODER) else SITES[:1]
         sites = {site: _read_layers(listed, site) for site in names}
     return Geometry(
         sites,
         fields.count("context_length", 1, _MOST_POSITIONS),
         fields.count("vocab_size", 1, _MOST_TOKENS),
-        fields.count("source_length", 1, _MOST_POSITIONS) if "cross" in sites else None,
+        fields.count("source_length", 1, _MOST_POSITIONS) if CROSS in sites else None,
     )
 
 

@@ -32,7 +32,8 @@ def check_new_task_name(name: str, taken: Iterable[str]) -> None:
     """Refuse a name that cannot be one, or that is taken, also by one that differs in case alone.
 
     Raises:
-        TaskNameError, DuplicateTaskError
+        TaskNameError: the name cannot name a task.
+        DuplicateTaskError: the name is taken; remove that task first or choose another name.
     """
     check_free_task_name(name, {task_key(other): other for other in taken})
 
@@ -41,7 +42,8 @@ def check_free_task_name(name: str, taken: Mapping[str, str]) -> None:
     """As `check_new_task_name`, for a caller that keeps the names by their `task_key`, and so looks one up.
 
     Raises:
-        TaskNameError, DuplicateTaskError
+        TaskNameError: the name cannot name a task.
+        DuplicateTaskError: the name is taken; remove that task first or choose another name.
     """
     check_usable_task_name(name)
     if (other := taken.get(task_key(name))) is not None:

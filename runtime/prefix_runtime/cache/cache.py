@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from prefix_runtime.errors import ContextOverflowError
-from prefix_runtime.prefix.prefix import Prefix
+from prefix_runtime.prefix.prefix import DECODER, Prefix
 
 
 class Row:
@@ -32,7 +32,7 @@ class Row:
     def begin(self) -> int:
         """Go back to where text begins, behind its prefix if it has one; returns the positions that are filled."""
         prefix = self.prefix
-        self.length = prefix.length_at("decoder") if prefix is not None else 0
+        self.length = prefix.length_at(DECODER) if prefix is not None else 0
         self.offset = prefix.position_base - self.length if prefix is not None else 0
         return self.length
 

@@ -95,7 +95,7 @@ def check_ids(row: Any) -> None:
     """Refuse what is no list of whole numbers.
 
     Raises:
-        RequestError
+        RequestError: naming the first id that is none, or that there are no ids.
     """
     if not isinstance(row, Sequence | np.ndarray) or (isinstance(row, np.ndarray) and row.ndim == 0):
         raise RequestError(f"token_ids: expected a list of whole numbers, found {row!r}")

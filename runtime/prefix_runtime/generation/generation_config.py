@@ -174,7 +174,7 @@ class GenerationDefaults:
         """Refuse settings that contradict each other.
 
         Raises:
-            RequestError
+            RequestError: naming the setting, what was expected and what was found.
         """
         limit, name = self.max_new_tokens, "max_new_tokens"
         if limit is not None and (self.min_new_tokens or 0) > limit:

@@ -11,7 +11,7 @@ import numpy as np
 from prefix_runtime.errors import BundleError, PrefixError, PrefixMismatchError
 
 from .geometry import Geometry
-from .prefix import LayerPrefix, Prefix
+from .prefix import DECODER, LayerPrefix, Prefix
 from .tensor_file import TensorFile
 
 CACHE_TYPES: dict[str, np.dtype] = {
@@ -52,7 +52,7 @@ class CacheFormat:
         dtype = CACHE_TYPES[cache]
         return cls(dtype, _read_scales(root / SCALES_NAME, geometry) if dtype == np.int8 else None)
 
-    def stored(self, prefix: Prefix, site: str = "decoder") -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    def stored(self, prefix: Prefix, site: str = DECODER) -> Iterable[tuple[np.ndarray, np.ndarray]]:
         """Each layer's keys and values as a site keeps them, [num_key_value_heads, prefix_length, head_dim].
 
         Nothing if the prefix has no keys and values at this site. Scales are those of the decoder's self-attention.
@@ -69,9 +69,9 @@ class CacheFormat:
         """Refuse a prefix that goes beyond what 8 bits reach with these scales; `where` names it in the message.
 
         Raises:
-            PrefixMismatchError
+            PrefixMismatchError: build the bundle again with this prefix, or with a float32 cache.
         """
-        for index, (layer, scale) in enumerate(zip(prefix.sites.get("decoder", ()), self.scales or (), strict=False)):
+        for index, (layer, scale) in enumerate(zip(prefix.sites.get(DECODER, ()), self.scales or (), strict=False)):
             for name, array, step in (("key", layer.key, scale.key), ("value", layer.value, scale.value)):
                 reached = float(np.abs(array / step).max()) / LARGEST
                 if reached > 1.01:

@@ -108,7 +108,7 @@ class Geometry:
         """Refuse a prefix that leaves no room for text, by its length and the position of its first token of text.
 
         Raises:
-            PrefixMismatchError
+            PrefixMismatchError: use a shorter prefix, or a bundle with a larger `max_length`.
         """
         limit = max_length or self.context_length
         if min(limit - length, self.context_length - position_base) < LEAST_TEXT:
@@ -124,7 +124,7 @@ def check_layers(
     """Refuse the keys and values of other layers than a model's at one attention site, and layers without any.
 
     Raises:
-        PrefixMismatchError
+        PrefixMismatchError: naming the layer, what was expected and what was found.
     """
     if len(layers) != len(expected):
         raise PrefixMismatchError(f"{where}: expected {len(expected)} layers, found {len(layers)}")

@@ -19,8 +19,8 @@ from prefix_runtime.files import check_sha256, read_regular, write_file_atomical
 
 from .tensor_file import TensorFile, reason
 
-SITES = ("decoder", "cross", "encoder")
-"""Decoder self-attention, decoder-to-encoder attention, encoder self-attention."""
+DECODER, CROSS, ENCODER = SITES = ("decoder", "cross", "encoder")
+"""Attention sites: decoder self-attention, decoder-to-encoder attention, encoder self-attention."""
 
 TEXT_HAS_BEGUN = "text_has_begun"
 """Metadata, "true" if a prefix is, or holds, a text's keys and values: what follows begins without special tokens."""

@@ -25,7 +25,7 @@ def check_provider(provider: str) -> None:
     """Refuse an execution provider that is unknown or not installed.
 
     Raises:
-        ProviderError
+        ProviderError: install the package that the message names.
     """
     if provider != TENSORRT_ENGINE:
         execution_provider(provider)
