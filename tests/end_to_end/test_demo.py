@@ -74,9 +74,9 @@ def test_another_tasks_prefix_answers_another_task(score, wanted, task):
 @pytest.mark.parametrize(
     ("options", "agreement", "lost"),
     [
-        ({"precision": "int8"}, 0.99, 0),
+        pytest.param({"precision": "int8"}, 0.99, 0, marks=pytest.mark.families),
         ({"precision": "int8", "cache": "int8"}, 0.99, 0),
-        ({"precision": "int4"}, 0.97, 1),
+        pytest.param({"precision": "int4"}, 0.97, 1, marks=pytest.mark.families),
     ],
     ids=["int8", "int8, keys and values too", "int4"],
 )
@@ -108,6 +108,7 @@ def compare_sampled_rows(engine, prompts):
     assert len(set(alone)) == len(alone)
 
 
+@pytest.mark.families
 def test_rounded_bundles_are_scored():
     script = [sys.executable, str(DEMO / "evaluate_rounded.py"), "--tables", "2"]
     done = subprocess.run(script, capture_output=True, text=True, timeout=600, check=False)

@@ -15,6 +15,7 @@ import prefix_runtime
 from prefix_export.tensorrt.engine import build_tensorrt_engine
 from prefix_export.tensorrt.request import TensorRTEngineRequest
 from prefix_runtime import Bundle, BundleError, RequestError
+from tests.workshop import with_families
 
 ARCHITECTURES = (
     "gpt2",
@@ -168,7 +169,7 @@ def test_tensorrt_builds_an_engine_of_the_same_graph_for_two_compute_capabilitie
 
 
 @pytest.mark.tensorrt
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", with_families(TWICE[:1], [name for name in ARCHITECTURES if name != TWICE[0]]))
 def test_tensorrt_builds_an_engine_of_weights_of_8_bits(workshop, architecture, tmp_path):
     # The graph was compared with PEFT's model of the rounded weights when the bundle was built.
     mode = ("feed", "bake")[ARCHITECTURES.index(architecture) % 2]  # either would take minutes more

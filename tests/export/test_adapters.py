@@ -17,13 +17,14 @@ from prefix_runtime import Bundle, BundleError
 from prefix_runtime.backends.onnxruntime.adapter_files import save_adapter
 from prefix_runtime.bench.request import BenchRequest
 from prefix_runtime.bench.run import bench
+from tests.workshop import with_families
 
 LENGTHS = (3, 20)
 PROMPT = np.random.default_rng(2).integers(1, 384, size=9).tolist()
 STEPS = 12
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
+@pytest.fixture(scope="module", params=with_families(["gpt2"], ["llama"]))
 def architecture(request):
     return request.param
 

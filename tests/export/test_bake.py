@@ -20,6 +20,7 @@ from prefix_export.build.recipe import BuildRequest, build
 from prefix_export.errors import ExportError
 from prefix_export.trace.prefix_bank import PrefixBank
 from prefix_runtime import Bundle, BundleError, LayerPrefix, Prefix, RequestError
+from tests.workshop import with_families
 
 LENGTHS = (3, 20)
 TOLERANCE = 1e-4
@@ -28,7 +29,7 @@ VOCAB = 384
 ARCHITECTURES = ("gpt2", "opt", "llama", "mistral_windowed")
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=with_families(ARCHITECTURES[:1], ARCHITECTURES[1:]))
 def architecture(request):
     return request.param
 
@@ -200,7 +201,12 @@ def test_only_the_logits_that_are_asked_for_come_back(single):
 
 
 @pytest.mark.parametrize(
-    ("options", "tolerance"), [({"precision": "fp16"}, 5e-2), ({"precision": "int8"}, None), ({"opset": 18}, TOLERANCE)]
+    ("options", "tolerance"),
+    [
+        ({"precision": "fp16"}, 5e-2),
+        pytest.param({"precision": "int8"}, None, marks=pytest.mark.families),
+        pytest.param({"opset": 18}, TOLERANCE, marks=pytest.mark.families),
+    ],
 )
 def test_other_precisions_and_opsets_agree(workshop, options, tolerance):
     bundle = Bundle.open(workshop.bundle("llama", LENGTHS, mode="bake", **options))
@@ -214,6 +220,7 @@ def test_other_precisions_and_opsets_agree(workshop, options, tolerance):
         assert len(linear) == 7 * 3 + 2, "every linear layer of three, the output projection and the embedding"
 
 
+@pytest.mark.families
 def test_a_graph_for_the_web_is_one_file_where_transformers_js_looks(workshop):
     bundle = Bundle.open(workshop.bundle("llama", LENGTHS[1:], mode="bake", target="web"))
     assert bundle.manifest.graph == "onnx/model_quantized.onnx"

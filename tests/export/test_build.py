@@ -111,9 +111,10 @@ def test_the_manifest_says_what_the_model_is(built, model):
         "revision": None,  # of a folder
     }
     assert manifest["geometry"] == {
-        "layers": [{"key_value_heads": 4, "head_dim": 16}] * 3,
+        "sites": {"decoder": [{"key_value_heads": 4, "head_dim": 16}] * 3},
         "context_length": 320,
         "vocab_size": 384,
+        "source_length": None,
     }
     said = [manifest[key] for key in ("max_length", "mode", "flavour", "precision", "target", "graph")]
     assert said == [320, "feed", "fast", "fp32", "cpu", "model.onnx"]

@@ -213,7 +213,7 @@ def test_no_shapes_names_or_settings_do_more_than_raise_a_typed_error(tmp_path, 
         content = {each: torch.from_numpy(np.array(array)) for each, array in content._tensors().items()}
     random = np.random.default_rng(SEED)
     wrong = 0
-    for number in range(200):
+    for number in range(100):
         tensors = unsound(content, random)
         changed = {each: with_odd_value(config, random) for each, config in configs.items()}
         path = write(tmp_path, tensors, changed, ("zip", "safetensors")[number % 2])
@@ -223,7 +223,7 @@ def test_no_shapes_names_or_settings_do_more_than_raise_a_typed_error(tmp_path, 
             except (PrefixExportError, PrefixRuntimeError) as error:
                 assert "\n" not in str(error)  # noqa: PT017  # what is read may be sound
                 wrong += 1
-    assert wrong > 50
+    assert wrong > 25
 
 
 @pytest.mark.parametrize("wanted", formats.FORMATS)

@@ -14,6 +14,7 @@ from prefix_export.models import load_base_model
 from prefix_export.trace.attention import probe
 from prefix_export.trace.cuda_decoder import CudaDecoder
 from prefix_export.trace.decoder import FastDecoder, PortableDecoder
+from tests.workshop import with_families
 
 
 class Arithmetic(torch.nn.Module):
@@ -65,7 +66,7 @@ def test_a_program_that_changes_a_tensor_in_place_is_traced_again():
 
 
 @pytest.mark.parametrize("decoder", [FastDecoder, PortableDecoder, CudaDecoder])
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("architecture", with_families(["gpt2"], ["llama"]))
 def test_decoders_are_exported_without_a_second_trace(workshop, tmp_path, monkeypatch, architecture, decoder):
     def refuse(*_args, **_kwargs):
         raise AssertionError("traced again")

@@ -46,7 +46,9 @@ def made(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize(("family", "precision"), [("mixtral", "fp32"), ("qwen3_moe", "int8")])
+@pytest.mark.parametrize(
+    ("family", "precision"), [pytest.param("mixtral", "fp32", marks=pytest.mark.families), ("qwen3_moe", "int8")]
+)
 def test_a_bundle_agrees_with_peft(workshop, made, tmp_path, family, precision):
     model = made(family)
     result = build(BuildRequest(str(model), {"p": workshop.adapter(model, 4)}, tmp_path / "b", precision=precision))

@@ -294,7 +294,8 @@ def test_a_part_of_several_files_is_refused(file, source, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["none.gguf", "org/none.gguf", "org/none/none.gguf", "folder/none.GGUF"])
-def test_a_file_that_is_not_there_is_refused(name):
+def test_a_file_that_is_not_there_is_refused(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert refusal(name).endswith("expected a GGUF file, found no such file")
 
 

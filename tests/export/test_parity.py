@@ -28,6 +28,7 @@ from prefix_export.verify.yardstick import Arithmetic, RoundedCache, own_error, 
 from prefix_runtime import LayerPrefix
 from prefix_runtime.generation.generation_config import GenerationDefaults
 from tests.export.conftest import read_prefix
+from tests.workshop import with_families
 
 PROMPT = np.random.default_rng(1).integers(1, 384, size=20).tolist()
 
@@ -163,7 +164,7 @@ def test_transformers_without_a_prefix_is_the_model_itself(base):
     assert ours.greedy(PROMPT, 12) == tokens[0, len(PROMPT) :].tolist()
 
 
-@pytest.mark.parametrize("kind", ["peft", "transformers"])
+@pytest.mark.parametrize("kind", with_families(["peft"], ["transformers"]))
 def test_the_models_own_generation_defaults_are_compared(workshop, tmp_path, kind):
     """Tokens under rules that change them agree; the same bundle under other rules does not."""
     model = shutil.copytree(workshop.model("gpt2", tokenizer=True), tmp_path / "model")

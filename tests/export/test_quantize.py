@@ -20,6 +20,7 @@ from prefix_export.quantize.rounding import pack
 from prefix_export.targets import TARGETS
 from prefix_runtime import Bundle, Sampling
 from prefix_runtime.cli.main import main
+from tests.workshop import with_families
 
 EACH = [
     Quantization(8, 32),
@@ -236,8 +237,10 @@ def test_a_bundle_with_a_scale_for_each_output_says_so_and_is_verified_as_it_was
     assert "int8, by rtn with a scale for each output" in said
 
 
-@pytest.mark.parametrize("settings", [{"quantizer": "hqq"}, {"block_size": 16}, {"cache": "fp16"}, {"cache": "int8"}])
-@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
+@pytest.mark.parametrize(
+    "settings", with_families([{"quantizer": "hqq"}, {"cache": "int8"}], [{"block_size": 16}, {"cache": "fp16"}])
+)
+@pytest.mark.parametrize("architecture", with_families(["gpt2"], ["qwen3"]))
 def test_other_settings_agree_with_the_source_framework_too(workshop, architecture, settings):
     bundle = prefix_runtime.Bundle.open(workshop.bundle(architecture, precision="int4", **settings))
     assert bundle.manifest.parity["bare_model"]["greedy_tokens_equal"]

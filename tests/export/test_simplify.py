@@ -33,10 +33,19 @@ def attention_of(graph):
 
 @pytest.mark.parametrize(
     ("architecture", "precision"),
-    [*itertools.product(["gpt2", "llama", "gemma", "qwen2"], ["fp32", "int8"]), ("phi3", "fp32")],
+    [
+        *itertools.product(["gpt2", "llama", "gemma", "qwen2", "phi3"], ["fp32"]),
+        *(
+            pytest.param(name, "int8", marks=[] if name == "llama" else pytest.mark.families)
+            for name in ("gpt2", "llama", "gemma", "qwen2")
+        ),
+    ],
 )
 def test_projections_are_packed(workshop, architecture, precision):
-    graph = graph_of(workshop.bundle(architecture, precision=precision))
+    bundle = (
+        workshop.family(architecture) if precision == "fp32" else workshop.bundle(architecture, precision=precision)
+    )
+    graph = graph_of(bundle)
     kind = "MatMul" if precision == "fp32" else "MatMulNBits"
     projections = {"gpt2": 4, "phi3": 4}.get(architecture, 5)
     assert Counter(node.op_type for node in graph.node)[kind] == projections * layers_of(architecture) + 1
@@ -45,7 +54,7 @@ def test_projections_are_packed(workshop, architecture, precision):
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "granite"])
 def test_attention_applies_rotary_positions_itself(workshop, architecture):
-    graph = graph_of(workshop.bundle(architecture))
+    graph = graph_of(workshop.family(architecture))
     for node in attention_of(graph):
         assert {attribute.i for attribute in node.attribute if attribute.name == "do_rotary"} == {1}
         assert node.input[9] == "position_ids"
@@ -87,13 +96,13 @@ def test_so_is_partial_rotation_and_queries_keys_and_values_of_each_head_beside_
 
 @pytest.mark.parametrize("architecture", ["stablelm", "gpt_neox"])
 def test_rotation_of_less_than_the_operator_takes_stays_in_the_graph(workshop, architecture):
-    graph = graph_of(workshop.bundle(architecture))
+    graph = graph_of(workshop.family(architecture))
     assert not any(attribute.name == "do_rotary" for node in attention_of(graph) for attribute in node.attribute)
     assert not {node.domain for node in graph.node} - {"", "com.microsoft"}
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma"])
 def test_next_to_no_reshapes_are_left(workshop, architecture):
-    kinds = Counter(node.op_type for node in graph_of(workshop.bundle(architecture)).node)
+    kinds = Counter(node.op_type for node in graph_of(workshop.family(architecture)).node)
     assert kinds["Reshape"] <= 2
     assert kinds["Gemm"] == 0

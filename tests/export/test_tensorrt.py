@@ -26,6 +26,7 @@ from prefix_runtime.backends.tensorrt.library import Library
 from prefix_runtime.bundle.folder import MANIFEST_NAME, describe_file
 from prefix_runtime.interrupts import ending_when_stopped
 from tests.export.conftest import RecordedProgress
+from tests.workshop import with_families
 
 pytestmark = pytest.mark.tensorrt
 SMALL = {"max_batch": 2, "max_prompt": 8}
@@ -111,7 +112,9 @@ def test_an_engine_for_two_compute_capabilities_takes_and_gives_what_the_graph_d
     assert all(name.encode() in content for name, *_ in described((*graph.input, *graph.output)))
 
 
-@pytest.mark.parametrize("capabilities", [*((each,) for each in COMPUTE_CAPABILITIES), COMPUTE_CAPABILITIES])
+@pytest.mark.parametrize(
+    "capabilities", with_families([COMPUTE_CAPABILITIES], [(each,) for each in COMPUTE_CAPABILITIES])
+)
 def test_a_float16_engine_is_built_for_each_compute_capability(workshop, tmp_path, capabilities):
     bundle = workshop.bundle("gpt2", (3,), tokenizer=False, target="tensorrt", precision="fp16", verify=False)
     build_tensorrt_engine(
@@ -230,6 +233,7 @@ def test_who_looks_for_an_engine_where_there_is_none_is_told_how_to_build_one(ow
         find_tensorrt_engine(tensorrt_engines_folder(bundle), bundle)
 
 
+@pytest.mark.families
 def test_a_graph_that_was_rounded_for_others_is_refused(workshop, tmp_path):
     bundle = workshop.bundle("gpt2", (3,), tokenizer=False, target="portable", precision="int8", verify=False)
     expected = r"^TensorRT: expected a graph in fp32 or fp16, or in int8 for it, found one in int8 for portable; build "
@@ -250,7 +254,7 @@ def test_a_graph_of_8_bits_is_computed_in_its_own_types(workshop, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("architecture", with_families(["gpt2"], ["llama"]))
 def test_weights_of_8_bits_stay_so_in_an_engine(tmp_path, architecture):
     sizes = {"hidden_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 16, "vocab_size": 384}
     config = transformers.AutoConfig.for_model(architecture, **sizes, bos_token_id=0, eos_token_id=0)

@@ -243,7 +243,7 @@ class TestRows:
         assert [row.length for row in cache.rows] == [2, 5]
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("fp16", 2e-2), ("int8", 0.5)])
+@pytest.mark.parametrize(("kind", "tolerance"), [pytest.param("fp16", 2e-2, marks=pytest.mark.families), ("int8", 0.5)])
 def test_a_rounded_cache_answers_nearly_as_one_of_float32(workshop, kind, tolerance):
     answers = []
     for cache in ("fp32", kind):
