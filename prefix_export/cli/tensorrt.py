@@ -13,8 +13,8 @@ from prefix_runtime.cli.base import PATH, print_fields
 from .console import showing_progress
 
 if TYPE_CHECKING:
-    from prefix_export.tensorrt.engine import TensorRTEngineResult
-    from prefix_runtime.backends.tensorrt.engine_file import TensorRTEngineRecord
+    from prefix_export.tensorrt.tensorrt_engine import TensorRTEngineResult
+    from prefix_runtime.backends.tensorrt.tensorrt_engine_file import TensorRTEngineRecord
 
 _BACKEND = click.option(
     "--backend",
@@ -51,7 +51,7 @@ def tensorrt(bundle: Path, compute_capabilities: tuple[str, ...], **options: Any
     request = TensorRTEngineRequest(bundle, compute_capabilities=compute_capabilities or None, **options)
     check_request(request)
     with showing_progress() as progress:
-        from prefix_export.tensorrt.engine import build_tensorrt_engine  # after the checks, as it imports onnx
+        from prefix_export.tensorrt.tensorrt_engine import build_tensorrt_engine  # after the checks, as it imports onnx
 
         result = build_tensorrt_engine(request, progress)
     _print(result)
@@ -71,8 +71,8 @@ def refit(bundle: Path, prefix: str, output: Path, engines: Path | None, name: s
     """
     from prefix_export.models.names import check_checkpoint
     from prefix_runtime import Bundle
-    from prefix_runtime.backends.tensorrt.engine_file import tensorrt_engines_folder
     from prefix_runtime.backends.tensorrt.library import Library
+    from prefix_runtime.backends.tensorrt.tensorrt_engine_file import tensorrt_engines_folder
     from prefix_runtime.bundle.staging import check_output
     from prefix_runtime.bundle.task_names import unknown_task
 
@@ -85,8 +85,8 @@ def refit(bundle: Path, prefix: str, output: Path, engines: Path | None, name: s
     folder = engines or tensorrt_engines_folder(opened)
 
     from prefix_export.prefixes.fold import fold_for_bundle  # after the checks, as these import torch and onnx
-    from prefix_export.tensorrt.engine import find_tensorrt_engine
     from prefix_export.tensorrt.refit import refit_tensorrt_engine
+    from prefix_export.tensorrt.tensorrt_engine import find_tensorrt_engine
 
     record = find_tensorrt_engine(folder, opened, name)
     folded, warnings = fold_for_bundle(path, opened)

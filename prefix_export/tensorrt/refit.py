@@ -16,8 +16,8 @@ from onnx.external_data_helper import load_external_data_for_tensor, uses_extern
 from prefix_export.errors import EngineError
 from prefix_export.trace.prefix_bank import PrefixBank
 from prefix_runtime import Bundle, Prefix, PrefixMismatchError
-from prefix_runtime.backends.tensorrt.engine_file import TensorRTEngineRecord, add_tensorrt_engine
 from prefix_runtime.backends.tensorrt.library import Library
+from prefix_runtime.backends.tensorrt.tensorrt_engine_file import TensorRTEngineRecord, add_tensorrt_engine
 from prefix_runtime.bundle.staging import check_output
 from prefix_runtime.bundle.task_names import unknown_task
 from prefix_runtime.prefix.cache_format import CACHE_TYPES

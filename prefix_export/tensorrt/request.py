@@ -8,9 +8,9 @@ from typing import Any
 
 from prefix_export.errors import EngineError
 from prefix_runtime import Bundle
-from prefix_runtime.backends.tensorrt.engine_file import BACKENDS, tensorrt_engines_folder
 from prefix_runtime.backends.tensorrt.library import Library
 from prefix_runtime.backends.tensorrt.profile import Profile, limits, profiles
+from prefix_runtime.backends.tensorrt.tensorrt_engine_file import BACKENDS, tensorrt_engines_folder
 
 RTX = "tensorrt-rtx"
 PRECISIONS = ("fp16", "bf16")

@@ -12,8 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import prefix_runtime
-from prefix_export.tensorrt.engine import build_tensorrt_engine
 from prefix_export.tensorrt.request import TensorRTEngineRequest
+from prefix_export.tensorrt.tensorrt_engine import build_tensorrt_engine
 from prefix_runtime import Bundle, BundleError, RequestError
 from tests.workshop import with_families
 

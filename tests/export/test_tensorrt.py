@@ -18,11 +18,11 @@ from click.testing import CliRunner
 from prefix_export.build import BuildRequest, build
 from prefix_export.cli import main as cli
 from prefix_export.errors import EngineError
-from prefix_export.tensorrt.engine import build_tensorrt_engine, find_tensorrt_engine
 from prefix_export.tensorrt.request import TensorRTEngineRequest
+from prefix_export.tensorrt.tensorrt_engine import build_tensorrt_engine, find_tensorrt_engine
 from prefix_runtime import Bundle, BundleError, BundleIntegrityError, ProviderError, RequestError
-from prefix_runtime.backends.tensorrt.engine_file import read_tensorrt_engines, tensorrt_engines_folder
 from prefix_runtime.backends.tensorrt.library import Library
+from prefix_runtime.backends.tensorrt.tensorrt_engine_file import read_tensorrt_engines, tensorrt_engines_folder
 from prefix_runtime.bundle.folder import MANIFEST_NAME, describe_file
 from prefix_runtime.interrupts import ending_when_stopped
 from tests.export.conftest import RecordedProgress

@@ -20,13 +20,13 @@ from prefix_export.cli import main as cli
 from prefix_export.errors import EngineError
 from prefix_export.prefixes.fold import fold_for_bundle
 from prefix_export.tensorrt import refit
-from prefix_export.tensorrt.engine import build_tensorrt_engine
 from prefix_export.tensorrt.refit import mark_prefixes, prefix_weights, refit_tensorrt_engine
 from prefix_export.tensorrt.request import TensorRTEngineRequest
+from prefix_export.tensorrt.tensorrt_engine import build_tensorrt_engine
 from prefix_runtime import Bundle, PrefixMismatchError, ProviderError, UnknownTaskError
-from prefix_runtime.backends.tensorrt.engine_file import read_tensorrt_engines
 from prefix_runtime.backends.tensorrt.library import Library
 from prefix_runtime.backends.tensorrt.profile import tensors
+from prefix_runtime.backends.tensorrt.tensorrt_engine_file import read_tensorrt_engines
 from prefix_runtime.bundle.graph_contract import NUM_LOGITS_TO_KEEP
 
 PROMPT = [5, 9, 2, 41]
@@ -267,7 +267,7 @@ def test_an_engine_for_another_gpu_is_built_anew(bundle, tmp_path, monkeypatch):
     api, _ = stand_in(bundle)
     found = []
     for capability in ("9.0", "9.0", "10.0"):
-        monkeypatch.setattr("prefix_export.tensorrt.engine.gpu_capability", lambda index: capability)  # noqa: B023
+        monkeypatch.setattr("prefix_export.tensorrt.tensorrt_engine.gpu_capability", lambda index: capability)  # noqa: B023
         result = build(bundle, tmp_path / "engines", api)
         found.append((result.record.compute_capabilities, result.seconds > 0))
     assert found == [(("9.0",), True), (("9.0",), False), (("10.0",), True)]

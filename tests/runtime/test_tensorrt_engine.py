@@ -21,16 +21,16 @@ import prefix_runtime
 from prefix_runtime import Bundle, BundleError, Cuda, ProviderError, RequestError
 from prefix_runtime.backends.tensorrt import session as module
 from prefix_runtime.backends.tensorrt.backend import TensorRT
-from prefix_runtime.backends.tensorrt.engine_file import (
+from prefix_runtime.backends.tensorrt.library import Library
+from prefix_runtime.backends.tensorrt.profile import limits, profiles, tensors
+from prefix_runtime.backends.tensorrt.session import open_tensorrt_engine
+from prefix_runtime.backends.tensorrt.tensorrt_engine_file import (
     TensorRTEngineRecord,
     add_tensorrt_engine,
     graph_hash,
     read_tensorrt_engines,
     tensorrt_engines_folder,
 )
-from prefix_runtime.backends.tensorrt.library import Library
-from prefix_runtime.backends.tensorrt.profile import limits, profiles, tensors
-from prefix_runtime.backends.tensorrt.session import open_tensorrt_engine
 from prefix_runtime.bundle.manifest import FileEntry
 from prefix_runtime.engine import Engine
 

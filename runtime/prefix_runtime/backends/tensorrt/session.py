@@ -13,9 +13,14 @@ from prefix_runtime.bundle import graph_contract as contract
 from prefix_runtime.bundle.folder import Bundle
 from prefix_runtime.errors import ProviderError
 
-from .engine_file import TensorRTEngineRecord, read_tensorrt_engine, read_tensorrt_engines, tensorrt_engines_folder
 from .library import Library, check_profiles, check_tensors, gpu_capability
 from .profile import DECODE, PREFILL, Limits, Profile, Shape, tensors
+from .tensorrt_engine_file import (
+    TensorRTEngineRecord,
+    read_tensorrt_engine,
+    read_tensorrt_engines,
+    tensorrt_engines_folder,
+)
 
 if TYPE_CHECKING:
     from prefix_runtime.backends.gpu.device import Device, Memory

@@ -9,7 +9,9 @@ from pathlib import Path
 from prefix_export.errors import EngineError
 from prefix_export.progress import SILENT, Progress
 from prefix_runtime import Bundle, BundleIntegrityError
-from prefix_runtime.backends.tensorrt.engine_file import (
+from prefix_runtime.backends.tensorrt.library import Library, check_profiles, check_tensors, gpu_capability
+from prefix_runtime.backends.tensorrt.profile import Profile, Tensor, tensors
+from prefix_runtime.backends.tensorrt.tensorrt_engine_file import (
     TensorRTEngineRecord,
     add_tensorrt_engine,
     check_tensorrt_engine,
@@ -17,8 +19,6 @@ from prefix_runtime.backends.tensorrt.engine_file import (
     read_tensorrt_engines,
     recipe_hash,
 )
-from prefix_runtime.backends.tensorrt.library import Library, check_profiles, check_tensors, gpu_capability
-from prefix_runtime.backends.tensorrt.profile import Profile, Tensor, tensors
 from prefix_runtime.bundle.manifest import FileEntry
 
 from . import network as networks
