@@ -7,15 +7,17 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import prefix_runtime
 from prefix_runtime import BusyError, RequestError, Sampling
 from prefix_runtime.backends.onnxruntime.shared_cache import SharedCache
 from prefix_runtime.backends.registry import BackendLimits
 from prefix_runtime.engine import Engine
+
+torch = pytest.importorskip("torch", reason="what is expected comes from torch")
+transformers = pytest.importorskip("transformers", reason="what is expected comes from transformers")
+AutoModelForCausalLM, AutoTokenizer = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
+GenerationConfig, PeftModel = transformers.GenerationConfig, pytest.importorskip("peft").PeftModel
 
 LENGTHS = (3, 20)
 TASKS = {None: 0, "p3": 3, "p20": 20}
