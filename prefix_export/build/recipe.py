@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from prefix_export import targets
 from prefix_export.errors import ModelError
 from prefix_export.models import BaseModel, load_base_model
+from prefix_export.models.base_model import drop_weights
 from prefix_export.prefixes.reference import SourcedPrefixes
 from prefix_export.progress import SILENT, PhaseTimes, Progress
 from prefix_export.quantize.modules import QuantizedModel
@@ -96,7 +97,8 @@ def build(
     rounded = round_weights(read_in_float(folded, times), times)
     with staged(request.output) as folder:
         written = write_bundle(rounded, folder, times)
-        # The engine needs the room that the model takes, which torch's export keeps alive by cycles.
+        # The engine needs the room that the model takes.
+        drop_weights(folded.base.model)
         del folded, rounded
         gc.collect()
         parity, quality = certify(written, times)

@@ -107,6 +107,15 @@ def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
+def drop_weights(model: PreTrainedModel) -> None:
+    """Free the weights of a model that is no longer needed, in place.
+
+    torch's export keeps its program, and so the model, alive for as long as it likes.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.new_empty(0)
+
+
 def context_length(name: str, config: PreTrainedConfig) -> int:
     """The number of positions that a configuration allows; `name` is the model's, for messages.
 
