@@ -31,8 +31,8 @@ _INERT = frozenset(
         "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
         "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind",
         "target_lookbehind", "assistant_ensemble_weight", "speculation_type", "use_mtp",
-        # Nothing without beams, and `num_beams` is named itself.
-        "early_stopping", "length_penalty", "diversity_penalty", "num_beam_groups",
+        # Of groups of beams, which transformers' own generate has no more.
+        "diversity_penalty", "num_beam_groups",
         # Of padding and of encoder-decoders; a prompt's first token is the tokenizer's part.
         "pad_token_id", "bos_token_id", "decoder_start_token_id",
     }
@@ -40,13 +40,13 @@ _INERT = frozenset(
 """transformers' settings that do not change the tokens of one prompt of a decoder."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,),
-    "num_return_sequences": (1,),
     "guidance_scale": (1,),
     "penalty_alpha": (0,),
     "token_healing": (False,),
 }
 """Values with which a setting that is not followed changes nothing."""
+
+_GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,12 @@ def followed_config(model: PreTrainedModel, *, greedy: bool = True) -> Generatio
 
     Args:
         model: with its generation configuration.
-        greedy: without sampling, as `Sampling()` is for the runtime.
+        greedy: without sampling and beams, as `Sampling()` and `num_beams=1` are for the runtime.
     """
     apart = {"stop_strings", "max_length", "max_new_tokens"}
     settings = {name: value for name, value in _settings(model).items() if name in FOLLOWED and name not in apart}
     padding = getattr(model.generation_config, "pad_token_id", None)
-    return GenerationConfig(**{**settings, "pad_token_id": padding, **({"do_sample": False} if greedy else {})})
+    return GenerationConfig(**{**settings, "pad_token_id": padding, **(_GREEDY if greedy else {})})
 
 
 def logits_processors(
@@ -197,6 +197,9 @@ def _not_followed(settings: dict[str, Any], *, has_tokenizer: bool) -> dict[str,
         and name not in _INERT
         and value not in _NEUTRAL.get(name, ())
     }
+    if settings.get("do_sample"):  # text that is sampled has neither beams nor siblings
+        several = {name: settings.get(name, 1) for name in ("num_beams", "num_return_sequences")}
+        unsupported |= {name: value for name, value in several.items() if value != 1}
     if settings.get("do_sample") or settings.get("num_beams", 1) != 1:
         unsupported.pop("penalty_alpha", None)  # only greedy text is searched by contrast
     if "stop_strings" in settings and not has_tokenizer:

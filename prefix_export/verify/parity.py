@@ -269,7 +269,9 @@ def _answers(
     greedy = Sampling()
     longest = sorted(prompts, key=lambda prompt: len(prompt.token_ids))[-_ALONE:]
     alone = [
-        engine.generate(token_ids=prompt.token_ids, task=task, max_new_tokens=prompt.new_tokens, sampling=greedy)
+        engine.generate(
+            token_ids=prompt.token_ids, task=task, max_new_tokens=prompt.new_tokens, sampling=greedy, num_beams=1
+        )
         for prompt in longest
     ]
     together = engine.generate(
@@ -277,6 +279,7 @@ def _answers(
         task=task,
         max_new_tokens=[prompt.new_tokens for prompt in prompts],
         sampling=greedy,
+        num_beams=1,
     )
     return [
         (prompt, result.token_ids)

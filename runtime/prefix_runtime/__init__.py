@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     )
     from .generation.arguments import GenerationOptions
     from .generation.generation_config import GenerationConfig, GenerationDefaults
-    from .generation.results import Chunk, GenerationResult, Metrics
+    from .generation.results import Chunk, GeneratedSequence, GenerationResult, Metrics, TargetScore
     from .generation.sampling import Sampling
     from .prefix.geometry import Geometry, LayerGeometry
     from .prefix.prefix import LayerPrefix, Prefix, Source
@@ -53,6 +53,7 @@ __all__ = [
     "Cuda",
     "DuplicateTaskError",
     "Engine",
+    "GeneratedSequence",
     "GenerationConfig",
     "GenerationDefaults",
     "GenerationOptions",
@@ -70,6 +71,7 @@ __all__ = [
     "RequestError",
     "Sampling",
     "Source",
+    "TargetScore",
     "TaskError",
     "TaskNameError",
     "UnknownTaskError",
@@ -93,8 +95,10 @@ _MODULES = {
     "Source": "prefix.prefix",
     "Cuda": "backends.options",
     "Chunk": "generation.results",
+    "GeneratedSequence": "generation.results",
     "GenerationResult": "generation.results",
     "Metrics": "generation.results",
+    "TargetScore": "generation.results",
     "Sampling": "generation.sampling",
 }
 

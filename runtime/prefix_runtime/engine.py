@@ -17,12 +17,14 @@ from .bundle.tasks import TaskStore
 from .cache.pool import CachePool
 from .checks import is_whole
 from .errors import PrefixError, RequestError
-from .generation.answer import GrowingAnswer, Request
+from .generation.answer import GrowingAnswer, Request, in_batches
 from .generation.arguments import GenerationOptions, as_list, check_ids, check_names, one_each, options_of_each
-from .generation.decoding import decode
+from .generation.beams.decoding import search_beams
+from .generation.beams.search import BeamSearch
+from .generation.decoding import decode, target_logprobs
 from .generation.generation_config import GenerationConfig, GenerationDefaults
 from .generation.requests import RequestChecker
-from .generation.results import Chunk, GenerationResult
+from .generation.results import Chunk, GenerationResult, TargetScore
 from .generation.rules import RuleBook
 from .generation.text import TextCodec
 from .prefix.prefix import Prefix
@@ -57,7 +59,8 @@ def load(
         cache_bytes: bytes that key/value buffers may take before the engine drops idle ones. Default: 2 GiB.
         max_cache_bytes: bytes that the key/value buffers of running requests may take together. A request beyond it
             raises `BusyError` when it begins, a stream with its first step. Default: no limit.
-        max_batch: prompts of a list that decode together. More are taken in turns. Default: 8.
+        max_batch: rows that decode together: one for each prompt of a list, or for each beam. More prompts are taken
+            in turns. Default: 8.
         verify: compare every file's SHA-256 first, compare each prefix again when it is read, and open the bundle's own
             graph, not a packed copy.
         prepare: True keeps a packed copy of the graph if there is none, and opens it. That takes several times as long
@@ -128,7 +131,7 @@ class Engine:
         )
         self._codec = TextCodec.of_bundle(bundle)
         self._rules = RuleBook(bundle)
-        self._requests = RequestChecker(bundle, self._store, self._codec, self._rules, max_length)
+        self._requests = RequestChecker(bundle, self._store, self._codec, self._rules, max_length, rows=limits.rows)
 
     @property
     def device(self) -> Device | None:
@@ -255,9 +258,7 @@ class Engine:
         # All are checked before the first is run: a list is answered whole or not at all.
         rows = enumerate(zip(prompts, tasks, each, strict=True))
         requests = [self._requests.request(*row) if single else self._requests.row(index, *row) for index, row in rows]
-        size = self._max_batch
-        batches = [requests[first : first + size] for first in range(0, len(requests), size)]
-        results = [result for batch in batches for result in self._run(batch)]
+        results = [result for batch in in_batches(requests, self._max_batch) for result in self._run(batch)]
         return results[0] if single else results
 
     @overload
@@ -289,7 +290,10 @@ class Engine:
         prompts, single = as_list(prompt, token_ids)
         if not single:
             raise RequestError("stream: expected one prompt, found a list; use generate for lists")
-        return self._steps(self._requests.request(prompts[0], task, options))
+        request = self._requests.request(prompts[0], task, options)
+        if request.rows > 1:
+            raise RequestError(f"stream: expected num_beams 1, found {request.rows}; pass num_beams=1, or use generate")
+        return self._steps(request)
 
     def room(self, task: str | None = None) -> int:
         """The number of tokens of prompt plus new text that fit the context under a task, or None: the bare model.
@@ -314,26 +318,61 @@ class Engine:
             self._forget_removed([request])
         return logits
 
+    def score(self, prompt: str | Sequence[int], target: str | Sequence[int], task: str | None = None) -> TargetScore:
+        """The log-probabilities of a target's tokens behind a prompt, under a task or None: the bare model.
+
+        Args:
+            prompt: text, to which the tokenizer adds its special tokens, or token ids, which are used as they are.
+            target: text, to which the tokenizer adds nothing, or token ids. It is split into tokens by itself: give
+                the space between two words with one of them.
+            task: as in `generate`.
+
+        Raises:
+            UnknownTaskError, CompositionError, RequestError, ContextOverflowError, BusyError: as in `generate`.
+
+        Examples:
+            >>> engine.score("name[Sprat Table] =>", ' {"name": "Sprat Table"}', task="json").logprob  # doctest: +SKIP
+        """
+        if not isinstance(prompt, str):
+            check_ids(prompt)
+        wanted = self._requests.target(target)
+        request = self._requests.request(prompt, task, {"max_new_tokens": len(wanted)})
+        with self._pool.lease([request.prefix], request.length) as (cache, _):
+            logprobs = target_logprobs(cache, request.prompt, wanted)
+            self._forget_removed([request])
+        return TargetScore(wanted, logprobs)
+
     def _run(self, requests: Sequence[Request]) -> list[GenerationResult]:
-        answers: list[GrowingAnswer] = []
+        answers: list[GrowingAnswer | BeamSearch] = []
         for _ in self._answer(requests, answers):
             pass  # each keeps its own tokens
         return [answer.result() for answer in answers]
 
     def _steps(self, request: Request) -> Iterator[Chunk]:
-        answers: list[GrowingAnswer] = []
+        answers: list[GrowingAnswer | BeamSearch] = []
         for _ in self._answer([request], answers):
-            yield answers[0].chunk()
+            (answer,) = answers
+            assert isinstance(answer, GrowingAnswer)  # a stream has no beams
+            yield answer.chunk()
 
-    def _answer(self, requests: Sequence[Request], answers: list[GrowingAnswer]) -> Iterator[object]:
-        """Decode requests together; appends their answers, in order, and returns after each token of each."""
+    def _answer(self, requests: Sequence[Request], answers: list[GrowingAnswer | BeamSearch]) -> Iterator[object]:
+        """Decode requests together, all with beams or all without; returns after each step of each.
+
+        Appends their answers, in order.
+        """
         started = time.perf_counter()
-        prefixes = [request.prefix for request in requests]
+        prefixes = [request.prefix for request in requests for _ in range(request.rows)]
         with self._pool.lease(prefixes, max(request.length for request in requests)) as (cache, rows):
             lease = time.perf_counter() - started
-            answers += [GrowingAnswer(request, self._codec, lease) for request in requests]
             try:
-                yield from decode(cache, rows, answers)
+                if requests[0].rows > 1:
+                    searches = [BeamSearch(request, self._codec, lease) for request in requests]
+                    answers += searches
+                    yield from search_beams(cache, rows, searches)
+                else:
+                    growing = [GrowingAnswer(request, self._codec, lease) for request in requests]
+                    answers += growing
+                    yield from decode(cache, rows, growing)
             finally:
                 self._forget_removed(requests)
 

@@ -68,7 +68,9 @@ def rewritten(folder, name="generation_config.json", **settings):
         ({"use_cache": False, "pad_token_id": 0, "cache_implementation": "static", "max_cache_len": 100}, {}),
         ({"prompt_lookup_num_tokens": 3, "assistant_confidence_threshold": 0.2}, {}),
         ({"chat_format": "chatml"}, {}),
-        ({"num_beams": 4, "length_penalty": 2.0, "early_stopping": True}, {"num_beams": 4}),
+        ({"num_beams": 4, "length_penalty": 2.0, "early_stopping": True, "num_return_sequences": 2}, {}),
+        ({"num_beams": 4, "penalty_alpha": 0.6}, {}),
+        ({"num_beams": 4, "do_sample": True}, {"num_beams": 4}),
         ({"guidance_scale": 1.5}, {"guidance_scale": 1.5}),
         ({"penalty_alpha": 0.6, "top_k": 4}, {"penalty_alpha": 0.6}),
         ({"penalty_alpha": 0.6, "do_sample": True}, {}),
@@ -106,7 +108,7 @@ def test_a_setting_that_transformers_learns_later_is_named(with_defaults, monkey
 
 def test_every_setting_of_transformers_is_followed_inert_or_named():
     known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    named = {"num_beams", "num_return_sequences", "guidance_scale", "penalty_alpha", "token_healing", "max_time",
+    named = {"guidance_scale", "penalty_alpha", "token_healing", "max_time",
              "watermarking_config", "dola_layers", "constraints", "force_words_ids"}  # fmt: skip
     assert known == set(FOLLOWED) | generation_defaults._INERT | named
     assert not set(FOLLOWED) & generation_defaults._INERT
@@ -124,7 +126,7 @@ def test_the_documentation_has_a_row_for_every_setting():
 
 
 def test_what_is_followed_is_listed(with_defaults):
-    report = generation_report(with_defaults(eos_token_id=0, suppress_tokens=[3], num_beams=2, pad_token_id=0))
+    report = generation_report(with_defaults(eos_token_id=0, suppress_tokens=[3], max_time=2.0, pad_token_id=0))
     assert report.followed == ("eos_token_id", "suppress_tokens")
 
 
@@ -172,7 +174,8 @@ REFUSED = [
     ({"do_sample": True, "temperature": 0.0}, "temperature: expected above 0 with do_sample, found 0"),
     ({"max_new_tokens": "12"}, "max_new_tokens: expected a whole number, 1 or more, found '12'"),
     ({"pad_token_id": "a"}, "expected defaults that transformers' generate takes, found that it refuses them: '<' not"),
-    ({"early_stopping": []}, "expected defaults that transformers' generate takes, found that it refuses them: unhash"),
+    ({"early_stopping": []}, 'early_stopping: expected true, false or "never", found []'),
+    ({"num_beams": 2, "num_return_sequences": 3}, "expected defaults that transformers' generate takes, found that"),
     ({"num_return_sequences": 3}, "expected defaults that transformers' generate takes, found that it refuses them: G"),
     ({"cache_implementation": "no"}, "expected defaults that transformers' generate takes, found that it refuses"),
     ({"suppress_tokens": [3], "forced_eos_token_id": 3}, "forced_eos_token_id: expected a token that is not among"),
@@ -266,15 +269,15 @@ def built(monkeypatch, workshop):
 
 
 def test_a_bundle_records_and_keeps_the_defaults(built, folder):
-    rewritten(folder, suppress_tokens=[3, 4], num_beams=4, eos_token_id=70)
+    rewritten(folder, suppress_tokens=[3, 4], num_beams=4, max_time=4.0, eos_token_id=70)
     found = built(folder)
     assert found.manifest.generation == {
-        "followed": ["eos_token_id", "suppress_tokens"],
-        "not_followed": {"num_beams": 4},
+        "followed": ["eos_token_id", "num_beams", "suppress_tokens"],
+        "not_followed": {"max_time": 4.0},
     }
-    assert len([line for line in found.warnings if "num_beams 4" in line or "'<|end|>' (0)" in line]) == 2
+    assert len([line for line in found.warnings if "max_time 4.0" in line or "'<|end|>' (0)" in line]) == 2
     defaults = prefix_runtime.load(found.root, threads=1).generation_defaults()
-    assert (defaults.suppress_tokens, defaults.end_tokens) == ((3, 4), (70,))
+    assert (defaults.suppress_tokens, defaults.end_tokens, defaults.num_beams) == ((3, 4), (70,), 4)
 
 
 def test_a_bundle_without_end_tokens_goes_on_as_generate_does(built, folder):

@@ -210,9 +210,9 @@ class Scripted:
         assert task == "t"
         return np.tile(np.array(self.row, np.float32), (len(token_ids), 1))
 
-    def generate(self, *, token_ids, task, max_new_tokens, sampling):
+    def generate(self, *, token_ids, task, max_new_tokens, sampling, num_beams):
         assert task == "t"
-        assert sampling == prefix_runtime.Sampling()
+        assert (sampling, num_beams) == (prefix_runtime.Sampling(), 1)
         if (tuple(token_ids), max_new_tokens) == ((7,), 3):
             return SimpleNamespace(token_ids=tuple(self.tokens))
         assert (set(token_ids), set(max_new_tokens)) == ({(7,)}, {3})

@@ -87,12 +87,12 @@ class TestInspect:
     def test_generation_defaults_are_told_and_what_is_not_followed(self, printed, bundle, rewrite):
         rewrite(bundle, "generation_config.json", b'{"eos_token_id": [0, 5], "suppress_tokens": [3], "min_length": 7}')
         manifest = json.loads((bundle / "manifest.json").read_text())
-        manifest["generation"]["not_followed"] = {"num_beams": 4}
+        manifest["generation"]["not_followed"] = {"max_time": 4.0}
         (bundle / "manifest.json").write_text(json.dumps(manifest))
         told = dict(line.split("  ", 1) for line in printed("inspect", bundle).splitlines())
         assert told["generation"].strip() == "greedy, min_length 7, suppress_tokens [3]"
         assert told["end tokens"].strip() == "0, 5"
-        assert told["not followed"].strip() == "num_beams 4"
+        assert told["not followed"].strip() == "max_time 4.0"
 
     def test_a_task_that_was_added_is_told_as_not_compared(self, printed, bundle, prefix_file):
         printed("tasks", "add", bundle, prefix_file)
@@ -350,7 +350,7 @@ class TestGenerate:
                 "token '<|no|>': expected one of the tokenizer's vocabulary, found none",
             ),
             ([PROMPT, "--end-token", "384"], "end_tokens: expected token ids of 0 to 383, found [384]"),
-            ([PROMPT, "--set", "num_beams=4"], "generation_config: expected some of max_length, "),
+            ([PROMPT, "--set", "max_time=4"], "generation_config: expected some of max_length, "),
             ([PROMPT, "--set", "min_new_tokens=-1"], "min_new_tokens: expected a whole number, 0 or more, found -1"),
             ([PROMPT, "--stop", ""], "stop: expected strings of at least one character"),
             ([PROMPT, "--provider", "tpu"], "provider: expected one of cpu"),

@@ -120,7 +120,7 @@ def test_a_file_that_is_too_large_is_refused(bundle, rewrite, monkeypatch):
         {"do_sample": False, "temperature": 0, "top_p": "hot", "min_p": 7},
         {"do_sample": None, "bad_words_ids": None, "min_length": None, "sequence_bias": None},
         {"do_sample": True, "temperature": 2, "top_p": 0, "top_k": 0, "epsilon_cutoff": 3.0, "eta_cutoff": -1.0},
-        {"num_beams": 4, "chat_format": "chatml", "max_window_size": 24000, "pad_token_id": -1},
+        {"max_time": 4.0, "chat_format": "chatml", "max_window_size": 24000, "pad_token_id": -1},
         {"no_repeat_ngram_size": 10**9, "min_length": 10**15},
         {"sequence_bias": [[[5], float("-inf")]], "bad_words_ids": []},
         {"max_new_tokens": 3, "max_length": 2, "min_length": 2},
@@ -194,10 +194,10 @@ def test_defaults_are_shown_as_people_read_them(bundle, rewrite):
         "end tokens": "0, 7",
     }
     manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["generation"] = {"followed": [], "not_followed": {"num_beams": 4, "constraints": ["x" * 500]}}
+    manifest["generation"] = {"followed": [], "not_followed": {"max_time": 4.0, "constraints": ["x" * 500]}}
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     shown = shown_defaults(Bundle.open(bundle))["not followed"]
-    assert shown.startswith("num_beams 4, constraints ['xxx")
+    assert shown.startswith("max_time 4.0, constraints ['xxx")
     assert len(shown) < 120
 
 

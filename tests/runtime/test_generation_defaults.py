@@ -280,7 +280,7 @@ class TestEndTokens:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"num_beams": 4}, r"generation_config: expected some of max_length, .*, found \['num_beams'\]"),
+        ({"max_time": 4}, r"generation_config: expected some of max_length, .*, found \['max_time'\]"),
         ([1], "generation_config: expected a mapping, found"),
         ("do_sample", "generation_config: expected a mapping, found"),
         ({"min_new_tokens": -1}, "min_new_tokens: expected a whole number, 0 or more, found -1"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import prefix_runtime
-from prefix_runtime import Bundle, BusyError, ContextOverflowError
+from prefix_runtime import Bundle, BusyError, ContextOverflowError, RequestError
 from prefix_runtime.backends.onnxruntime.session import Session
 from prefix_runtime.backends.onnxruntime.shared_cache import SharedCache
 from prefix_runtime.cache.pool import CachePool
@@ -417,8 +417,9 @@ class TestPool:
             ):
                 pool.lease([None], 40).__enter__()
             assert pool.lent_bytes == 2 * size
-        with pytest.raises(BusyError), pool.lease([None] * 3, 40):
-            pytest.fail("larger than the limit")
+        with pytest.raises(RequestError, match=f"at most {2 * size} .* one of {3 * size}; lower num_beams, ") as caught:
+            pool.lease([None] * 3, 40).__enter__()
+        assert not isinstance(caught.value, BusyError)
 
     def test_a_cache_that_could_not_be_made_is_not_counted(self, new_pool, monkeypatch):
         def fail(*_, **__):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from prefix_runtime.errors import ContextOverflowError
+from prefix_runtime.errors import ContextOverflowError, RequestError
 from prefix_runtime.prefix.prefix import DECODER, Prefix
 
 
@@ -76,6 +76,19 @@ class Cache(ABC):
     @abstractmethod
     def move(self, source: int, target: int) -> None:
         """Let a row go on in the place of another, which is over."""
+
+    def fork(self, source: int, target: int, start: int) -> None:  # noqa: ARG002  # for caches that can
+        """Let a row go on from where another one is, which goes on itself.
+
+        Args:
+            source: the other row.
+            target: the row.
+            start: positions at the beginning that both rows hold alike: only those behind them are copied.
+
+        Raises:
+            RequestError: the cache cannot copy rows.
+        """
+        raise RequestError(f"num_beams: expected 1, found more: {type(self).__name__} cannot copy rows")
 
     @abstractmethod
     def prefill(self, row: int, token_ids: Sequence[int], keep_all_logits: bool = False) -> np.ndarray:

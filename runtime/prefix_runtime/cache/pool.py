@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from prefix_runtime.errors import BusyError
+from prefix_runtime.errors import BusyError, RequestError
 from prefix_runtime.prefix.prefix import Prefix
 
 from .cache import Cache
@@ -83,6 +83,7 @@ class CachePool:
 
         Raises:
             BusyError: with it, running requests would take more than the limit.
+            RequestError: it would take more than the limit alone.
         """
         lease = self._take(prefixes, self._capacity(length))
         assert lease.cache is not None
@@ -165,6 +166,11 @@ class CachePool:
         return True
 
     def _check_limit(self, nbytes: int) -> None:
+        if self._limit is not None and nbytes > self._limit:
+            raise RequestError(
+                f"expected a request to take at most {self._limit} bytes of buffers, found one of {nbytes}; lower "
+                "num_beams, max_batch or max_new_tokens, or raise max_cache_bytes"
+            )
         if self._limit is not None and self.lent_bytes + nbytes > self._limit:
             raise BusyError(
                 f"expected running requests to take at most {self._limit} bytes of buffers, found {self.lent_bytes} in "

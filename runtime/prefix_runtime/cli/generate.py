@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from prefix_runtime.engine import Engine
     from prefix_runtime.generation.arguments import GenerationOptions
     from prefix_runtime.generation.generation_config import GenerationConfig
-    from prefix_runtime.generation.results import GenerationResult
+    from prefix_runtime.generation.results import GeneratedSequence, GenerationResult
+    from prefix_runtime.generation.sampling import Sampling
 
+_BEAMS = ("num_beams", "num_return_sequences", "length_penalty")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
@@ -42,6 +44,13 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "se
 )
 @click.option("--repetition-penalty", type=float, help="Above 1 discourages. Default: the model's, or else 1.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--num-beams", type=int, help="Beams of a beam search; 1 for none. Default: the model's, or else 1.")
+@click.option(
+    "--num-return-sequences", type=int, help="Texts to print, the best first. Default: the model's, or else 1."
+)
+@click.option(
+    "--length-penalty", type=float, help="With beams, above 0 favours long texts. Default: the model's, or else 1."
+)
 @click.option("--stop", multiple=True, help="End before this text; repeatable. Default: the model's.")
 @click.option(
     "--end-token",
@@ -67,7 +76,10 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "se
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a task when it is done, do not stream.")
 @click.option("--metrics/--no-metrics", default=None, help="Print latencies to stderr. Default: on a terminal.")
 def generate(bundle: Path, prompt: str | None, token_ids: str | None, names: tuple[str, ...], **flags: Any) -> None:
-    """Answer PROMPT with BUNDLE, streaming; without PROMPT it is read from standard input."""
+    """Generate text from PROMPT with BUNDLE; without PROMPT it is read from standard input.
+
+    The text streams, except with beams: they are printed when the search is over, several with their scores.
+    """
     if prompt is not None and token_ids is not None:
         raise click.UsageError("give either PROMPT or --token-ids")
     settings = _settings(flags["settings"])
@@ -85,9 +97,13 @@ def generate(bundle: Path, prompt: str | None, token_ids: str | None, names: tup
         if flags["as_json"]:
             click.echo(json.dumps(_as_json(engine.generate(**request, task=name, **options))))
             continue
-        if len(names) > 1:
-            click.echo(click.style(f"── {name}", bold=True))
-        result = _print_stream(engine, request, name, options)
+        title = [name] if name is not None and len(names) > 1 else []
+        if _is_searched(engine, options):
+            result = engine.generate(**request, task=name, **options)
+            _print_sequences(result, title)
+        else:
+            _print_title(title)
+            result = _print_stream(engine, request, name, options)
         if show_metrics:
             click.echo(click.style(_metrics_line(result), dim=True), err=True)
 
@@ -134,6 +150,7 @@ def _check_generation(bundle: Path, names: tuple[str, ...], flags: dict[str, Any
     from prefix_runtime.bundle.tasks import TaskStore
     from prefix_runtime.checks import is_whole
     from prefix_runtime.generation.arguments import as_stop
+    from prefix_runtime.generation.generation_config import GenerationDefaults
     from prefix_runtime.generation.sampling import Sampling
 
     as_stop(flags["stop"])
@@ -143,6 +160,8 @@ def _check_generation(bundle: Path, names: tuple[str, ...], flags: dict[str, Any
     if flags["threads"] is not None:
         check_threads(flags["threads"])
     opened = Bundle.open(bundle)
+    asked = {name: flags[name] for name in _BEAMS}
+    GenerationDefaults.of_config(asked, opened.manifest.geometry.vocab_size)
     check_fits(flags["provider"], opened)
     store = TaskStore(opened)
     for name in names:
@@ -172,7 +191,30 @@ def _options(flags: dict[str, Any], settings: dict[str, Any], engine: Engine) ->
         "stop": flags["stop"] or None,
         "end_tokens": [int(end) if end.isdecimal() else engine.token_id(end) for end in flags["ends"]] or None,
         "generation_config": config,
+        "num_beams": flags["num_beams"],
+        "num_return_sequences": flags["num_return_sequences"],
+        "length_penalty": flags["length_penalty"],
     }
+
+
+def _is_searched(engine: Engine, options: GenerationOptions) -> bool:
+    """Whether beams are searched, whose text cannot be streamed."""
+    defaults = engine.generation_defaults(cast("GenerationConfig | None", options["generation_config"]))
+    sampling = cast("Sampling | None", options["sampling"]) or defaults.sampling
+    asked = options["num_beams"]
+    return (asked or defaults.num_beams) > 1 and (sampling.is_greedy or asked is not None)
+
+
+def _print_title(parts: list[str]) -> None:
+    if parts:
+        click.echo(click.style(f"── {', '.join(parts)}", bold=True))
+
+
+def _print_sequences(result: GenerationResult, title: list[str]) -> None:
+    for place, sequence in enumerate(result.sequences, 1):
+        count = len(result.sequences)
+        _print_title([*title, *([f"{place} of {count}", f"score {sequence.score:.4f}"] if count > 1 else [])])
+        click.echo(sequence.text if sequence.text is not None else ",".join(map(str, sequence.token_ids)))
 
 
 def _print_stream(
@@ -203,9 +245,16 @@ def _as_json(result: GenerationResult) -> dict[str, Any]:
         "text": result.text,
         "token_ids": result.token_ids,
         "finish_reason": result.finish_reason,
+        **({"score": result.score, "sequences": list(map(_sequence, result.sequences))} if result.sequences else {}),
         "metrics": {
             **asdict(metrics),
             "inter_token_latency": metrics.inter_token_latency if metrics.inter_token_latencies else None,
             "tokens_per_second": metrics.tokens_per_second,
         },
     }
+
+
+def _sequence(sequence: GeneratedSequence) -> dict[str, Any]:
+    shown = asdict(sequence)
+    del shown["token_logprobs"]  # no flag asks for them
+    return shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from prefix_runtime.prefix.prefix import Prefix
 from .logits_processors import Step
 from .results import Chunk, GenerationResult, Metrics
 from .rules import GenerationRules
-from .sampling import make_sampler
+from .sampling import log_softmax, make_sampler
 from .text import TextCodec
 
 
@@ -42,6 +43,41 @@ class Request:
         """Positions that prefix, prompt and new tokens take."""
         return (self.prefix.prefix_length if self.prefix else 0) + len(self.prompt) + self.max_new_tokens
 
+    @property
+    def rows(self) -> int:
+        """Rows of a batch that it takes: one for each beam."""
+        return self.rules.beams.count
+
+    def metrics(self, lease: float, new_tokens: int, times: Sequence[float]) -> Metrics:
+        """What it took.
+
+        Args:
+            lease: seconds to find a buffer with the task's prefix.
+            new_tokens: that were generated.
+            times: seconds from the batch's beginning to the end of the prompt and of each decode step.
+        """
+        return Metrics(
+            prompt_length=len(self.prompt),
+            prefix_length=self.prefix.prefix_length if self.prefix else 0,
+            new_tokens=new_tokens,
+            task_selection=self.task_selection + lease,
+            time_to_first_token=self.preparation + lease + times[0],
+            inter_token_latencies=tuple(np.diff(times).tolist()),
+        )
+
+
+def in_batches(requests: Sequence[Request], rows: int) -> Iterator[list[Request]]:
+    """Requests in order, as many together as take so many rows; those with beams apart from those without."""
+    batch: list[Request] = []
+    for request in requests:
+        taken = sum(each.rows for each in batch)
+        if batch and (taken + request.rows > rows or (request.rows > 1) != (batch[0].rows > 1)):
+            yield batch
+            batch = []
+        batch.append(request)
+    if batch:
+        yield batch
+
 
 class GrowingAnswer:
     """A request's tokens and text so far; see `decoding.Generation`.
@@ -62,6 +98,7 @@ class GrowingAnswer:
         self._history = np.empty(len(request.prompt) + request.max_new_tokens, np.int64)  # prompt and new ones
         self._history[: len(request.prompt)] = request.prompt
         self._times: list[float] = []  # from the batch's beginning to each token
+        self._logprobs: list[float] | None = [] if request.rules.wants_logprobs else None
         self._piece = ""
         self._reason: str | None = None
 
@@ -78,7 +115,8 @@ class GrowingAnswer:
     @property
     def is_greedy(self) -> bool:
         """Whether the next token is the one of the largest logit."""
-        return self._rules.sampling.is_greedy and self._rules.processors.idle(self._step) > 0
+        is_free = self._logprobs is None and self._rules.processors.idle(self._step) > 0
+        return self._rules.sampling.is_greedy and is_free
 
     @property
     def tokens_left(self) -> int:
@@ -93,7 +131,10 @@ class GrowingAnswer:
 
     def take(self, logits: np.ndarray) -> None:
         """Choose the next token by its logits [vocab] float32."""
-        self.accept(self._sampler(self._rules.processors(logits, self._step)))
+        token_id = self._sampler(self._rules.processors(logits, self._step))
+        if self._logprobs is not None:
+            self._logprobs.append(float(log_softmax(logits)[token_id]))
+        self.accept(token_id)
 
     def accept(self, token_id: int) -> None:
         """Go on with a token that was chosen."""
@@ -116,7 +157,14 @@ class GrowingAnswer:
         """The answer, once it is finished."""
         assert self._reason is not None  # asked for only then
         text = self._text.text if self._text else None
-        return GenerationResult(text, tuple(self._token_ids), self._reason, self._request.task, self._metrics())
+        return GenerationResult(
+            text=text,
+            token_ids=tuple(self._token_ids),
+            finish_reason=self._reason,
+            task=self._request.task,
+            metrics=self._request.metrics(self._lease, len(self._token_ids), self._times),
+            token_logprobs=None if self._logprobs is None else tuple(self._logprobs),
+        )
 
     def _finish_reason(self, is_end: bool) -> str | None:
         if self._text and self._text.stopped:
@@ -124,14 +172,3 @@ class GrowingAnswer:
         if is_end:
             return "end_token"
         return "length" if len(self._token_ids) == self._request.max_new_tokens else None
-
-    def _metrics(self) -> Metrics:
-        request = self._request
-        return Metrics(
-            prompt_length=len(request.prompt),
-            prefix_length=request.prefix.prefix_length if request.prefix else 0,
-            new_tokens=len(self._token_ids),
-            task_selection=request.task_selection + self._lease,
-            time_to_first_token=request.preparation + self._lease + self._times[0],
-            inter_token_latencies=tuple(np.diff(self._times).tolist()),
-        )

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 
 from prefix_runtime.checks import is_unicode, is_whole
 from prefix_runtime.errors import RequestError
 
-from .generation_config import MAX_STOP_LENGTH, MAX_STOP_STRINGS, GenerationConfig
+from .generation_config import GenerationConfig
 from .sampling import Sampling
+from .setting_reader import MAX_STOP_LENGTH, MAX_STOP_STRINGS
 
 _LISTED = ("max_new_tokens", "sampling", "generation_config")
 """Options that may differ between the prompts of a list."""
@@ -33,6 +34,13 @@ class GenerationOptions(TypedDict, total=False):
     stop: strings that end the text and are left out of it, in place of the model's; an empty list for none. At most 64,
         of at most 256 characters each. A special token's text is one too, and a string may begin in the prompt.
     ignore_end: go on behind end tokens, up to `max_new_tokens`; for measurements.
+    num_beams: beams of a beam search; 1 for none. Each takes a row of key/value buffers. Not with sampling.
+    num_return_sequences: texts that a beam search returns, the best first: `GenerationResult.sequences`.
+    length_penalty: a beam's score is the sum of its log-probabilities over its length to this power. Above 0 favours
+        long texts, below 0 short ones.
+    early_stopping: True ends the search as soon as there are `num_beams` texts, False if no beam is likely to get
+        better than them, "never" if none can.
+    token_logprobs: also return the log-probability of each new token, before any rule changed it.
     """
 
     max_new_tokens: int | Sequence[int | None] | None
@@ -41,6 +49,11 @@ class GenerationOptions(TypedDict, total=False):
     ignore_end: bool
     end_tokens: int | Sequence[int] | None
     generation_config: GenerationConfig | Sequence[GenerationConfig | None] | None
+    num_beams: int | None
+    num_return_sequences: int | None
+    length_penalty: float | None
+    early_stopping: bool | Literal["never"] | None
+    token_logprobs: bool
 
 
 def as_list(

@@ -11,6 +11,8 @@ import numpy as np
 
 from prefix_runtime.cache.cache import Cache
 
+from .sampling import log_softmax
+
 
 class Generation(Protocol):
     """A row's answer as it grows."""
@@ -73,6 +75,15 @@ def decode(cache: Cache, rows: Sequence[int], generations: Sequence[Generation])
         for generation in active:
             generation.note_time(seconds)
         yield from active
+
+
+def target_logprobs(cache: Cache, prompt: Sequence[int], target: Sequence[int]) -> tuple[float, ...]:
+    """The log-probability of each token of a target behind a prompt, run in the first row."""
+    logprobs = [float(log_softmax(cache.prefill(0, prompt))[target[0]])]
+    if len(target) > 1:
+        logits = cache.prefill(0, target[:-1], keep_all_logits=True)
+        logprobs += [float(log_softmax(row)[token_id]) for row, token_id in zip(logits, target[1:], strict=True)]
+    return tuple(logprobs)
 
 
 def _step(cache: Cache, active: Sequence[Generation]) -> None:

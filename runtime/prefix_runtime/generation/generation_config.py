@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict, cast
 
 from prefix_runtime.bundle.folder import Bundle
-from prefix_runtime.checks import is_finite, is_whole
 from prefix_runtime.errors import BundleError, RequestError
 
 from .sampling import Sampling
+from .setting_reader import SettingReader, short_text
 
 _MOST_BYTES = 1 << 26
 """The largest configuration file that is read; lists of forbidden words of real models take less than a megabyte."""
 
-MAX_STOP_STRINGS = 64
-MAX_STOP_LENGTH = 256
-"""Characters of one stop string."""
+MAX_BEAMS = 1024
 
 _TEXT_CONFIGS = ("decoder", "generator", "text_config")
 
@@ -62,6 +59,10 @@ class GenerationConfig(TypedDict, total=False):
     suppress_tokens: Sequence[int] | None
     begin_suppress_tokens: Sequence[int] | None
     renormalize_logits: bool | None
+    num_beams: int | None
+    num_return_sequences: int | None
+    length_penalty: float | None
+    early_stopping: bool | str | None
 
 
 FOLLOWED = tuple(GenerationConfig.__annotations__)
@@ -95,6 +96,11 @@ class GenerationDefaults:
         exponential_decay_length_penalty: after so many new tokens the end token becomes more likely by this factor.
         suppress_tokens: token ids that never come.
         begin_suppress_tokens: token ids that do not come first.
+        renormalize_logits: whether what the rules leave is made log-probabilities again; it matters with beams alone.
+        num_beams: beams of greedy text; 1 for no beam search.
+        num_return_sequences: texts that a beam search returns at most.
+        length_penalty: power of the length that a beam's score is divided by.
+        early_stopping: when a beam search ends; True as soon as there are `num_beams` texts.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -116,6 +122,11 @@ class GenerationDefaults:
     exponential_decay_length_penalty: tuple[int, float] | None = None
     suppress_tokens: tuple[int, ...] = ()
     begin_suppress_tokens: tuple[int, ...] = ()
+    renormalize_logits: bool = False
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
 
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> GenerationDefaults:
@@ -144,7 +155,7 @@ class GenerationDefaults:
 
         Source: transformers 5.23, `GenerationMixin._prepare_generation_config`, `GenerationConfig.validate`.
         """
-        reader = _Reader(config, vocab_size)
+        reader = SettingReader(config, vocab_size)
         defaults = cls(
             sampling=_read_sampling(reader),
             end_tokens=reader.tokens("eos_token_id"),
@@ -165,8 +176,12 @@ class GenerationDefaults:
             exponential_decay_length_penalty=reader.decay("exponential_decay_length_penalty"),
             suppress_tokens=reader.tokens("suppress_tokens"),
             begin_suppress_tokens=reader.tokens("begin_suppress_tokens"),
+            renormalize_logits=reader.flag("renormalize_logits"),
+            num_beams=reader.count("num_beams", 1, 1, MAX_BEAMS) or 1,
+            num_return_sequences=reader.count("num_return_sequences", 1, 1) or 1,
+            length_penalty=reader.number("length_penalty", 1.0, -50.0, 50.0),
+            early_stopping=reader.stopping("early_stopping"),
         )
-        reader.flag("renormalize_logits")  # adds the same number to all logits, so the choice stays
         defaults.check(vocab_size)
         return defaults
 
@@ -214,12 +229,12 @@ def shown_defaults(bundle: Bundle) -> dict[str, str]:
         BundleError: a configuration is malformed or contradicts itself.
     """
     defaults = GenerationDefaults.of_bundle(bundle)
-    way = "greedy" if defaults.sampling.is_greedy else "sampled"
+    way = ("beam search" if defaults.num_beams > 1 else "greedy") if defaults.sampling.is_greedy else "sampled"
     ignored = (bundle.manifest.generation or {}).get("not_followed", {})
     return {
         "generation": ", ".join([way, *(f"{name} {value}" for name, value in defaults.described().items())]),
         "end tokens": ", ".join(map(str, defaults.end_tokens)) or "none",
-        **({"not followed": ", ".join(f"{name} {_short(ignored[name])}" for name in ignored)} if ignored else {}),
+        **({"not followed": ", ".join(f"{name} {short_text(ignored[name])}" for name in ignored)} if ignored else {}),
     }
 
 
@@ -257,7 +272,7 @@ def _config_name(bundle: Bundle) -> str:
     return own if own in bundle.manifest.files else "config.json"
 
 
-def _read_sampling(reader: _Reader) -> Sampling:
+def _read_sampling(reader: SettingReader) -> Sampling:
     """How transformers samples where `do_sample` is set; what a setting is without it does not matter."""
     if not reader.flag("do_sample"):
         return Sampling()
@@ -282,106 +297,7 @@ def _cutoff(value: float) -> float:
     return value if 0 < value < 1 else 0.0
 
 
-class _Reader:
-    """A configuration that is read setting by setting, each with its type and range."""
-
-    def __init__(self, config: Mapping[str, Any], vocab_size: int) -> None:
-        self._config, self._vocab_size = config, vocab_size
-
-    def count(self, name: str, default: int | None, least: int = 0, most: float = math.inf) -> int | None:
-        value = self._config.get(name)
-        if value is None:
-            return default
-        limits = f"{least} to {most}" if most < math.inf else f"{least} or more"
-        _check(name, is_whole(value, least, most), f"a whole number, {limits}", value)
-        return int(value)
-
-    def number(self, name: str, default: float, least: float = -math.inf, most: float = math.inf) -> float:
-        value = self._config.get(name)
-        if value is None:
-            return default
-        limits = "" if least == -math.inf else f", {least:g} " + (f"to {most:g}" if most < math.inf else "or more")
-        _check(name, is_finite(value) and least <= value <= most, f"a number{limits}", value)
-        return float(value)
-
-    def flag(self, name: str) -> bool:
-        value = self._config.get(name)
-        _check(name, value is None or isinstance(value, bool), "true or false", value)
-        return bool(value)
-
-    def tokens(self, name: str, most: float = math.inf) -> tuple[int, ...]:
-        """Token ids, one or a list; where the vocabulary does not limit them, those beyond it name no token."""
-        value = self._config.get(name)
-        if value is None:
-            return ()
-        listed = [value] if is_whole(value) else value
-        limit = f" up to {most}" if most < math.inf else ""
-        _check(name, _is_ids(listed, most), f"a token id or a list of them{limit}", value)
-        return tuple(map(int, listed))
-
-    def strings(self, name: str) -> tuple[str, ...]:
-        value = self._config.get(name)
-        if value is None:
-            return ()
-        listed = [value] if isinstance(value, str) else value
-        sound = isinstance(listed, list | tuple) and all(isinstance(each, str) and each for each in listed)
-        _check(name, sound, "strings of at least one character", value)
-        is_bounded = len(listed) <= MAX_STOP_STRINGS and all(len(each) <= MAX_STOP_LENGTH for each in listed)
-        _check(name, is_bounded, f"at most {MAX_STOP_STRINGS} strings of at most {MAX_STOP_LENGTH} characters", value)
-        return tuple(listed)
-
-    def runs(self, name: str) -> tuple[tuple[int, ...], ...]:
-        value = self._config.get(name)
-        if value is None:
-            return ()
-        sound = isinstance(value, list | tuple) and all(self._is_run(each) for each in value)
-        _check(name, sound, f"a list of lists of token ids up to {self._vocab_size - 1}", value)
-        return tuple(tuple(map(int, run)) for run in value)
-
-    def biases(self, name: str) -> tuple[tuple[tuple[int, ...], float], ...]:
-        value = self._config.get(name)
-        if value is None:
-            return ()
-        sound = isinstance(value, list | tuple) and all(self._is_bias(each) for each in value)
-        expected = f"a list of pairs of token ids up to {self._vocab_size - 1} and a number, as [[[5, 6], -2.0]]"
-        _check(name, sound, expected, value)
-        return tuple((tuple(map(int, run)), float(bias)) for run, bias in value)
-
-    def decay(self, name: str) -> tuple[int, float] | None:
-        value = self._config.get(name)
-        if value is None:
-            return None
-        sound = isinstance(value, list | tuple) and len(value) == 2 and is_whole(value[0]) and is_finite(value[1])
-        _check(name, sound and value[1] > 0, "a number of tokens and a factor above 0, as [20, 1.5]", value)
-        return int(value[0]), float(value[1])
-
-    def _is_run(self, value: object) -> bool:
-        return _is_ids(value, self._vocab_size - 1) and bool(value)
-
-    def _is_bias(self, value: object) -> bool:
-        if not isinstance(value, list | tuple) or len(value) != 2:
-            return False
-        return self._is_run(value[0]) and (is_finite(value[1]) or value[1] == -math.inf)
-
-
-def _is_ids(value: object, most: float) -> bool:
-    return isinstance(value, list | tuple) and all(is_whole(each, 0, most) for each in value)
-
-
-def _check(name: str, sound: bool, expected: str, reader: object) -> None:
-    if not sound:
-        raise RequestError(f"{name}: expected {expected}, found {_short(reader)}")
-
-
 def _shown(value: object) -> str:
     if isinstance(value, tuple):
-        return f"{len(value)} of them" if len(value) > 4 else _short(list(value))
-    return _short(value)
-
-
-def _short(value: object) -> str:
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # nested too deep, or a number of too many digits
-        text = type(value).__name__
-    return text if len(text) <= 80 else f"{text[:77]}..."
+        return f"{len(value)} of them" if len(value) > 4 else short_text(list(value))
+    return short_text(value)

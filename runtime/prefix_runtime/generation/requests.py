@@ -13,7 +13,7 @@ from prefix_runtime.errors import CompositionError, ContextOverflowError, Reques
 from prefix_runtime.prefix.prefix import TEXT_HAS_BEGUN, Prefix
 
 from .answer import Request
-from .arguments import GenerationOptions
+from .arguments import GenerationOptions, check_ids
 from .rules import GenerationRules, RuleBook
 from .text import TextCodec
 
@@ -29,12 +29,20 @@ class RequestChecker:
         codec: text to ids and back; None if the bundle has no tokenizer.
         rules: how tokens are chosen.
         max_length: positions for prefix and text together.
+        rows: that run together at the most; None for any number.
     """
 
     def __init__(
-        self, bundle: Bundle, store: TaskStore, codec: TextCodec | None, rules: RuleBook, max_length: int
+        self,
+        bundle: Bundle,
+        store: TaskStore,
+        codec: TextCodec | None,
+        rules: RuleBook,
+        max_length: int,
+        *,
+        rows: int | None = None,
     ) -> None:
-        self._bundle, self._store, self._codec, self._rules = bundle, store, codec, rules
+        self._bundle, self._store, self._codec, self._rules, self._rows = bundle, store, codec, rules, rows
         self._geometry, self._max_length = bundle.manifest.geometry, max_length
 
     def row(self, index: int, prompt: str | Sequence[int], task: str | None, options: GenerationOptions) -> Request:
@@ -61,8 +69,9 @@ class RequestChecker:
         started = time.perf_counter()
         if options.get("stop") and self._codec is None:
             raise RequestError(f"stop: {self._bundle.root} has no tokenizer, so text cannot be looked at; leave it out")
-        if not isinstance(options.get("ignore_end", False), bool):
-            raise RequestError(f"ignore_end: expected True or False, found {options['ignore_end']!r}")
+        for name in ("ignore_end", "token_logprobs"):
+            if not isinstance(options.get(name, False), bool):
+                raise RequestError(f"{name}: expected True or False, found {options.get(name)!r}")
         if not (task is None or isinstance(task, str)):
             raise RequestError(f"task: expected the name of one, or None, found {task!r}")
         if task is None and self._bundle.manifest.mode == "bake":
@@ -72,8 +81,9 @@ class RequestChecker:
         prefix = None if task is None else self._store.get(task)
         selected = time.perf_counter() - selecting
         has_begun = prefix is not None and prefix.metadata.get(TEXT_HAS_BEGUN) == "true"
-        ids = self._encode(prompt, has_begun=has_begun)
+        ids = self._encode("prompt", prompt, with_special_tokens=not has_begun)
         rules = self._rules.rules(options)
+        self._check_beams(rules)
         new_tokens = options.get("max_new_tokens")
         return Request(
             prompt=ids,
@@ -85,16 +95,33 @@ class RequestChecker:
             preparation=time.perf_counter() - started,
         )
 
-    def _encode(self, prompt: str | Sequence[int], *, has_begun: bool) -> tuple[int, ...]:
-        if isinstance(prompt, str):
+    def target(self, target: str | Sequence[int]) -> tuple[int, ...]:
+        """The token ids of a text that is scored, or these ids, checked.
+
+        Raises:
+            RequestError: it is empty, or an id is not in the vocabulary.
+        """
+        if not isinstance(target, str):
+            check_ids(target)
+        return self._encode("target", target, with_special_tokens=False)
+
+    def _check_beams(self, rules: GenerationRules) -> None:
+        if self._rows is not None and rules.beams.count > self._rows:
+            raise RequestError(
+                f"num_beams: expected at most {self._rows}, the rows that the provider runs together, found "
+                f"{rules.beams.count}"
+            )
+
+    def _encode(self, name: str, text: str | Sequence[int], *, with_special_tokens: bool) -> tuple[int, ...]:
+        if isinstance(text, str):
             if self._codec is None:
-                raise RequestError(f"prompt: {self._bundle.root} has no tokenizer: expected token_ids, found text")
-            ids = tuple(self._codec.encode(prompt, with_special_tokens=not has_begun))
+                raise RequestError(f"{name}: {self._bundle.root} has no tokenizer: expected token_ids, found text")
+            ids = tuple(self._codec.encode(text, with_special_tokens=with_special_tokens))
         else:
-            ids = tuple(int(token_id) for token_id in prompt)
+            ids = tuple(int(token_id) for token_id in text)
         if not ids:
             raise RequestError(
-                "prompt: expected at least one token, found none: the tokenizer adds none to this text; give text, or "
+                f"{name}: expected at least one token, found none: the tokenizer adds none to this text; give text, or "
                 "give a start token as token_ids"
             )
         for index, token_id in enumerate(ids):

@@ -16,7 +16,7 @@ class Metrics:
         new_tokens: tokens generated.
         task_selection: seconds to find the task's prefix and a buffer that holds it.
         time_to_first_token: seconds from the request to the first token, the task's selection included.
-        inter_token_latencies: seconds of each decode step, one less than the new tokens.
+        inter_token_latencies: seconds of each decode step: one less than the new tokens, or more with beams.
     """
 
     prompt_length: int
@@ -43,6 +43,22 @@ class Metrics:
 
 
 @dataclass(frozen=True)
+class GeneratedSequence:
+    """One of the best texts of a beam search.
+
+    Attributes:
+        text, token_ids, finish_reason, token_logprobs: as in `GenerationResult`.
+        score: the sum of its tokens' log-probabilities, as the rules left them, over its length to `length_penalty`.
+    """
+
+    text: str | None
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    score: float
+    token_logprobs: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
 class GenerationResult:
     """What a prompt was answered with.
 
@@ -53,6 +69,9 @@ class GenerationResult:
         finish_reason: "end_token", "stop" (a stop string) or "length" (`max_new_tokens`, or the context is full).
         task: that it was generated under.
         metrics: what it took.
+        token_logprobs: each new token's log-probability by the model alone, before rules; None unless asked for.
+        sequences: of a beam search the best texts, `num_return_sequences` or as many as there are. The first one is
+            this result. Empty without beams.
     """
 
     text: str | None
@@ -60,6 +79,13 @@ class GenerationResult:
     finish_reason: str
     task: str | None
     metrics: Metrics
+    token_logprobs: tuple[float, ...] | None = None
+    sequences: tuple[GeneratedSequence, ...] = ()
+
+    @property
+    def score(self) -> float | None:
+        """The score of the best beam; None without beams."""
+        return self.sequences[0].score if self.sequences else None
 
 
 @dataclass(frozen=True)
@@ -75,3 +101,21 @@ class Chunk:
     text: str
     token_id: int
     result: GenerationResult | None
+
+
+@dataclass(frozen=True)
+class TargetScore:
+    """How likely a target is behind a prompt.
+
+    Attributes:
+        token_ids: of the target.
+        token_logprobs: the log-probability of each of them behind the prompt and the target's earlier tokens.
+    """
+
+    token_ids: tuple[int, ...]
+    token_logprobs: tuple[float, ...]
+
+    @property
+    def logprob(self) -> float:
+        """The target's log-probability: the sum of its tokens'."""
+        return sum(self.token_logprobs)

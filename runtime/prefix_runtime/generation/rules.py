@@ -16,6 +16,22 @@ from .sampling import Sampling
 
 
 @dataclass(frozen=True)
+class Beams:
+    """How a request's beams are searched; see `GenerationOptions`.
+
+    Attributes:
+        count: of the beams; 1 for no search.
+        returned: texts, at the most.
+        length_penalty, early_stopping: as in `GenerationOptions`.
+    """
+
+    count: int = 1
+    returned: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+
+
+@dataclass(frozen=True)
 class GenerationRules:
     """How a request's tokens are chosen and what ends them.
 
@@ -24,6 +40,8 @@ class GenerationRules:
         processors: what changes the logits before.
         end_tokens: token ids that end the text.
         stop: strings that end it.
+        beams: how many texts are searched side by side.
+        wants_logprobs: whether the tokens' log-probabilities are returned.
         defaults: what all of this was made of.
     """
 
@@ -31,6 +49,8 @@ class GenerationRules:
     processors: LogitsProcessors
     end_tokens: frozenset[int]
     stop: tuple[str, ...]
+    beams: Beams
+    wants_logprobs: bool
     defaults: GenerationDefaults
 
     def new_tokens(self, prompt: int, usual: int) -> int:
@@ -51,6 +71,10 @@ class GenerationRules:
                 f"found {prompt}; give max_new_tokens"
             )
         return self.defaults.max_length - prompt
+
+
+_OF_BEAMS = ("num_beams", "num_return_sequences", "length_penalty", "early_stopping")
+"""Options that are settings of the model's configuration, too."""
 
 
 class RuleBook:
@@ -86,14 +110,18 @@ class RuleBook:
         Raises:
             RequestError: an option is malformed, or contradicts another or the model's defaults.
         """
-        defaults = self.defaults_with(self._changes(options))
+        changes = self._changes(options)
+        defaults = self.defaults_with(changes)
         is_own = defaults is self._defaults
         stop = as_stop(options.get("stop"))
+        sampling = as_sampling(options.get("sampling"), defaults.sampling)
         return GenerationRules(
-            sampling=as_sampling(options.get("sampling"), defaults.sampling),
+            sampling=sampling,
             processors=self._processors if is_own else LogitsProcessors(defaults, self._vocab_size),
             end_tokens=frozenset(() if options.get("ignore_end") else defaults.end_tokens),
             stop=defaults.stop_strings if stop is None else stop,
+            beams=_beams(defaults, sampling, changes),
+            wants_logprobs=options.get("token_logprobs", False),
             defaults=defaults,
         )
 
@@ -109,4 +137,26 @@ class RuleBook:
         ends = as_end_tokens(options.get("end_tokens"), self._vocab_size)
         if ends is not None:
             changes["eos_token_id"] = ends
+        changes |= {name: options.get(name) for name in _OF_BEAMS if options.get(name) is not None}
         return {**given, **changes} if isinstance(given, Mapping) else (given or changes)
+
+
+def _beams(defaults: GenerationDefaults, sampling: Sampling, asked: Mapping[str, Any]) -> Beams:
+    """The beams of a request. What the model has of them counts for greedy text alone.
+
+    Raises:
+        RequestError: the request asks for beams and sampling, or for more texts than beams.
+    """
+    count, returned = defaults.num_beams, defaults.num_return_sequences
+    if not sampling.is_greedy:
+        if asked.get("num_beams") is not None and count > 1:
+            raise RequestError(
+                f"num_beams: expected 1 with sampling, found {count}; for a beam search pass sampling=Sampling() or "
+                "--temperature 0"
+            )
+        count = 1
+    if returned > count:
+        if asked.get("num_return_sequences") is not None:
+            raise RequestError(f"num_return_sequences: expected at most num_beams, {count}, found {returned}")
+        returned = count
+    return Beams(count, returned, defaults.length_penalty, defaults.early_stopping)

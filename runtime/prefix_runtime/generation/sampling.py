@@ -95,8 +95,16 @@ def make_sampler(sampling: Sampling) -> Sampler:
 def _most_likely(scores: np.ndarray) -> int:
     token_id = int(scores.argmax())
     if scores[token_id] == -np.inf:
-        raise _none_left()
+        raise none_left()
     return token_id
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """The log-probabilities [vocab] float32 of logits [vocab] float32, which are left as they are."""
+    with np.errstate(invalid="ignore"):  # infinite logits, which a rule may take out
+        scores: np.ndarray = logits - logits.max()
+        scores -= np.log(np.exp(scores).sum(dtype=np.float64)).astype(np.float32)
+    return scores
 
 
 def distribution(scores: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
@@ -112,7 +120,7 @@ def distribution(scores: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np
     scaled = scores.astype(np.float64)
     highest = scaled.max()
     if not np.isfinite(highest):
-        raise _none_left()
+        raise none_left()
     scaled -= highest
     with np.errstate(over="ignore"):  # next to no temperature: all but the most likely go to minus infinity
         scaled /= sampling.temperature
@@ -127,7 +135,8 @@ def distribution(scores: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np
     return ids, probabilities
 
 
-def _none_left() -> RequestError:
+def none_left() -> RequestError:
+    """What a request is refused with whose rules forbid every token."""
     return RequestError(
         "expected a token to choose, found that the logits and the rules in force leave none; see suppress_tokens, "
         "bad_words_ids and no_repeat_ngram_size of the request and of generation_config.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 
 @dataclass(frozen=True)
@@ -18,3 +19,7 @@ class Blocks:
     address: int
     pitch: int
     height: int
+
+    def moved(self, nbytes: int) -> Self:
+        """Pieces that begin so many bytes later."""
+        return type(self)(self.address + nbytes, self.pitch, self.height) if nbytes else self

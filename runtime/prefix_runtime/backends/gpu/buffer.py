@@ -75,13 +75,13 @@ class DeviceBuffer:
         group, place = self._places[layer]
         return self._memory.address + group.start + ((2 * place + part) * self.rows + row) * self._row_bytes(group)
 
-    def copy_row(self, row: int, source: DeviceBuffer, source_row: int, length: int) -> None:
-        """Copy a row's first positions from another row, or from another buffer of the same model."""
+    def copy_row(self, row: int, source: DeviceBuffer, source_row: int, length: int, start: int = 0) -> None:
+        """Copy a row's first positions, from `start` on, from another row, or another buffer of the same model."""
         for group, ours, theirs in zip(self._groups, self._blocks, source._blocks, strict=True):
             self._stream.copy_blocks(
-                ours[row],
-                theirs[source_row],
-                width=length * group.position_bytes,
+                ours[row].moved(start * group.position_bytes),
+                theirs[source_row].moved(start * group.position_bytes),
+                width=(length - start) * group.position_bytes,
                 height=group.heads,
                 depth=2 * len(group.layers),
             )

@@ -88,6 +88,24 @@ class AppendingCache(Cache):
         """See `Cache`."""
         self._part()
         self._alone[target] = self._alone[source]
+        self._take_over(source, target)
+
+    def fork(self, source: int, target: int, start: int) -> None:
+        """See `Cache`: rows that are joined stay so; of rows alone both read the same arrays."""
+        if self._joined is None or max(source, target) >= len(self._mask):
+            self.move(source, target)
+            return
+        left, right = self.rows[source], self.rows[target]
+        width = self._mask.shape[1]
+        first = width - left.length + start if left.length == right.length else 0
+        for pair in self._joined:
+            for array in pair:
+                array[target, :, first:] = array[source, :, first:]
+        self._mask[target] = self._mask[source]
+        self._take_over(source, target)
+
+    def _take_over(self, source: int, target: int) -> None:
+        """Let a row be described as another is."""
         left, right = self.rows[source], self.rows[target]
         right.prefix, right.length, right.offset = left.prefix, left.length, left.offset
         self._task_ids[target] = self._task_ids[source]

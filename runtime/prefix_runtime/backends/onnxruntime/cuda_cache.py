@@ -109,13 +109,20 @@ class CudaCache(Cache):
 
     def move(self, source: int, target: int) -> None:
         """See `Cache`."""
+        self.fork(source, target, 0)
+        self._ready = _Ready()
+
+    def fork(self, source: int, target: int, start: int) -> None:
+        """See `Cache`: copied on the GPU. For a row that is as long as before the GPU's state stays."""
         left, right = self.rows[source], self.rows[target]
+        self._running.clear()
+        if (left.length, left.offset) != (right.length, right.offset):
+            self._ready = _Ready()
         right.prefix = None  # until the copy is whole
         with self._device.turn():
             self._copy_awaited()
-            self._buffer.copy_row(target, self._buffer, source, left.length)
-        right.prefix, right.offset = left.prefix, left.offset
-        self._fill(target, left.length)
+            self._buffer.copy_row(target, self._buffer, source, left.length, start)
+        right.prefix, right.offset, right.length = left.prefix, left.offset, left.length
 
     def prefill(self, row: int, token_ids: Sequence[int], keep_all_logits: bool = False) -> np.ndarray:
         """See `Cache`."""

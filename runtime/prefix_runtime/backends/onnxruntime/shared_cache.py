@@ -69,11 +69,15 @@ class SharedCache(Cache):
 
     def move(self, source: int, target: int) -> None:
         """See `Cache`."""
+        self.fork(source, target, 0)
+
+    def fork(self, source: int, target: int, start: int) -> None:
+        """See `Cache`."""
         left, right = self.rows[source], self.rows[target]
         right.prefix = None  # until the copy is whole
         for layer in self._layers:
             for array in layer:
-                array[target, :, : left.length] = array[source, :, : left.length]
+                array[target, :, start : left.length] = array[source, :, start : left.length]
         right.prefix, right.offset = left.prefix, left.offset
         self._fill(target, left.length)
 

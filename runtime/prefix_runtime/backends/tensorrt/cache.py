@@ -104,6 +104,25 @@ class TensorRTCache(Cache):
         left.prefix, left.length, left.offset = None, 0, 0
         self._task_ids[target] = self._task_ids[source]
 
+    def fork(self, source: int, target: int, start: int) -> None:
+        """See `Cache`."""
+        left, right = self.rows[source], self.rows[target]
+        if self._joined is None or max(source, target) >= len(self._mask):
+            self._part()
+            own = self._own[target]
+            own.rows, own.length = 1, left.length
+            with self._device.turn():
+                own.copy_row(0, self._alone[source], 0, left.length)
+            self._alone[target] = own
+        else:
+            count = left.length - start if left.length == right.length else self._mask.shape[1]
+            with self._device.turn():
+                self._joined.copy_row(target, self._joined, source, count)
+            self._mask[target] = self._mask[source]
+        self._prefixes[target] = self._prefixes[source]
+        right.prefix, right.length, right.offset = left.prefix, left.length, left.offset
+        self._task_ids[target] = self._task_ids[source]
+
     def prefill(self, row: int, token_ids: Sequence[int], keep_all_logits: bool = False) -> np.ndarray:
         """See `Cache`."""
         self._part()

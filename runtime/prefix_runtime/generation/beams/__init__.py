@@ -1,0 +1,1 @@
+"""Beam search: several texts of one request side by side, as transformers' `generate` searches them."""
