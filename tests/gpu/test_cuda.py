@@ -85,6 +85,16 @@ def test_a_batch_answers_as_its_rows_alone(bundle):
         assert agree(engine, request, result.token_ids, answer(engine, *request)[:count])
 
 
+def test_beams_are_those_of_the_host(bundle):
+    # In float16 two texts may be as likely as each other, so only scores are compared.
+    engine, plain = (prefix_runtime.load(bundle, provider=provider) for provider in ("cuda", "cpu"))
+    prompts, tasks = zip(*requests(8), strict=True)
+    options = {"task": list(tasks), "num_beams": 4, "max_new_tokens": NEW, "ignore_end": True}
+    found, expected = (each.generate(token_ids=list(prompts), **options) for each in (engine, plain))
+    scores = [[result.score for result in side] for side in (found, expected)]
+    np.testing.assert_allclose(*scores, rtol=0, atol=TIE)
+
+
 def test_many_threads_share_an_engine(bundle):
     engine = prefix_runtime.load(bundle, provider=Cuda(prefix_bytes=0))  # each request brings its prefix in
     given = requests(64)

@@ -275,6 +275,17 @@ def test_rows_of_several_tasks_leave_and_go_on_as_if_alone(opened, reference):
             assert answer.token_ids == alone.token_ids
 
 
+def test_beams_are_the_graphs_and_at_most_as_many_as_rows(opened, reference):
+    engine, _ = opened()
+    for task in tasks_of(engine):
+        options = {"task": task, "num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 14}
+        found, expected = (each.generate(token_ids=PROMPT, **options).sequences for each in (engine, reference))
+        assert [each.token_ids for each in found] == [each.token_ids for each in expected]
+        np.testing.assert_allclose(*([each.score for each in side] for side in (found, expected)), rtol=0, atol=1e-5)
+    with pytest.raises(RequestError, match=r"^num_beams: expected at most 3, the rows that the provider runs together"):
+        engine.generate(token_ids=PROMPT, task="p3", num_beams=4)
+
+
 def test_a_token_takes_no_keys_and_values_to_the_gpu_or_back(opened):
     engine, device = opened()
     answer = engine.stream(token_ids=PROMPT, task="p20", max_new_tokens=8)
