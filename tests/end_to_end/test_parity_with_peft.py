@@ -101,6 +101,21 @@ def peft_tokens(model, token_ids, new_tokens):
     return tuple(output[0, len(token_ids) :].tolist())
 
 
+def peft_beams(model, token_ids, **options):
+    """The texts of a beam search, and their scores."""
+    ids = torch.tensor([token_ids])
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **options,
+    )
+    return [tuple(row[len(token_ids) :]) for row in output.sequences.tolist()], output.sequences_scores.tolist()
+
+
 @pytest.mark.parametrize("prompt", [PROMPT[:1], PROMPT], ids=["one token", "many tokens"])
 def test_logits_equal_pefts(engine, peft_model, length, prompt):
     expected = peft_logits(peft_model, prompt)
@@ -117,6 +132,15 @@ def test_the_prefix_changes_the_answer(engine, length):
 def test_greedy_tokens_equal_pefts(engine, peft_model, length, prompt):
     found = engine.generate(token_ids=prompt, task=f"p{length}", max_new_tokens=24)
     assert found.token_ids == peft_tokens(peft_model, prompt, 24)
+
+
+@pytest.mark.parametrize("prompt", [PROMPT[:1], PROMPT], ids=["one token", "many tokens"])
+def test_beams_equal_pefts(engine, peft_model, length, prompt):
+    options = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 20}
+    found = engine.generate(token_ids=prompt, task=f"p{length}", **options).sequences
+    texts, scores = peft_beams(peft_model, prompt, **options)
+    assert [sequence.token_ids for sequence in found] == texts
+    np.testing.assert_allclose([sequence.score for sequence in found], scores, rtol=0, atol=1e-5)
 
 
 def test_greedy_tokens_equal_pefts_up_to_the_end_of_the_context(engine, peft_model, length):

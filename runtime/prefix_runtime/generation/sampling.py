@@ -103,7 +103,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     """The log-probabilities [vocab] float32 of logits [vocab] float32, which are left as they are."""
     with np.errstate(invalid="ignore"):  # infinite logits, which a rule may take out
         scores: np.ndarray = logits - logits.max()
-        scores -= np.log(np.exp(scores).sum(dtype=np.float64)).astype(np.float32)
+        scores -= np.log(np.exp(scores).sum())
     return scores
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import repeat
+from dataclasses import dataclass, replace
+from itertools import chain, repeat
 from operator import attrgetter, itemgetter
 
 import numpy as np
@@ -146,8 +146,8 @@ class BeamSearch:
     def _candidates(self, logits: Sequence[np.ndarray]) -> list[_Beam]:
         """The best continuations, the best first; of equal ones the better beam's, and of a beam's the smaller id."""
         count = max(2, 1 + len(self._rules.end_tokens)) * self.width
-        found = [each for beam in self._beams for each in self._continuations(beam, logits[beam.slot], count)]
-        best = sorted(found, key=itemgetter(0), reverse=True)[:count]
+        continuations = (self._continuations(beam, logits[beam.slot], count) for beam in self._beams)
+        best = sorted(chain.from_iterable(continuations), key=itemgetter(0), reverse=True)[:count]
         return [
             _Beam(beam.slot, (*beam.token_ids, token_id), (*beam.logprobs, logprob), total)
             for total, logprob, token_id, beam in best
@@ -207,7 +207,7 @@ class BeamSearch:
                 shared = _shared(self._history[slot, :length], self._history[beam.slot, :length])
                 if shared < length:
                     forks.append(Fork(beam.slot, slot, shared))
-            placed.append(_Beam(slot, beam.token_ids, beam.logprobs, beam.total))
+            placed.append(replace(beam, slot=slot))
         for fork in forks:
             self._history[fork.target, fork.shared : length] = self._history[fork.source, fork.shared : length]
         for beam in placed:
