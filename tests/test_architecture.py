@@ -75,7 +75,7 @@ def test_only_the_command_line_prints_or_knows_click():
     assert [path for path in PACKAGES if "click" in imported_roots(path)], "the rule sees no imports"
 
 
-def test_one_module_imports_onnxruntime_and_one_its_quantiser():
+def test_one_module_imports_onnxruntime_and_one_its_quantizer():
     assert [name_of(path) for path in RUNTIME if "onnxruntime" in imported_roots(path)] == [
         "runtime/prefix_runtime/backends/onnxruntime/library.py"
     ]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _TEXT_FILE = UserPath(exists=True, dir_okay=False)
 _REVISION = click.option("--revision", help="Of a Hub id given as --model.")
 _FORMAT = click.option(
-    "--format", "wanted", help="What SOURCE is, whatever its content says; see docs/reference/checkpoints.md."
+    "--format", "format_name", help="What SOURCE is, whatever its content says; see docs/reference/checkpoints.md."
 )
 
 
@@ -30,7 +30,7 @@ _FORMAT = click.option(
 @_REVISION
 @_FORMAT
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(path: Path, model: str | None, revision: str | None, wanted: str | None, as_json: bool) -> None:
+def inspect(path: Path, model: str | None, revision: str | None, format_name: str | None, as_json: bool) -> None:
     """Say what the bundle, prefix file or checkpoint at PATH holds, and how it would fold."""
     from prefix_runtime.bundle.folder import MANIFEST_NAME, Bundle
 
@@ -43,14 +43,14 @@ def inspect(path: Path, model: str | None, revision: str | None, wanted: str | N
     from prefix_export.models.names import check_checkpoint, check_model
 
     model = with_revision(model, revision)
-    formats.check_format(wanted)
+    formats.check_format(format_name)
     check_checkpoint(path)
     if model is not None:
         check_model(model)
-    fields = dict(formats.describe(path if path.exists() else _fetched(path), wanted))
+    fields = dict(formats.describe(path if path.exists() else _fetched(path), format_name))
     if model is not None:
         with libraries_quiet():
-            folded = _folded(path, model, wanted)
+            folded = _folded(path, model, format_name)
         for name, prefix in folded.prefixes.items():
             fields[f"folds to{f' {name}' if name else ''}"] = _shown(prefix)
         fields |= {f"warning {number}": line for number, line in enumerate(folded.warnings, 1)}
@@ -87,17 +87,17 @@ def fold(source: Path | None, model: str, revision: str | None, output: Path, **
     text, text_file = options["text"], options["text_file"]
     if sum(given is not None for given in (source, text, text_file)) != 1:
         raise click.UsageError("expected one of SOURCE, --text and --text-file")
-    if source is None and options["wanted"]:
+    if source is None and options["format_name"]:
         raise click.UsageError("--format goes with SOURCE; a text is of no format")
     if source is None and options["parts"]:
         raise click.UsageError("--part goes with SOURCE; a text is one prefix")
-    _check_fold(source, model, output, options["wanted"])
+    _check_fold(source, model, output, options["format_name"])
     with libraries_quiet():
         from prefix_export.models import load_base_model
         from prefix_export.prefixes.fold import Folded, fold_text
 
         if source is not None:
-            folded = _folded(source, model, options["wanted"])
+            folded = _folded(source, model, options["format_name"])
         else:
             base = load_base_model(model)
             words = text if text is not None else _read_text(text_file)
@@ -130,14 +130,14 @@ def compose(prefixes: tuple[Path, ...], is_average: bool, weights: tuple[float, 
     _write({"": average(loaded, weights or None) if is_average else concatenated(loaded)}, output)
 
 
-def _check_fold(source: Path | None, model: str, output: Path, wanted: str | None) -> None:
+def _check_fold(source: Path | None, model: str, output: Path, format_name: str | None) -> None:
     """Refuse what is wrong with the options, before torch is imported."""
     from prefix_export import formats
     from prefix_export.models.names import check_checkpoint, check_model
     from prefix_runtime.bundle.staging import check_output
 
     check_output(output)
-    formats.check_format(wanted)
+    formats.check_format(format_name)
     check_model(model)
     if source is not None:
         check_checkpoint(source)
@@ -151,7 +151,7 @@ def _fetched(path: Path) -> Path:
         return fetch_checkpoint(path)
 
 
-def _folded(source: Path, model: str, wanted: str | None) -> Folded:
+def _folded(source: Path, model: str, format_name: str | None) -> Folded:
     from dataclasses import replace
     from functools import cache, partial
 
@@ -161,7 +161,7 @@ def _folded(source: Path, model: str, wanted: str | None) -> Folded:
     from prefix_export.prefixes.lint import lint
 
     shape = ModelShape.of_config(model, load_config(model))
-    folded = fold_checkpoint(source, shape, cache(partial(load_base_model, model)), wanted)
+    folded = fold_checkpoint(source, shape, cache(partial(load_base_model, model)), format_name)
     own = [
         f"{name}: {line}" if name else line for name, prefix in folded.prefixes.items() for line in lint(prefix, shape)
     ]

@@ -1,9 +1,13 @@
-"""Readers of trained checkpoints: one module a family, chosen by what a checkpoint holds, never by a file's name.
+"""Readers of trained checkpoints: one module per family, chosen by a checkpoint's content, never by its file name.
 
-A reader has a `NAME`, which `--format` takes, a `TITLE` for people, and three functions: `matches(checkpoint)`, whether
-it is of its family; `describe(checkpoint)`, what it says of itself; `read(checkpoint, shape)`, what it holds
-(`Trained`). The last two are also asked of what does not match, as `--format` overrules, and say so with an error of
-their own. Readers never write and know no ONNX; `checkpoint` opens files for them.
+A reader has a `NAME` for `--format`, a `TITLE` for people, and three functions:
+
+- `matches(checkpoint)` says whether the checkpoint is of the reader's family.
+- `describe(checkpoint)` returns facts about the checkpoint for people.
+- `read(checkpoint, shape)` returns its content (`Trained`).
+
+`--format` can send a checkpoint of another family to `describe` and `read`; they then raise an error of their own.
+Readers never write and do not know ONNX. `shared.checkpoint` opens files for them.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from .peft import reader as peft
 from .shared.checkpoint import Checkpoint, open_checkpoint
 from .shared.trained import SoftPrompt, Trained
 
-# Control Prefixes come before Li and Liang's, whose tensors theirs may be but for their rows.
+# Control Prefixes come before Li and Liang's: their tensors can have the same names, with more rows.
 READERS: tuple[ModuleType, ...] = (
     canonical,
     peft,
@@ -48,58 +52,62 @@ READERS: tuple[ModuleType, ...] = (
     soft_prompt,
 )
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-"""What a part may be called: it becomes a file's name, and a task's."""
+"""Permitted names of parts: a name becomes a file name and a task name."""
 
 FORMATS = tuple(reader.NAME for reader in READERS)
 
 __all__ = ["FORMATS", "READERS", "SoftPrompt", "Trained", "check_format", "describe", "find_reader", "read"]
 
 
-def check_format(wanted: str | None) -> None:
-    """Refuse the name of a format that there is none of; None stands for any.
+def check_format(format_name: str | None) -> None:
+    """Refuse an unknown format name; None stands for any format.
 
     Raises:
-        CheckpointError: the message lists the formats.
+        CheckpointError: the format is unknown; the message lists the formats.
     """
-    if wanted is not None and wanted not in FORMATS:
-        raise CheckpointError(f"format: expected one of {', '.join(FORMATS)}, found {wanted!r}")
+    if format_name is not None and format_name not in FORMATS:
+        raise CheckpointError(f"format: expected one of {', '.join(FORMATS)}, found {format_name!r}")
 
 
-def find_reader(path: Path, wanted: str | None = None) -> tuple[ModuleType, Checkpoint]:
-    """The reader for a file or folder, and the checkpoint opened.
+def find_reader(path: Path, format_name: str | None = None) -> tuple[ModuleType, Checkpoint]:
+    """The reader for a file or folder, and the opened checkpoint.
 
     Args:
         path: a file or folder.
-        wanted: of `FORMATS`, whatever the checkpoint's content says.
+        format_name: one of `FORMATS`; overrules the checkpoint's content. None chooses by content.
 
     Raises:
-        CheckpointError: nothing is there, or nothing that a reader knows.
-        PrefixError: a safetensors file that is damaged.
+        CheckpointError: the path does not exist, or no reader knows its content; the message lists the formats.
+        PrefixError: the safetensors file is damaged; copy or download it again.
     """
-    check_format(wanted)
+    check_format(format_name)
     checkpoint = open_checkpoint(path)
     for reader in READERS:
-        if wanted == reader.NAME or (wanted is None and reader.matches(checkpoint)):
+        if format_name == reader.NAME or (format_name is None and reader.matches(checkpoint)):
             return reader, checkpoint
     known = ", ".join(f"{reader.TITLE} ({reader.NAME})" for reader in READERS)
     raise CheckpointError(f"{checkpoint.weights}: expected one of: {known}; found {_shown(checkpoint)}")
 
 
 def _shown(checkpoint: Checkpoint) -> str:
-    """What a checkpoint of no family holds, as far as it says."""
+    """The content of a checkpoint that no reader knows, for a message."""
     kind = (checkpoint.config(peft.CONFIG_NAME) or {}).get("peft_type")
     names = ", ".join(repr(name) for name in list(checkpoint.shapes)[:4]) or "none"
     return f"a PEFT adapter of kind {kind!r}" if kind else f"tensors {names}, of no such kind"
 
 
-def describe(path: Path, wanted: str | None = None) -> Mapping[str, str]:
-    """What a checkpoint says of itself, for people.
+def describe(path: Path, format_name: str | None = None) -> Mapping[str, str]:
+    """Facts about a checkpoint, for people: its format first, then what its reader can tell.
+
+    Args:
+        path: a file or folder.
+        format_name: see `find_reader`.
 
     Raises:
-        CheckpointError: no reader knows the file, or several do; name the format.
-        PrefixError: the canonical file is damaged.
+        CheckpointError: no reader knows the file; the message lists the formats. Name one of them to force it.
+        PrefixError: the prefix file is damaged; copy or download it again.
     """
-    reader, checkpoint = find_reader(path, wanted)
+    reader, checkpoint = find_reader(path, format_name)
     facts: Mapping[str, str] = reader.describe(checkpoint)
     if checkpoint.notes:
         facts = {"file": checkpoint.weights.relative_to(checkpoint.path).as_posix(), **facts}
@@ -107,23 +115,24 @@ def describe(path: Path, wanted: str | None = None) -> Mapping[str, str]:
 
 
 def _printable(text: str) -> str:
-    """A text from outside, without what would steer a terminal or is no text."""
+    """A text from a file, with control characters escaped so that they cannot control the terminal."""
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
-def read(path: Path, shape: ModelShape, wanted: str | None = None) -> Trained:
-    """What a checkpoint holds: keys and values, or soft prompts that only the model can turn into them.
+def read(path: Path, shape: ModelShape, format_name: str | None = None) -> Trained:
+    """The content of a checkpoint: keys and values, or soft prompts that only the model can turn into keys and values.
 
     Args:
         path: a file or folder.
-        shape: of the base model.
-        wanted: see `find_reader`.
+        shape: the shape of the base model.
+        format_name: see `find_reader`.
 
     Raises:
-        CheckpointError: not a checkpoint that can be read, or damaged.
-        PrefixError, PrefixMismatchError: NaN, infinity, or trained for a model of another shape.
+        CheckpointError: the checkpoint cannot be read or is damaged; the message says what to do.
+        PrefixError: the checkpoint contains NaN or infinity; training diverged, use another checkpoint.
+        PrefixMismatchError: the checkpoint was trained for a model of another shape; name that model.
     """
-    reader, checkpoint = find_reader(path, wanted)
+    reader, checkpoint = find_reader(path, format_name)
     trained: Trained = reader.read(checkpoint, shape)
     trained = replace(trained, warnings=(*checkpoint.notes, *trained.warnings))
     for name in trained.parts:

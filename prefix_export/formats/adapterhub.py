@@ -1,9 +1,13 @@
-"""AdapterHub's `adapters`: prefix tuning with a bottleneck MLP, and flat, at the sites that it was registered for.
+"""AdapterHub's `adapters`: prefix tuning, with a bottleneck MLP or flat, at each registered site.
 
-Names end in `prefix_tunings.TASK.LOCATION.` with `wte.weight` [prefix_length, width] and `control_trans.0`, `.2`, or
-with a flat `control_trans` [prefix_length * 2 * layers * heads * head_dim]; the same tensors stand once more for every
-layer that shares them. The prefix joins keys after rotation and is never in the cache: text begins at position 0. T5
-counts relative positions its own way, which the prefix' metadata says (`relative_position_bias`).
+Names contain `prefix_tunings.TASK.LOCATION.` before one of two sets of tensors:
+
+- with an MLP: `wte.weight` [prefix_length, width], `control_trans.0` and `control_trans.2`
+- flat: `control_trans` [prefix_length * 2 * layers * heads * head_dim]
+
+The file repeats the same tensors for every layer that shares them. AdapterHub joins the prefix to the keys after
+rotation and never stores it in the cache, so text begins at position 0. T5 counts relative positions differently; the
+prefix's metadata records this (`relative_position_bias`).
 
 Source: adapter-hub/adapters 1.x, `src/adapters/methods/prefix_tuning.py` at 08464c2, `loading.py` at 086d7f2.
 """
@@ -35,21 +39,21 @@ _METHOD = "prefix_tuning"
 
 
 def matches(checkpoint: Checkpoint) -> bool:
-    """Whether it has a pool of prefix tunings."""
+    """Whether the checkpoint has a pool of prefix tunings."""
     return any(_NAME.fullmatch(name) for name in checkpoint.shapes)
 
 
 def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     """The config, and the tensors of each location."""
     config = _config(checkpoint)
-    said = {key: str(value) for key, value in config.items() if isinstance(value, str | int | float | list)}
-    shown = {}
+    settings = {key: str(value) for key, value in config.items() if isinstance(value, str | int | float | list)}
+    tensors = {}
     for location, start in _locations(checkpoint).items():
         names = [name for name in checkpoint.shapes if name.startswith(f"{start}.")]
-        shown[location] = ", ".join(
+        tensors[location] = ", ".join(
             f"{name.removeprefix(f'{start}.')} {' x '.join(map(str, checkpoint.shapes[name]))}" for name in names
         )
-    return {**said, **shown}
+    return {**settings, **tensors}
 
 
 def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
@@ -85,7 +89,7 @@ def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def _locations(checkpoint: Checkpoint) -> dict[str, str]:
-    """The locations of the one prefix tuning that there is, and where each one's tensors stand first."""
+    """The locations of the checkpoint's one prefix tuning, and the start of the names of each one's first tensors."""
     matches = [match for name in checkpoint.shapes if (match := _NAME.fullmatch(name))]
     tasks = sorted({match["task"] for match in matches})
     if len(tasks) != 1:
@@ -111,15 +115,15 @@ def _refuse_what_is_more_than_a_prefix(checkpoint: Checkpoint, config: Mapping[s
         "other adapters beside the prefix": any(not _NAME.fullmatch(name) for name in checkpoint.shapes)
         or config.get("architecture", _METHOD) != _METHOD,
     }
-    for what, is_there in reasons.items():
-        if is_there:
+    for reason, applies in reasons.items():
+        if applies:
             raise CheckpointError(
-                f"{checkpoint.weights}: expected a prefix for every layer and nothing else, found {what}"
+                f"{checkpoint.weights}: expected a prefix for every layer and nothing else, found {reason}"
             )
 
 
 def _left_out(checkpoint: Checkpoint, config: Mapping[str, Any]) -> set[int]:
-    """Layers without a prefix, by their number in the whole model: a decoder's are counted on from the encoder's."""
+    """Layers without a prefix, by their number in the whole model: decoder layers follow the encoder layers."""
     left_out = config.get("leave_out") or []
     if not isinstance(left_out, list) or not all(isinstance(index, int) for index in left_out):
         raise CheckpointError(
@@ -131,15 +135,15 @@ def _left_out(checkpoint: Checkpoint, config: Mapping[str, Any]) -> set[int]:
 def _with_left_out(
     matrix: np.ndarray, shape: ModelShape, site: str, left_out: set[int], where: str
 ) -> tuple[LayerPrefix, ...]:
-    """A site's layers, those that were left out with nothing: the matrix has no slots for them."""
+    """A site's layers. Layers that were left out get an empty prefix, because the matrix has no slots for them."""
     layers = shape.site(site, where)
     first = len(shape.sites["encoder"]) if shape.kind == BOTH and site != "encoder" else 0
-    kept = [index for index in range(len(layers)) if first + index not in left_out]
-    if not kept:
+    trained = [index for index in range(len(layers)) if first + index not in left_out]
+    if not trained:
         raise CheckpointError(f"{where}: expected a prefix for at least one layer, found all left out")
-    trained_layers = dict(zip(kept, folded(matrix, [layers[index] for index in kept], where), strict=True))
-    nothing = [np.empty((layer.key_value_heads, 0, layer.head_dim), np.float32) for layer in layers]
-    return tuple(trained_layers.get(index, LayerPrefix(nothing[index], nothing[index])) for index in range(len(layers)))
+    trained_layers = dict(zip(trained, folded(matrix, [layers[index] for index in trained], where), strict=True))
+    empty = [np.empty((layer.key_value_heads, 0, layer.head_dim), np.float32) for layer in layers]
+    return tuple(trained_layers.get(index, LayerPrefix(empty[index], empty[index])) for index in range(len(layers)))
 
 
 def _site(checkpoint: Checkpoint, location: str, shape: ModelShape) -> str:

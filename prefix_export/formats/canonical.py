@@ -1,4 +1,4 @@
-"""The project's own prefix file, see `prefix_runtime.Prefix`."""
+"""The project's own prefix file; see `prefix_runtime.Prefix`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
 
 
 def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
-    """See `formats.read`; the prefix is as it is in the file."""
+    """See `formats.read`; the prefix is returned unchanged."""
     prefix = Prefix.load(checkpoint.weights)
     shape.check(prefix, str(checkpoint.weights))
     if prefix.embeddings is not None:

@@ -1,11 +1,15 @@
 """Control Prefixes: a general prefix, and one for each label of each attribute, for every attention site.
 
-Two layouts. Data-to-text (T5): tables `M_Prefixes.wte_CATEGORY` (decoder), `wte_2_CATEGORY` (cross) and
-`wte_enc_CATEGORY` (encoder), [block * labels, hidden], through the general prefix' own MLPs. XSum (BART): the rows
-behind the general ones of each table, by `preseqlen` of the config: two sports of 1 row, then 40 categories of 3. Each
-label is folded once, under the name `CATEGORY-LABEL`. Its metadata says which table it is of and at which place that
-stands, by which composition puts parts in the code's order: the last category first, the general prefix last. Text
-begins at position 0.
+There are two layouts:
+
+- Data-to-text (T5): tables `M_Prefixes.wte_CATEGORY` (decoder), `wte_2_CATEGORY` (cross) and `wte_enc_CATEGORY`
+  (encoder), [block * labels, hidden]. The MLPs of the general prefix transform them.
+- XSum (BART): rows of each table behind the first `preseqlen` (of the config): 2 sports of 1 row, then 40 categories
+  of 3 rows.
+
+Each label is folded once, under the name `CATEGORY-LABEL`. Its metadata holds its table and the table's place.
+Composition uses the place to put parts in the original code's order: the last category first, the general prefix last.
+Text begins at position 0.
 
 Source: jordiclive/ControlPrefixes at 8d06cc2, `src/datatotext/prefix_utils.py` and `src/summarization`, and at ddd1636,
 `transformers/webnlg/prefix_tuning3.py`, `get_prompt_multiple_prefix`; Clive et al., "Control Prefixes for
@@ -43,15 +47,15 @@ NAME = "control-prefixes"
 TITLE = "Control Prefixes"
 
 _XSUM = (("sport", 2, 1), ("category", 40, 3))
-"""Attributes of the XSum layout: name, labels, rows of each."""
+"""Attributes of the XSum layout: name, number of labels, rows per label."""
 _PUBLISHED = ("sources", "cats")
-"""Data-to-text's categories in the code's order, which safetensors files do not keep."""
+"""The categories of data-to-text in the original code's order, which a safetensors file does not preserve."""
 _STARTS = {"decoder": "wte_", "cross": "wte_2_", "encoder": "wte_enc_"}
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A label's rows in the matrix of each site, and the attribute that it is of."""
+    """A label's rows in the matrix of each site, and the table of its attribute."""
 
     table: str
     name: str
@@ -59,7 +63,7 @@ class _Block:
 
 
 def matches(checkpoint: Checkpoint) -> bool:
-    """Whether it has attribute tables, or as many rows behind the general ones as XSum's attributes take."""
+    """Whether the checkpoint has attribute tables, or the number of extra rows that XSum's attributes take."""
     if any(name.startswith("M_Prefixes.") or ".M_Prefixes." in name for name in checkpoint.shapes):
         return True
     start = lead(checkpoint, "control_trans2.0.weight")
@@ -70,7 +74,7 @@ def matches(checkpoint: Checkpoint) -> bool:
 
 
 def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
-    """The general prefix' length and the attributes."""
+    """The tables of the general prefix and of the attributes, with their shapes."""
     required_lead(checkpoint, "control_trans.0.weight")
     return described(checkpoint, lambda name: "wte" in name and "seq2seq_model." not in name)
 
@@ -85,7 +89,7 @@ def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
         length = _general_length(checkpoint)
         general = {site: numbers[:length] for site, numbers in general.items()}
     tables = list(dict.fromkeys(block.table for block in blocks))
-    order = tables[::-1] if has_tables else tables  # the code puts each table before those that it has put already
+    order = tables[::-1] if has_tables else tables  # the original code puts each table before the earlier ones
     placed = [*((order.index(block.table), block) for block in blocks), (len(order), _Block(GENERAL, GENERAL, general))]
     shared = {"relative_position_bias": "zero"} if has_tables else {}
     parts = {

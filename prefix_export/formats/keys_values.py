@@ -1,16 +1,16 @@
-"""Keys and values as one array, or as an array for each layer, as scripts save what Li and Liang's MLP or PEFT made.
+"""Keys and values as one array, or as one array for each layer, as scripts save the output of an MLP or of PEFT.
 
 | array | axes |
 |---|---|
 | a matrix | [prefix_length, 2 * layers * heads * head_dim] |
-| the same as a batch | [batch, prefix_length, 2 * layers * heads * head_dim], all rows alike |
-| seen by slots | [1, prefix_length, 2 * layers, heads, head_dim] |
+| the same as a batch | [batch, prefix_length, 2 * layers * heads * head_dim], all rows equal |
+| viewed as slots | [1, prefix_length, 2 * layers, heads, head_dim] |
 | arranged by slots | [2 * layers, 1, heads, prefix_length, head_dim] |
 | an array for each layer | [2, 1, heads, prefix_length, head_dim] |
-| a key and a value for each layer | [1, heads, prefix_length, head_dim], without the 1 too |
+| a key and a value for each layer | [1, heads, prefix_length, head_dim], also without the 1 |
 
-Slots are k0, v0, k1, v1 and so on. A file of this kind does not say where text begins: behind the prefix, as Li and
-Liang's GPT-2 code, P-tuning v2 and PEFT have it.
+Slots are k0, v0, k1, v1 and so on. A file of this kind does not say where text begins. This reader assumes behind the
+prefix, as in Li and Liang's GPT-2 code, P-tuning v2 and PEFT.
 
 Source: XiangLi1999/PrefixTuning at 48dbaff, `gpt2/train_control.py`, `get_prompt_p5`, `get_prompt_p2_shallow`; PEFT
 0.21.2, `PeftModel.get_prompt`; transformers' `past_key_values` before 4.36.
@@ -44,7 +44,7 @@ _ORDER = (
 
 
 def matches(checkpoint: Checkpoint) -> bool:
-    """Whether it is an array of slots, or arrays for each layer; a matrix alone may be a soft prompt too."""
+    """Whether the checkpoint is an array of slots, or arrays for each layer. One matrix may also be a soft prompt."""
     shapes = list(checkpoint.shapes.values())
     if len(shapes) == 1:
         return len(shapes[0]) == _SLOTS
@@ -78,7 +78,7 @@ def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
 
 
 def _check_size(checkpoint: Checkpoint) -> None:
-    """Refuse what is too large before it is read: a file may be a hole of any size."""
+    """Refuse arrays that are too large before reading them: a sparse file may claim any size."""
     count = sum(int(np.prod(shape, dtype=object)) for shape in checkpoint.shapes.values())
     if count > _MOST_NUMBERS:
         raise CheckpointError(f"{checkpoint.weights}: expected at most {_MOST_NUMBERS} numbers, found {count}")
@@ -101,7 +101,7 @@ def _layers(checkpoint: Checkpoint, layers: Sequence[LayerGeometry]) -> Sequence
 
 
 def _one_row(batch: np.ndarray, where: str) -> np.ndarray:
-    """The matrix of a batch whose rows are one prefix repeated."""
+    """The matrix of a batch that repeats one prefix."""
     if not (batch == batch[:1]).all():
         raise CheckpointError(
             f"{where}: expected one prefix, found a batch of {len(batch)} that differ; save each in a file of its own"
@@ -111,7 +111,7 @@ def _one_row(batch: np.ndarray, where: str) -> np.ndarray:
 
 
 def _of_slots(array: np.ndarray, layers: Sequence[LayerGeometry], where: str) -> Sequence[LayerPrefix]:
-    """Of [2 * layers, 1, heads, length, head_dim] or [1, length, 2 * layers, heads, head_dim]."""
+    """The layers of an array [2 * layers, 1, heads, length, head_dim] or [1, length, 2 * layers, heads, head_dim]."""
     first, slots = layers[0], 2 * len(layers)
     heads, size = first.key_value_heads, first.head_dim
     axes = array.shape
@@ -127,7 +127,7 @@ def _of_slots(array: np.ndarray, layers: Sequence[LayerGeometry], where: str) ->
 
 
 def _per_layer(checkpoint: Checkpoint) -> dict[int, list[str]]:
-    """The names of each layer's arrays, the key's first; empty if names or axes are others."""
+    """The names of each layer's arrays, the key first; empty if any name or number of axes does not match."""
     halves: dict[int, dict[bool, str]] = {}
     for name, shape in checkpoint.shapes.items():
         match = _PAIRED.fullmatch(name)
@@ -139,26 +139,26 @@ def _per_layer(checkpoint: Checkpoint) -> dict[int, list[str]]:
             return {}
     counts = {len(names) for names in halves.values()}
     is_whole = sorted(halves) == list(range(len(halves))) and len(counts) == 1
-    held = sum(len(names) for names in halves.values())
-    if not is_whole or held != len(checkpoint.shapes) or (counts == {1} and "0" not in checkpoint.shapes):
+    count = sum(len(names) for names in halves.values())
+    if not is_whole or count != len(checkpoint.shapes) or (counts == {1} and "0" not in checkpoint.shapes):
         return {}
     return {index: [names[is_value] for is_value in sorted(names)] for index, names in halves.items()}
 
 
 def _of_layers(checkpoint: Checkpoint, layers: Sequence[LayerGeometry]) -> Sequence[LayerPrefix]:
-    named, where = _per_layer(checkpoint), str(checkpoint.weights)
-    if len(named) != len(layers):
+    names, where = _per_layer(checkpoint), str(checkpoint.weights)
+    if len(names) != len(layers):
         listed = (
-            f"them of {len(named)}" if named else f"arrays of other names: {', '.join(list(checkpoint.shapes)[:4])}"
+            f"them of {len(names)}" if names else f"arrays of other names: {', '.join(list(checkpoint.shapes)[:4])}"
         )
         raise PrefixMismatchError(f"{where}: expected keys and values of {len(layers)} layers, found {listed}")
-    pairs = [[_without_batch(checkpoint.array(name), where) for name in named[index]] for index in range(len(layers))]
+    pairs = [[_without_batch(checkpoint.array(name), where) for name in names[index]] for index in range(len(layers))]
     arranged = [pair if len(pair) == 2 else [pair[0][0], pair[0][1]] for pair in pairs]
     return [_checked(LayerPrefix(*pair), layer, where) for pair, layer in zip(arranged, layers, strict=True)]
 
 
 def _without_batch(array: np.ndarray, where: str) -> np.ndarray:
-    """[heads, length, head_dim], or [2, heads, length, head_dim]."""
+    """The array as [heads, length, head_dim] or [2, heads, length, head_dim], without a batch axis."""
     axis = {4: 0, _SLOTS: 1}.get(array.ndim)
     if axis is None:
         return array

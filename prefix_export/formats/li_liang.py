@@ -6,8 +6,8 @@
 | GPT-2, shallow | `control_trans`, flat or [2 * layers, 1, heads, length, head_dim] | decoder |
 | BART | `wte`, `control_trans`; `wte2`, `control_trans2`; `wte_enc`, `control_trans_enc` | decoder; cross; encoder |
 
-Text begins at position `prefix_length` in GPT-2 and at 0 in BART, whose patched positions do not count the prefix. The
-prefix length is the table's: `lowdata` and shallow variants overrule the config's.
+Text begins at position `prefix_length` in GPT-2 and at 0 in BART, because BART's patched positions do not count the
+prefix. The table gives the prefix length, because `lowdata` and shallow variants overrule the config.
 
 Source: XiangLi1999/PrefixTuning at 48dbaff, `get_prompt_p5`, `get_prompt_p2`, `get_prompt_p2_shallow`, and `get_prompt`
 of the seq2seq module; Li and Liang, "Prefix-Tuning", ACL 2021.
@@ -40,7 +40,7 @@ _FLAT, _STACKED = 1, 5
 
 
 def matches(checkpoint: Checkpoint) -> bool:
-    """Whether it has `control_trans`, and nothing of those who renamed what is beside it."""
+    """Whether the checkpoint has `control_trans`, and no tensor that only another family with that name has."""
     others = ("wte_dec.weight", "decoder_wte.weight", "input_tokens", "prefix_tunings.", "M_Prefixes.", "es.")
     names = tuple(checkpoint.shapes)
     if any(name.startswith(other) or f".{other}" in f".{name}" for name in names for other in others):
@@ -52,10 +52,10 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
     """The tensors of the prefix and their shapes."""
     if _shallow_name(checkpoint) is None:
         required_lead(checkpoint, "control_trans.0.weight")
-    shown = described(checkpoint, lambda name: "control_trans" in name or "wte" in name)
+    tensors = described(checkpoint, lambda name: "control_trans" in name or "wte" in name)
     config = checkpoint.config("config.json") or {}
-    said = {key: str(config[key]) for key in ("preseqlen", "mid_dim", "prefix_dropout") if key in config}
-    return {**shown, **said}
+    settings = {key: str(config[key]) for key in ("preseqlen", "mid_dim", "prefix_dropout") if key in config}
+    return {**tensors, **settings}
 
 
 def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
@@ -68,10 +68,10 @@ def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
     if _is_soft_prompt(checkpoint, start, shape):
         return _read_soft_prompt(checkpoint, start, shape)
     if (shape.kind == BOTH) != (len(present) > 1):
-        wanted = "an encoder-decoder" if len(present) > 1 else "a decoder-only model"
+        expected = "an encoder-decoder" if len(present) > 1 else "a decoder-only model"
         raise PrefixMismatchError(
             f"{checkpoint.weights}: holds prefixes for {', '.join(table.site for table in present)}: expected "
-            f"{wanted}, found {shape.name!r} ({shape.kind})"
+            f"{expected}, found {shape.name!r} ({shape.kind})"
         )
     warnings = _check_length(checkpoint, start) if len(present) > 1 else ()
     sites = sites_of(checkpoint, shape, start, present)
@@ -80,14 +80,14 @@ def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
 
 
 def _check_length(checkpoint: Checkpoint, start: str) -> tuple[str, ...]:
-    """Refuse a table of other rows than its config tells: those of Control Prefixes' attributes lie in one like it."""
+    """Refuse a table whose number of rows differs from its config: it may hold Control Prefixes' attributes too."""
     config = checkpoint.config("config.json")
     if config is None:
-        return ("no config.json is beside it: rows of Control Prefixes' attributes cannot be told from the prefix'",)
-    rows, said = checkpoint.shapes[f"{start}wte.weight"][:1], config.get("preseqlen")
-    if isinstance(said, int) and (said,) != tuple(rows):
+        return ("no config.json is beside it: rows of Control Prefixes' attributes would look like rows of the prefix",)
+    rows, length = checkpoint.shapes[f"{start}wte.weight"][:1], config.get("preseqlen")
+    if isinstance(length, int) and (length,) != tuple(rows):
         raise CheckpointError(
-            f"{checkpoint.weights}: wte.weight: expected {said} rows, the preseqlen of config.json, found "
+            f"{checkpoint.weights}: wte.weight: expected {length} rows, the preseqlen of config.json, found "
             f"{', '.join(map(str, rows)) or 'none'}; attributes of Control Prefixes may be among them"
         )
     return ()
@@ -104,7 +104,7 @@ def _trained(checkpoint: Checkpoint, sites: Mapping[str, list[LayerPrefix]], *, 
 
 
 def _shallow_name(checkpoint: Checkpoint) -> str | None:
-    """The parameter that is the prefix itself, of a variant without an MLP."""
+    """The name of the parameter that is the prefix itself, in a variant without an MLP; None in the others."""
     return next(
         (
             name
@@ -130,7 +130,7 @@ def _flat(numbers: np.ndarray, layers: tuple[LayerGeometry, ...], where: str) ->
 
 
 def _stacked(numbers: np.ndarray, layers: tuple[LayerGeometry, ...], where: str) -> list[LayerPrefix]:
-    """Of [2 * layers, 1, heads, length, head_dim]."""
+    """The layers of an array [2 * layers, 1, heads, length, head_dim]."""
     first = layers[0]
     expected = (2 * len(layers), 1, first.key_value_heads, numbers.shape[3], first.head_dim)
     if numbers.shape != expected or 0 in numbers.shape:
@@ -148,18 +148,18 @@ def _refuse_what_depends_on_text(checkpoint: Checkpoint, start: str, present: li
         or (table[:1] and table[0] == config.get("vocab_size"))
     ):
         raise CheckpointError(
-            f"{checkpoint.weights}: expected a prefix of its own, found a mode of config.json whose prefix is computed "
+            f"{checkpoint.weights}: expected a trained prefix, found a mode of config.json that computes the prefix "
             "from the text (optim_prefix, use_infix); it has no keys and values of its own"
         )
     if f"{start}wte2.weight" in names and not any(table.site == "cross" for table in present):
         raise CheckpointError(
-            f"{checkpoint.weights}: wte2: expected a prefix, found an infix, which is computed from the text; it has "
-            "no keys and values of its own"
+            f"{checkpoint.weights}: wte2: expected a prefix, found an infix, which the code computes from the text; it "
+            "has no keys and values of its own"
         )
     if f"{start}wte.weight" not in names:
         raise CheckpointError(
-            f"{checkpoint.weights}: expected embeddings wte.weight before control_trans, found none: a mode whose "
-            "prefix is computed from the text (optim_prefix no) has no keys and values of its own"
+            f"{checkpoint.weights}: expected embeddings wte.weight before control_trans, found none: a mode that "
+            "computes the prefix from the text (optim_prefix no) has no keys and values of its own"
         )
 
 

@@ -1,8 +1,8 @@
-"""One array alone, [prefix_length, width]: its width under a model tells a soft prompt from keys and values.
+"""One array alone, [prefix_length, width]: the model's widths decide between a soft prompt and keys and values.
 
-1. As wide as the model's embeddings: a soft prompt.
-2. As wide as 2 * layers * heads * head_dim: keys and values.
-3. Both, or neither: refused with both widths; `--format soft-prompt` or `keys-values` says which is meant.
+1. The width of the model's embeddings: a soft prompt.
+2. The width 2 * layers * heads * head_dim: keys and values.
+3. Both, or neither: an error that names both widths. `--format soft-prompt` or `--format keys-values` decides.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ NAME = "array"
 TITLE = "one array alone"
 
 _BEFORE_MLP = ("wte.weight", "wte2.weight", "wte_enc.weight", "wte_dec.weight")
-_KEYS_AND_VALUES = (2, 3)  # axes of the arrays that `keys_values` tells by their width
+_KEYS_AND_VALUES = (2, 3)  # axes of the arrays that `keys_values` recognizes by their width
 _MATRIX = 2
 
 
 def matches(checkpoint: Checkpoint) -> bool:
-    """Whether it is one matrix, or a batch of one; embeddings whose MLP is not there are no prefix."""
+    """Whether the checkpoint is one matrix, or a batch of one. Embeddings without their MLP are not a prefix."""
     shapes = checkpoint.shapes
     if len(shapes) != 1:
         return False
@@ -35,7 +35,7 @@ def matches(checkpoint: Checkpoint) -> bool:
 
 
 def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
-    """What it may be: its width is that of a model's embeddings, or of all its layers."""
+    """What the array may be: its width belongs to a model's embeddings, or to all its layers."""
     *_, length, width = _shape(checkpoint)
     return {
         "prefix length": str(length),

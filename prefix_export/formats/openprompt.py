@@ -1,8 +1,12 @@
 """OpenPrompt's `PrefixTuningTemplate`: T5 and GPT-2.
 
-`decoder_wte`, `decoder_control_trans` are the decoder's, of GPT-2 too; `wte`, `control_trans` are T5's encoder's.
-Before there were two, `wte`, `control_trans` were GPT-2's. There is no prefix for cross-attention. The prefix is the
-past that transformers knows: text begins at position `prefix_length`.
+| tensors | site |
+|---|---|
+| `decoder_wte`, `decoder_control_trans` | decoder of T5, or GPT-2 |
+| `wte`, `control_trans` | encoder of T5; in older versions GPT-2 |
+
+There is no prefix for cross-attention. OpenPrompt passes the prefix as transformers' past, so text begins at position
+`prefix_length`.
 
 Source: thunlp/OpenPrompt at bd31825 and 38b97b4, `openprompt/prompts/prefix_tuning_template.py`.
 """
@@ -28,7 +32,7 @@ _OLD = PromptTable("wte", "control_trans", "decoder")
 
 
 def matches(checkpoint: Checkpoint) -> bool:
-    """Whether it has a decoder's table by OpenPrompt's name, or the token numbers that its template saves."""
+    """Whether the checkpoint has OpenPrompt's decoder table, or the token numbers that its template saves."""
     if lead(checkpoint, "wte_dec.weight") is not None:
         return False
     has_tokens = lead(checkpoint, "input_tokens") is not None and lead(checkpoint, "control_trans.0.weight") is not None
@@ -67,7 +71,7 @@ def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
 
 
 def _starts(checkpoint: Checkpoint) -> dict[PromptTable, str]:
-    """The tables that have an MLP, and what stands before its name."""
+    """The tables that have an MLP, and the text before the MLP's name."""
     starts = {table: lead(checkpoint, f"{table.mlp}.0.weight") for table in (_DECODER, _ENCODER)}
     present = {table: start for table, start in starts.items() if start is not None}
     if not present:

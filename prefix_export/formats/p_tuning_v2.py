@@ -1,10 +1,11 @@
-"""P-tuning v2's checkpoints: the whole model, `prefix_encoder` among it, and the task's head.
+"""P-tuning v2's checkpoints: the whole model, including `prefix_encoder`, and the task's head.
 
 `prefix_encoder.embedding.weight` is [prefix_length, 2 * layers * hidden], or [prefix_length, hidden] with an MLP
-`prefix_encoder.trans` behind it (PEFT calls it `transform`). The head is `classifier` or `qa_outputs`; where it reads a
-pooler, that is taken along, because the base may have none and then it was made at random and lies here alone. It is
-one linear layer on the pooler for RoBERTa too, unlike transformers' own RoBERTa head. Text begins at position
-`prefix_length`.
+`prefix_encoder.trans` behind it (PEFT calls it `transform`).
+
+The head is `classifier` or `qa_outputs`. If the head reads a pooler, the prefix includes the pooler too: the base may
+have none, and then this checkpoint has the only copy of its random values. For RoBERTa too, the head is one linear
+layer on the pooler, unlike transformers' own RoBERTa head. Text begins at position `prefix_length`.
 
 Source: THUDM/P-tuning-v2 at 2873f47, `model/prefix_encoder.py`, `model/sequence_classification.py`; Liu et al.,
 "P-Tuning v2", ACL 2022.
@@ -32,15 +33,15 @@ TITLE = "P-tuning v2"
 _EMBEDDING = "prefix_encoder.embedding.weight"
 _HEADS = ("classifier.", "qa_outputs.")
 BASE_MODULE = "base_module"
-"""Metadata: what the checkpoint calls the model that it was trained on, such as "roberta"."""
+"""Key of the metadata that holds the checkpoint's name of its base model, such as "roberta"."""
 _MODULE = re.compile(r"(?:.*\.)?([a-z_]+)\.(?:pooler\.dense|embeddings|encoder\.layer)\..+")
 _POOLER = ".pooler.dense."
-# Their attention is none of keys and values alone, or another model's.
+# Their attention uses more than keys and values, or has not been compared with the original code.
 _REFUSED = {"deberta.": "DeBERTa, whose prefix joins content scores alone", "transformer.": "ChatGLM, not verified"}
 
 
 def matches(checkpoint: Checkpoint) -> bool:
-    """Whether it has a prefix encoder's embedding."""
+    """Whether the checkpoint has a prefix encoder's embedding."""
     return lead(checkpoint, _EMBEDDING) is not None
 
 
@@ -55,14 +56,14 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
 def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
     """See `formats.read`."""
     start = required_lead(checkpoint, _EMBEDDING)
-    for name, what in _REFUSED.items():
+    for name, model in _REFUSED.items():
         if start == name or any(each.startswith(name) for each in checkpoint.shapes):
-            raise CheckpointError(f"{checkpoint.weights}: expected BERT or RoBERTa, found {what}; it is not read")
+            raise CheckpointError(f"{checkpoint.weights}: expected BERT or RoBERTa, found {model}; it is not read")
     numbers, stem = checkpoint.array(f"{start}{_EMBEDDING}"), f"{start}prefix_encoder.trans"
     warnings = []
     if any(name.startswith(f"{stem}.") for name in checkpoint.shapes):
         numbers = through_mlp(checkpoint, stem, numbers)
-        # transformers begins anew with what a base model's file does not hold.
+        # transformers initializes again what a base model's file does not hold.
         for deviation in (None, DEVIATION):
             warnings += untrained(checkpoint, [stem], "its code", deviation)
     if shape.kind != ENCODER or shape.architecture.startswith("deberta"):
@@ -87,7 +88,7 @@ def _base_module(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _head(checkpoint: Checkpoint) -> dict[str, str]:
-    """The head's tensors, by their names in the prefix to those in the file; the pooler where the head reads it."""
+    """The head's names in the prefix and in the file, and the pooler's if there is a head."""
     own = {name: name for name in checkpoint.shapes if name.startswith(_HEADS)}
     pooler = {
         f"pooler.dense.{name.rpartition('.')[2]}": name

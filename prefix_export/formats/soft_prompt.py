@@ -1,4 +1,4 @@
-"""A soft prompt that stands alone: `.npy`, or a tensor that `torch.save` wrote, [prefix_length, embedding_size].
+"""A soft prompt as one array: a `.npy` file, or a tensor from `torch.save`, [prefix_length, embedding_size].
 
 Source: google-research/prompt-tuning, `prompts.from_array`; Lester et al., "The Power of Scale for Parameter-Efficient
 Prompt Tuning", EMNLP 2021.
@@ -19,11 +19,11 @@ NAME = "soft-prompt"
 TITLE = "soft prompt array"
 
 _AXES = 2
-_LONGEST = 4096  # an embedding table, which has as many axes, is of a whole vocabulary
+_LONGEST = 4096  # an embedding table has as many axes, but a row for every token of the vocabulary
 
 
 def matches(checkpoint: Checkpoint) -> bool:
-    """Never: without a model, nothing tells a soft prompt from keys and values; see `lone_array`."""
+    """Always False: without a model, a soft prompt looks like keys and values; see `lone_array`."""
     del checkpoint
     return False
 
@@ -37,7 +37,7 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
 def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
     """See `formats.read`."""
     where = str(checkpoint.weights)
-    # Before anything is read: a file may be a hole of any size.
+    # Check the shape before reading: a sparse file may claim any size.
     name, (length, width) = _array(checkpoint)
     check_embedding_size((length, width), shape, where)
     if length > _LONGEST:

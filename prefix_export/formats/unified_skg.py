@@ -1,10 +1,15 @@
 """UnifiedSKG's checkpoints: the whole T5 or BART under `pretrain_model`, and a prefix for each attention site.
 
-`wte`, `control_trans` are the decoder's own; `wte_enc`, `control_trans_enc` the encoder's; `wte_dec`,
-`control_trans_dec` are for cross-attention, whatever their name says. Text begins at position 0; T5's relative bias is
-zero on the prefix, which the prefix' metadata says (`relative_position_bias`).
+| tensors | site |
+|---|---|
+| `wte`, `control_trans` | decoder self-attention |
+| `wte_dec`, `control_trans_dec` | cross-attention, despite the name |
+| `wte_enc`, `control_trans_enc` | encoder |
 
-Source: xlang-ai/UnifiedSKG at ed6637d, `models/unified/prefixtuning.py`; the bias as forks of it have it.
+Text begins at position 0. T5's relative bias is zero on the prefix; the prefix's metadata records this
+(`relative_position_bias`).
+
+Source: xlang-ai/UnifiedSKG at ed6637d, `models/unified/prefixtuning.py`; the bias follows its forks.
 """
 
 from __future__ import annotations
@@ -28,13 +33,13 @@ _TABLES = (
     PromptTable("wte_enc", "control_trans_enc", "encoder"),
 )
 _DEPENDS_ON_TEXT = {
-    "knowledge_trans": "knowledge, which is computed from the text",
+    "knowledge_trans": "knowledge, which the code computes from the text",
     "multi_prefix.": "prefixes of several tasks, whose combination is not in the checkpoint",
 }
 
 
 def matches(checkpoint: Checkpoint) -> bool:
-    """Whether it has the table for cross-attention by the name that is UnifiedSKG's alone."""
+    """Whether the checkpoint has the table for cross-attention; only UnifiedSKG uses its name."""
     return lead(checkpoint, "wte_dec.weight") is not None
 
 
@@ -49,9 +54,11 @@ def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
 def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
     """See `formats.read`."""
     start = required_lead(checkpoint, "wte_dec.weight")
-    for part, what in _DEPENDS_ON_TEXT.items():
+    for part, content in _DEPENDS_ON_TEXT.items():
         if any(part in name for name in checkpoint.shapes):
-            raise CheckpointError(f"{checkpoint.weights}: expected a prefix alone, found {what}; it cannot be folded")
+            raise CheckpointError(
+                f"{checkpoint.weights}: expected a prefix alone, found {content}; it cannot be folded"
+            )
     sites = sites_of(checkpoint, shape, start, _TABLES)
     prefix = make_prefix(
         sites,
@@ -61,8 +68,8 @@ def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
         metadata={"relative_position_bias": "zero"},
     )
     warning = (
-        "a run with descriptions (use_description) leaves no trace in a checkpoint and cannot be told from one "
-        "without; its prefix depended on the text"
+        "a run with descriptions (use_description) computes its prefix from the text, which this file cannot show: use "
+        "this prefix only if training ran without descriptions"
     )
     stems = [f"{start}{table.mlp}" for table in _TABLES]
     return Trained({"": prefix}, (warning, *untrained(checkpoint, stems, "its code")))

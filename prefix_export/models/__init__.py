@@ -1,9 +1,9 @@
-"""The frozen base model: found, checked, loaded and identified.
+"""Find, check, load and identify the frozen base model.
 
 `load_base_model` takes a Hub id, `ID@REVISION`, a folder, or a GGUF file. It reads the configuration first, refuses
-what cannot be exported, and only then loads weights.
+models that cannot be exported, and only then loads weights.
 
-Importing this imports nothing heavy: torch comes when a name is first used.
+Importing this package is fast: torch is imported when a name is first used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LOADING = frozenset(name for name in __all__ if name.startswith("load_"))
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, imported when it is first used."""
+    """Import a public name when it is first used."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(".loading" if name in _LOADING else ".base_model", __name__), name)

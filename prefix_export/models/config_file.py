@@ -1,4 +1,4 @@
-"""What a model's config.json says before transformers reads it: quantised weights, code of its own."""
+"""Check a model's config.json before transformers reads it: quantized weights and custom code."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _DEEPEST = 4
 # mlx writes "quantization"; compressed-tensors wrote "compression_config" before version 0.6.
 _KEYS = ("quantization_config", "compression_config", "quantization")
 # AutoGPTQ, AutoAWQ and NVIDIA's ModelOpt write these beside a config.json that does not mention them.
-QUANTISED_FILES = {
+QUANTIZED_FILES = {
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
     "hf_quant_config.json": "modelopt",
 }
-"""Files that only a folder with quantised weights has, and the method that writes them."""
+"""Files that only a folder with quantized weights has, and the method that writes them."""
 
 _SCALES = frozenset(
     {"SCB", "absmax", "g_idx", "qweight", "qzeros", "quant_map", "scales", "weight_packed", "weight_scale",
@@ -31,11 +31,11 @@ _SCALES = frozenset(
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one if the file holds anything else, which transformers' own reader reports.
+    """The JSON object in a file; empty if the file holds anything else, because transformers' own reader reports that.
 
     Raises:
         ModelError: the file is larger than any configuration.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     if path.stat().st_size > _MOST_BYTES:
         raise ModelError(f"{path}: expected a configuration of at most {_MOST_BYTES >> 20} MB, found a larger file")
@@ -47,50 +47,50 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def check_weights_are_plain(name: str, content: Mapping[str, Any], files: Iterable[str] = ()) -> None:
-    """Refuse a model whose weights are quantised already; `files` are names beside its config.json.
+    """Refuse a model whose weights are already quantized; `files` are names of files beside its config.json.
 
     Raises:
-        ModelError: naming the method.
+        ModelError: the weights are quantized; use the original repository. The message names the method.
     """
-    for path, settings in _quantisations(content):
-        raise _quantised(name, _method(settings), f"config.json: {path}")
+    for path, settings in _quantizations(content):
+        raise _quantized(name, _method(settings), f"config.json: {path}")
     for file in files:
-        if file in QUANTISED_FILES:
-            raise _quantised(name, QUANTISED_FILES[file], file)
+        if file in QUANTIZED_FILES:
+            raise _quantized(name, QUANTIZED_FILES[file], file)
 
 
 def check_no_scales(name: str, unexpected: Iterable[str]) -> None:
-    """Refuse weights that came with scales: transformers left the scales out, so that the weights are wrong.
+    """Refuse weights that have scales beside them: transformers ignored the scales, so the weights are wrong.
 
     Args:
-        name: the model's.
-        unexpected: tensors in the weights' files that the architecture has no place for.
+        name: the model's name.
+        unexpected: names of tensors in the files that the architecture does not have.
 
     Raises:
-        ModelError: naming a tensor.
+        ModelError: there are scales; use the original repository. The message names a tensor.
     """
     scales = sorted(key for key in unexpected if key.rpartition(".")[2] in _SCALES or ".quant_state." in key)
     if scales:
-        raise _quantised(name, "a method that config.json does not name", scales[0])
+        raise _quantized(name, "a method that config.json does not name", scales[0])
 
 
-def _quantised(name: str, method: str, where: str) -> ModelError:
+def _quantized(name: str, method: str, where: str) -> ModelError:
     return ModelError(
-        f"model {name!r}: expected weights in float32, float16 or bfloat16, found weights quantised by {method} "
-        f"({where}); take the repository that they were made from, or dequantise them with transformers "
-        "(dequantize(), then save_pretrained)"
+        f"model {name!r}: expected weights in float32, float16 or bfloat16, found weights quantized by {method} "
+        f"({where}); use the original repository, or dequantize them with transformers (dequantize(), then "
+        "save_pretrained)"
     )
 
 
-def _quantisations(content: Mapping[str, Any], path: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Settings of a quantisation in a configuration and in the configurations of its parts, with their path."""
+def _quantizations(content: Mapping[str, Any], path: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The quantization settings in a configuration and in the configurations of its parts, with their paths."""
     for key, value in content.items():
         if not isinstance(value, dict) or not value or depth > _DEEPEST:
             continue
         if key in _KEYS:
             yield f"{path}{key}", value
         else:
-            yield from _quantisations(value, f"{path}{key}.", depth + 1)
+            yield from _quantizations(value, f"{path}{key}.", depth + 1)
 
 
 def _method(settings: Mapping[str, Any]) -> str:
@@ -102,10 +102,10 @@ def _method(settings: Mapping[str, Any]) -> str:
 
 
 def own_code(name: str, content: Mapping[str, Any]) -> str | None:
-    """What the user should know of code that comes with a model, which is never run; None if there is none.
+    """A warning if a model comes with code, which is never run; None if it has no code.
 
     Raises:
-        UnsupportedArchitectureError: transformers has no code for the architecture itself.
+        UnsupportedArchitectureError: transformers does not have the architecture, so the model needs its own code.
     """
     code = content.get("auto_map")
     if not code:

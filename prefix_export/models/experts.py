@@ -1,4 +1,4 @@
-"""Mixtures of experts: their weights, and an implementation of them that torch.export can trace."""
+"""Mixtures of experts: find their weights, and run them in a form that torch.export can trace."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _TRACEABLE = "batched_mm"
 def expert_weights(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
     """The weights of a model's experts, [experts, outputs, inputs] or [experts, inputs, outputs] each."""
     for module in model.modules():
-        # The mark of modules that run by an implementation of experts; `use_experts_implementation` sets it.
+        # `use_experts_implementation` sets these attributes on modules with experts.
         if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
             yield from (parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3)
 
 
 @contextmanager
 def traceable_experts(model: PreTrainedModel) -> Iterator[None]:
-    """Run a model's experts by an implementation that torch.export can trace, as long as the block lasts."""
+    """Within the block, run a model's experts through an implementation that torch.export can trace."""
     if next(expert_weights(model), None) is None:
         yield
         return
@@ -35,11 +35,11 @@ def traceable_experts(model: PreTrainedModel) -> Iterator[None]:
 
 
 def notes(model: PreTrainedModel, *, is_quantized: bool) -> Iterator[str]:
-    """What the user should know of a mixture of experts in a bundle, a line each; nothing of other models.
+    """Notes for the user about a mixture of experts in a bundle, one line each; none for other models.
 
     Args:
-        model: in the type that it was loaded in.
-        is_quantized: whether the bundle keeps weights in 8 or 4 bits.
+        model: the model, in the type that it was loaded in.
+        is_quantized: whether the bundle has weights in 8 or 4 bits.
     """
     weights = list(expert_weights(model))
     if not weights:
@@ -50,8 +50,9 @@ def notes(model: PreTrainedModel, *, is_quantized: bool) -> Iterator[str]:
         "while a layer runs: long prompts take much memory"
     )
     if is_quantized:
-        kept, total = sum(weight.nbytes for weight in weights), sum(weight.nbytes for weight in model.parameters())
+        unquantized = sum(weight.nbytes for weight in weights)
+        total = sum(weight.nbytes for weight in model.parameters())
         yield (
-            f"the weights of the experts, {kept / 1e6:.1f} MB of {total / 1e6:.1f} MB in float32, are not quantized: "
-            "only linear layers and the embedding are"
+            f"the weights of the experts, {unquantized / 1e6:.1f} MB of {total / 1e6:.1f} MB in float32, are not "
+            "quantized: only linear layers and the embedding are"
         )

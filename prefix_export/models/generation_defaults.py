@@ -1,4 +1,4 @@
-"""A model's generation defaults: what the runtime follows, what it does not, and what transformers makes of them."""
+"""A model's generation defaults: which ones the runtime follows, which not, and how transformers applies them."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 
 FILE = "generation_config.json"
 _REFUSALS = (AttributeError, IndexError, OverflowError, RuntimeError, TypeError, ValueError)
-"""What transformers raises for defaults that it cannot use: it has no error of its own for them."""
+"""Exceptions of transformers for defaults that it cannot use; it has no error of its own for them."""
 
 _INERT = frozenset(
     {
-        # How fast, in which form and how many bytes, but not which tokens.
+        # They change speed, memory and the form of outputs, but not the tokens.
         "use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile",
         "continuous_batching_config", "low_memory", "prefill_chunk_size", "output_attentions", "output_hidden_states",
         "output_scores", "output_logits", "return_dict_in_generate", "transformers_version",
-        # Speculation changes the time alone.
+        # Speculation changes only the time.
         "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
         "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind",
         "target_lookbehind", "assistant_ensemble_weight", "speculation_type", "use_mtp",
-        # Of groups of beams, which transformers' own generate has no more.
+        # transformers' generate no longer has groups of beams.
         "diversity_penalty", "num_beam_groups",
-        # Of padding and of encoder-decoders; a prompt's first token is the tokenizer's part.
+        # For padding and encoder-decoders; the tokenizer adds a prompt's first token.
         "pad_token_id", "bos_token_id", "decoder_start_token_id",
     }
 )  # fmt: skip
@@ -44,19 +44,19 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "penalty_alpha": (0,),
     "token_healing": (False,),
 }
-"""Values with which a setting that is not followed changes nothing."""
+"""Values that have no effect, for settings that the runtime does not follow."""
 
 _GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
 
 
 @dataclass(frozen=True)
 class GenerationReport:
-    """What is made of a model's generation defaults.
+    """How a bundle treats a model's generation defaults.
 
     Attributes:
-        followed: names of settings that the runtime follows, and that are set.
-        not_followed: settings that change what transformers generates, and that the runtime does not follow.
-        warnings: what the user should know, a line each.
+        followed: names of the settings that the model has and the runtime follows.
+        not_followed: settings that change transformers' text but that the runtime does not follow.
+        warnings: one line for each thing that the user should know.
     """
 
     followed: tuple[str, ...]
@@ -69,22 +69,22 @@ class GenerationReport:
 
 
 def check_generation_config(name: str, path: Path | None, vocab_size: int) -> None:
-    """Refuse a model's `generation_config.json` before its weights load.
+    """Refuse a bad `generation_config.json` before the model's weights load.
 
     Args:
-        name: the model's, for messages.
-        path: of the file; None where the model has none.
-        vocab_size: the model's.
+        name: the model's name, for messages.
+        path: the path of the file; None if the model has none.
+        vocab_size: the size of the model's vocabulary.
 
     Raises:
-        ModelError: the file is no JSON object, or the runtime or transformers refuses what it asks for.
+        ModelError: the file is not a JSON object, or the runtime or transformers refuses a setting in it.
     """
     if path is None:
         return
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"model {name!r}: {FILE}: expected a JSON object, found text that is none") from error
+        raise ModelError(f"model {name!r}: {FILE}: expected a JSON object, found other text") from error
     if not isinstance(content, dict):
         raise ModelError(f"model {name!r}: {FILE}: expected a JSON object, found {type(content).__name__}")
     _checked(name, content, vocab_size)
@@ -95,10 +95,10 @@ def check_generation_config(name: str, path: Path | None, vocab_size: int) -> No
 
 
 def generation_report(base: BaseModel) -> GenerationReport:
-    """What a bundle of a model follows of its generation defaults.
+    """Report which of a model's generation defaults a bundle follows.
 
     Raises:
-        ModelError: transformers' `generate` or the runtime refuses the defaults.
+        ModelError: transformers' `generate` or the runtime refuses the defaults; the message names the setting.
     """
     settings = _settings(base.model)
     defaults = _checked(base.name, settings, base.geometry.vocab_size)
@@ -110,14 +110,14 @@ def generation_report(base: BaseModel) -> GenerationReport:
 
 
 def followed_config(model: PreTrainedModel, *, greedy: bool = True) -> GenerationConfig:
-    """The part of a model's generation defaults that the runtime follows, as transformers' `generate` takes it.
+    """The generation defaults of a model that the runtime follows, for transformers' `generate`.
 
-    Stop strings are left out, because `generate` wants a tokenizer for them, and so are the model's own lengths, which
-    every comparison sets.
+    They do not include stop strings, because `generate` needs a tokenizer for them, and lengths, because every
+    comparison sets its own.
 
     Args:
-        model: with its generation configuration.
-        greedy: without sampling and beams, as `Sampling()` and `num_beams=1` are for the runtime.
+        model: a model with its generation configuration.
+        greedy: leave out sampling and beams, like `Sampling()` and `num_beams=1` in the runtime.
     """
     apart = {"stop_strings", "max_length", "max_new_tokens"}
     settings = {name: value for name, value in _settings(model).items() if name in FOLLOWED and name not in apart}
@@ -128,17 +128,23 @@ def followed_config(model: PreTrainedModel, *, greedy: bool = True) -> Generatio
 def logits_processors(
     model: PreTrainedModel, config: GenerationConfig, prompt: torch.Tensor, new_tokens: int
 ) -> LogitsProcessorList:
-    """The processors of transformers itself for a prompt [1, length] int64 and so many new tokens at most.
+    """The logits processors of transformers itself for a prompt.
 
-    They are called with the token ids [1, length] of prompt and text and the logits [1, vocab].
+    Call them with the token ids [1, length] of prompt and text, and the logits [1, vocab].
+
+    Args:
+        model: the model.
+        config: the generation configuration.
+        prompt: token ids [1, length] int64.
+        new_tokens: the maximum number of new tokens.
 
     Raises:
-        ValueError, TypeError, RuntimeError: the configuration makes no sense; as transformers raises them.
+        ValueError, TypeError, RuntimeError: transformers refuses the configuration.
 
     Source: transformers 5.23, `GenerationMixin.generate`, steps 1, 3, 6 and 8.
     """
     own, length = model.generation_config, prompt.shape[1]
-    mixin: Any = model  # its methods are private, but the truth about the order is nowhere else
+    mixin: Any = model  # these methods are private, but only they define the order of processors
     try:
         model.generation_config = config
         prepared, _ = mixin._prepare_generation_config(None, max_new_tokens=new_tokens)  # noqa: SLF001
@@ -155,7 +161,7 @@ def logits_processors(
 
 
 def _settings(model: PreTrainedModel) -> dict[str, Any]:
-    """The settings that a model's generation configuration has, as JSON has them."""
+    """The settings in a model's generation configuration, as JSON values."""
     config = model.generation_config or GenerationConfig()
     settings: dict[str, Any] = json.loads(config.to_json_string(ignore_metadata=True))
     return {name: value for name, value in settings.items() if value is not None}
@@ -169,7 +175,7 @@ def _checked(name: str, settings: dict[str, Any], vocab_size: int) -> Generation
 
 
 def _check_processors(base: BaseModel) -> None:
-    """Refuse what transformers refuses when it first processes logits."""
+    """Refuse settings that transformers refuses only when it processes logits."""
     prompt = torch.zeros(1, 2, dtype=torch.int64)
     try:
         processors: Any = logits_processors(base.model, followed_config(base.model, greedy=False), prompt, 2)
@@ -181,7 +187,7 @@ def _check_processors(base: BaseModel) -> None:
 def _refused(name: str, error: Exception) -> ModelError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return ModelError(
-        f"model {name!r}: {FILE}: expected defaults that transformers' generate takes, found that it refuses them: "
+        f"model {name!r}: {FILE}: expected defaults that transformers' generate takes, but it refuses them: "
         f"{reason[:300]}"
     )
 
@@ -197,11 +203,11 @@ def _not_followed(settings: dict[str, Any], *, has_tokenizer: bool) -> dict[str,
         and name not in _INERT
         and value not in _NEUTRAL.get(name, ())
     }
-    if settings.get("do_sample"):  # text that is sampled has neither beams nor siblings
+    if settings.get("do_sample"):  # the runtime samples one text, without beams
         several = {name: settings.get(name, 1) for name in ("num_beams", "num_return_sequences")}
         unsupported |= {name: value for name, value in several.items() if value != 1}
     if settings.get("do_sample") or settings.get("num_beams", 1) != 1:
-        unsupported.pop("penalty_alpha", None)  # only greedy text is searched by contrast
+        unsupported.pop("penalty_alpha", None)  # contrastive search needs greedy text
     if "stop_strings" in settings and not has_tokenizer:
         unsupported["stop_strings"] = settings["stop_strings"]
     return unsupported
@@ -212,8 +218,8 @@ def _warnings_of_settings(defaults: GenerationDefaults, not_followed: dict[str, 
     if not_followed:
         listed = ", ".join(f"{name} {str(value)[:60]}" for name, value in sorted(not_followed.items()))
         warnings.append(
-            f"{FILE}: the runtime does not follow {listed}: its text can differ from what PEFT's generate makes by "
-            "default"
+            f"{FILE}: the runtime does not follow {listed}: its text can differ from the default text of PEFT's "
+            "generate"
         )
     if not defaults.sampling.is_greedy:
         shown = ", ".join(
@@ -239,9 +245,9 @@ def _warnings_of_ends(defaults: GenerationDefaults, base: BaseModel) -> list[str
         )
     own = getattr(tokenizer, "eos_token_id", None)
     if tokenizer is not None and own is not None and own < vocab_size and ends and own not in ends:
-        named = ", ".join(f"{tokenizer.convert_ids_to_tokens(end)!r} ({end})" for end in ends if end < vocab_size)
+        listed = ", ".join(f"{tokenizer.convert_ids_to_tokens(end)!r} ({end})" for end in ends if end < vocab_size)
         warnings.append(
-            f"the tokenizer's end token is {tokenizer.eos_token!r} ({own}), but {FILE} ends text at {named}, and so "
+            f"the tokenizer's end token is {tokenizer.eos_token!r} ({own}), but {FILE} ends text at {listed}, and so "
             f"does PEFT's generate; to end at the tokenizer's, pass end_tokens={own} "
             f"(--end-token '{tokenizer.eos_token}')"
         )

@@ -1,6 +1,6 @@
-"""The header of a GGUF file, read and checked before transformers loads the weights.
+"""Read and check the header of a GGUF file before transformers loads the weights.
 
-Source: ggml-org/ggml, docs/gguf.md (GGUF version 3); the sizes of tensor types are the package gguf's.
+Source: ggml-org/ggml, docs/gguf.md (GGUF version 3); the package gguf gives the sizes of tensor types.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ INSTALL = "pip install 'prefix-export[gguf]'"
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor's place in the file: its type's number, its shape, and its offset from the first tensor in bytes."""
+    """A tensor's place: the number of its type, its shape, and its offset from the first tensor in bytes."""
 
     kind: int
     shape: tuple[int, ...]
@@ -38,13 +38,13 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says before its tensors.
+    """The header of a GGUF file.
 
     Attributes:
-        path: of the file.
-        values: numbers and texts by key; arrays are left out.
-        tensors: by name.
-        data_start: of the first tensor, in bytes.
+        path: the path of the file.
+        values: numbers and texts by key, without arrays.
+        tensors: the tensors' places by name.
+        data_start: the position of the first tensor, in bytes.
     """
 
     path: Path
@@ -58,7 +58,7 @@ class Header:
         return str(self.values.get("general.architecture", ""))
 
     def value(self, key: str) -> Value | None:
-        """A value of the architecture's own, such as `context_length`; None if there is none."""
+        """A value under the architecture's name, such as `context_length`; None if there is none."""
         return self.values.get(f"{self.architecture}.{key}")
 
 
@@ -66,12 +66,13 @@ def read_header(name: str, path: Path) -> Header:
     """The header of a GGUF file that holds a whole model.
 
     Args:
-        name: the model's, for messages.
-        path: of the file.
+        name: the model's name, for messages.
+        path: the path of the file.
 
     Raises:
-        ModelError: the file is no GGUF file, damaged, or one part of several; or the package gguf is not installed.
-        OSError: it cannot be read.
+        ModelError: the file is not a GGUF file, is damaged, or is one part of several, or the package gguf is not
+            installed; the message says what to do.
+        OSError: the file cannot be read.
     """
 
     def refusal(expected: str, actual: str) -> ModelError:
@@ -131,7 +132,7 @@ def _check_is_whole(header: Header, size: int, refusal: _Refusal) -> None:
 
 
 class _Cursor:
-    """Reads values one after another; `struct.error` or `ValueError` tells a damaged file."""
+    """Reads values one after another; raises `struct.error` or `ValueError` for a damaged file."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data, self._at = data, len(_MAGIC) + 4

@@ -1,4 +1,4 @@
-"""A GGUF file through transformers' own loader, as a plain model in float32."""
+"""Load a GGUF file with transformers' own loader, as a plain model in float32."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from .gguf_file import INSTALL, Header, Value
 
 _NO_ARCHITECTURES = {"general", "tokenizer"}
 _NO_SCALING = (None, "none")
-# llama.cpp stores one number a frequency in place of these parameters; all published Llama 3.1 to 3.3 models share
-# the last three. Source: ggml-org/llama.cpp, convert_hf_to_gguf.py (pull request 8676).
+# llama.cpp stores one number per frequency instead of these parameters. All published Llama 3.1 to 3.3 models have
+# these three values. Source: ggml-org/llama.cpp, convert_hf_to_gguf.py (pull request 8676).
 _LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _FREQUENCIES = "rope_freqs.weight"
 _LONG_FACTORS = "rope_factors_long.weight"
 _CLOSE = 1e-4
 TEMPORARY = re.compile(r"\S*prefix-export-gguf-\w+")
-"""Paths of the folders that `alone` makes, for messages that should not show them."""
+"""Matches the paths of the folders that `alone` makes, so that messages can replace them."""
 
 
 @contextmanager
 def alone(path: Path) -> Iterator[Path]:
-    """A folder that shows a file and nothing else, as long as the block lasts.
+    """A temporary folder that shows only one file, within the block.
 
-    transformers reads a tokenizer.json or an adapter beside a GGUF file if there is one, whatever model it belongs to.
+    transformers would read a tokenizer.json or an adapter beside a GGUF file, even if it belongs to another model.
     """
     with tempfile.TemporaryDirectory(prefix="prefix-export-gguf-") as folder:
         link = Path(folder) / path.name
         try:
             link.symlink_to(path.resolve())
-        except OSError:  # Windows allows it to few
+        except OSError:  # Windows allows links only to some users
             os.link(path.resolve(), link)
         yield Path(folder)
 
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Keep the loader's own progress bar from the terminal; transformers' logging does not switch it off (5.23)."""
+    """Within the block, hide the loader's own progress bar, which transformers' logging cannot switch off (5.23)."""
     from transformers import modeling_gguf_pytorch_utils
 
     loader: Any = modeling_gguf_pytorch_utils
@@ -60,10 +60,10 @@ def silent() -> Iterator[None]:
 
 
 def loading_arguments() -> dict[str, Any]:
-    """What `from_pretrained` is given so that a GGUF file becomes a plain model, which can be saved.
+    """Arguments of `from_pretrained` that turn a GGUF file into a plain model, which can be saved.
 
     Raises:
-        ModelError: transformers is too old.
+        ModelError: transformers is too old; the message says what to install.
     """
     if not hasattr(transformers, "GgufConfig"):
         raise ModelError(f"GGUF: expected a transformers with GgufConfig, found {transformers.__version__}; {INSTALL}")
@@ -71,15 +71,15 @@ def loading_arguments() -> dict[str, Any]:
 
 
 def check_architecture(name: str, header: Header) -> None:
-    """Refuse an architecture that transformers has no loader for.
+    """Refuse an architecture that transformers cannot load from GGUF.
 
     Raises:
-        UnsupportedArchitectureError: naming it, and those that it has loaders for.
+        UnsupportedArchitectureError: the message names the architecture, and those that transformers can load.
     """
     from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
-    # transformers writes some names with an underscore where llama.cpp has none or a hyphen.
+    # transformers writes some names with an underscore, llama.cpp without or with a hyphen.
     known = {*GGUF_SUPPORTED_ARCHITECTURES, *GGUF_CONFIG_ARCHS} - _NO_ARCHITECTURES
     if _plain(header.architecture) not in map(_plain, known):
         raise UnsupportedArchitectureError(
@@ -99,26 +99,26 @@ def _plain(architecture: str) -> str:
 
 
 def with_positions(name: str, header: Header, config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration with the rotary scaling of Llama 3, which transformers 5.23 leaves out.
+    """The configuration with the rotary scaling of Llama 3, which transformers 5.23 does not read from the file.
 
     Raises:
-        ModelError: the file scales rotary positions in another way that transformers leaves out.
+        ModelError: transformers does not read the file's other kind of rotary scaling; use the original repository.
     """
     parameters: Any = getattr(config, "rope_parameters", None) or {}
-    kept = parameters.get("rope_type", "default") != "default"
+    is_read = parameters.get("rope_type", "default") != "default"
     scaling = header.value("rope.scaling.type")
-    if not kept and (scaling not in _NO_SCALING or _LONG_FACTORS in header.tensors):
+    if not is_read and (scaling not in _NO_SCALING or _LONG_FACTORS in header.tensors):
         raise ModelError(
             f"model {name!r}: expected rotary positions that transformers {transformers.__version__} takes from a GGUF "
             f"file, found scaling of type {scaling or 'longrope'!r}, which it leaves out; take the original repository"
         )
-    if _FREQUENCIES in header.tensors and not kept:
+    if _FREQUENCIES in header.tensors and not is_read:
         config.rope_parameters = {**parameters, **_llama_3(name, header, parameters)}
     return config
 
 
 def _llama_3(name: str, header: Header, rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of Llama 3's scaling that make the factors that the file holds."""
+    """The parameters of Llama 3's scaling that reproduce the factors in the file."""
     factors = _frequencies(header)
     parameters = {"rope_type": "llama3", "factor": float(factors.max()), **_LLAMA_3}
     expected = _llama_3_factors(len(factors), float(rope.get("rope_theta", 10000.0)), parameters)
@@ -131,7 +131,7 @@ def _llama_3(name: str, header: Header, rope: Mapping[str, Any]) -> dict[str, An
 
 
 def _frequencies(header: Header) -> np.ndarray:
-    """The factors that rotary frequencies are divided by, [head_dim / 2] float32."""
+    """The divisors of the rotary frequencies, [head_dim / 2] float32."""
     tensor = header.tensors[_FREQUENCIES]
     with header.path.open("rb") as file:
         file.seek(header.data_start + tensor.offset)
@@ -139,7 +139,10 @@ def _frequencies(header: Header) -> np.ndarray:
 
 
 def _llama_3_factors(count: int, theta: float, parameters: Mapping[str, Any]) -> np.ndarray:
-    """Source: transformers 5.23, modeling_rope_utils, `_compute_llama3_parameters`."""
+    """The factors [count] that Llama 3's parameters give.
+
+    Source: transformers 5.23, modeling_rope_utils, `_compute_llama3_parameters`.
+    """
     wavelengths = 2 * np.pi * theta ** (np.arange(count) / count)
     original, factor = parameters["original_max_position_embeddings"], parameters["factor"]
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
@@ -148,7 +151,7 @@ def _llama_3_factors(count: int, theta: float, parameters: Mapping[str, Any]) ->
 
 
 def windows_left_out(name: str, header: Header, config: PreTrainedConfig) -> Iterator[str]:
-    """What the user should know of a sliding window that the file has and transformers' configuration has not."""
+    """A warning if transformers ignores the file's sliding window."""
     window: Value | None = header.value("attention.sliding_window")
     length = header.value("context_length")
     if not isinstance(window, int) or not isinstance(length, int) or not 0 < window < length:
@@ -156,5 +159,5 @@ def windows_left_out(name: str, header: Header, config: PreTrainedConfig) -> Ite
     if getattr(config.get_text_config(), "sliding_window", None) != window:
         yield (
             f"{name}: transformers {transformers.__version__} leaves out the file's sliding window of {window} "
-            "positions: beyond it, answers differ from llama.cpp's"
+            "positions: beyond it, text differs from llama.cpp's"
         )

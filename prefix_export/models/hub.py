@@ -1,4 +1,4 @@
-"""Names of models and adapters: a path, a Hub id, or a Hub id with a revision."""
+"""Parse names of models and adapters: a path, a Hub id, or a Hub id with a revision."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
 
 def with_revision(model: str | None, revision: str | None) -> str | None:
-    """The name `ID@REVISION` of a Hub id and a revision that was given apart; the name itself without a revision.
+    """The name `ID@REVISION` of a Hub id and a separate revision; the name itself without a revision.
 
     Raises:
-        ModelError: there is a revision, but no Hub id, or one with a revision already.
+        ModelError: the revision has no Hub id, or the Hub id already has a revision.
     """
     if revision is None:
         return model
@@ -33,13 +33,13 @@ def with_revision(model: str | None, revision: str | None) -> str | None:
         raise ModelError(f"--revision {revision}: expected --model with a Hub id, found none")
     name, own = split_revision(model)
     if own is not None or Path(model).exists():
-        what = f"one with the revision {own!r} already" if own is not None else "a path, which has no revisions"
-        raise ModelError(f"--revision {revision}: expected a Hub id as --model, found {what}")
+        actual = f"one with the revision {own!r} already" if own is not None else "a path, which has no revisions"
+        raise ModelError(f"--revision {revision}: expected a Hub id as --model, found {actual}")
     return f"{name}@{revision}"
 
 
 def shown_name(name: str) -> str:
-    """What to call a model: a folder's last part, a GGUF file's stem, a Hub id without its revision."""
+    """The name of a model for people: a folder's last part, a GGUF file's stem, a Hub id without its revision."""
     path = Path(name)
     if path.is_dir():
         return path.resolve().name

@@ -1,4 +1,4 @@
-"""A base model by its name: what can be checked cheaply comes before its weights are read."""
+"""Load a base model by its name; cheap checks run before the weights are read."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ _MOST_LAYERS = 4096
 
 
 def load_base_model(name: str) -> BaseModel:
-    """A base model by its Hub id, `ID@REVISION`, its folder or its GGUF file.
+    """Load a base model by its Hub id, `ID@REVISION`, its folder or its GGUF file.
 
     Hugging Face's cache and offline variables apply. Code that comes with a model is never run, and an adapter beside
     its weights is not applied.
 
     Raises:
-        ModelError: it cannot be found or loaded, is no decoder-only language model, its weights are quantised,
-            or its generation defaults cannot be used.
-        UnsupportedArchitectureError: its attention does not go through transformers' attention interface.
+        ModelError: the model cannot be found or loaded, its weights are already quantized, or its generation defaults
+            cannot be used; the message says what to do.
+        UnsupportedArchitectureError: the model is not a decoder-only language model, or its attention does not go
+            through transformers' attention interface.
     """
     source = ModelSource.of(name)
     config = _decoder_config(source)
@@ -54,7 +55,7 @@ def load_config(name: str) -> PreTrainedConfig:
     """A model's configuration by its Hub id, `ID@REVISION`, its folder or its GGUF file.
 
     Raises:
-        ModelError: it cannot be found or read, or the model's weights are quantised.
+        ModelError: the configuration cannot be found or read, or the model's weights are already quantized.
         UnsupportedArchitectureError: transformers does not have the architecture.
     """
     return _config(ModelSource.of(name))
@@ -64,8 +65,8 @@ def load_decoder_config(name: str) -> PreTrainedConfig:
     """A decoder-only model's configuration by its Hub id, `ID@REVISION`, its folder or its GGUF file.
 
     Raises:
-        ModelError: as `load_config` does.
-        UnsupportedArchitectureError: the model is no decoder-only language model.
+        ModelError: see `load_config`.
+        UnsupportedArchitectureError: the model is not a decoder-only language model.
     """
     return _decoder_config(ModelSource.of(name))
 
@@ -91,15 +92,15 @@ def _header(source: ModelSource) -> Header | None:
 
 
 def _content(source: ModelSource, name: str) -> dict[str, Any]:
-    """The object in a JSON file of a model, or an empty one: transformers' loader says what is missing."""
+    """The object in a JSON file of a model; empty if there is none, because transformers' loader reports that."""
     path = source.file(name)
     return config_file.read_object(path) if path is not None else {}
 
 
 def _check_config_file(source: ModelSource) -> None:
-    """Refuse what config.json says that no loader can do."""
+    """Refuse a config.json of a model that cannot be loaded."""
     content = _content(source, _CONFIG)
-    beside = [file for file in config_file.QUANTISED_FILES if source.file(file) is not None]
+    beside = [file for file in config_file.QUANTIZED_FILES if source.file(file) is not None]
     config_file.check_weights_are_plain(source.name, content, beside)
     config_file.own_code(source.name, content)
 
@@ -123,7 +124,7 @@ def _only_an_adapter(source: ModelSource) -> ModelError:
     base = _content(source, _ADAPTER).get("base_model_name_or_path")
     return ModelError(
         f"model {source.name!r}: expected a base model, found an adapter ({_ADAPTER}) without the weights of its base; "
-        f"give it as a prefix: --model {base if isinstance(base, str) and base else 'BASE'} --prefix {source.name}"
+        f"use it as a prefix: --model {base if isinstance(base, str) and base else 'BASE'} --prefix {source.name}"
     )
 
 
@@ -132,7 +133,7 @@ def _decoder_config(source: ModelSource) -> PreTrainedConfig:
     if config.is_encoder_decoder:
         raise UnsupportedArchitectureError(
             f"model {source.name!r}: expected a decoder-only language model, found the encoder-decoder "
-            f"{config.model_type!r}; cross-attention needs an export path of its own, which this version does not have"
+            f"{config.model_type!r}; this version cannot export cross-attention"
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedArchitectureError(
@@ -142,23 +143,23 @@ def _decoder_config(source: ModelSource) -> PreTrainedConfig:
 
 
 def _check_architecture(source: ModelSource, config: PreTrainedConfig) -> None:
-    """Refuse an architecture that cannot be exported, by running it on PyTorch's meta device, without weights."""
+    """Refuse an architecture that cannot be exported; run it without weights on PyTorch's meta device to see."""
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > _MOST_LAYERS:  # a module for each of them would fill the memory
+    if isinstance(layers, int) and layers > _MOST_LAYERS:  # their modules would fill the memory
         raise ModelError(f"model {source.name!r}: expected at most {_MOST_LAYERS:,} layers, found {layers:,}")
     try:
         with torch.device("meta"):
             model = pretrained.model_without_weights(config, torch.float32)
     except pretrained.FAILURES as error:
         raise ModelError(
-            f"model {source.name!r}: expected a configuration that transformers can make a model of, found "
+            f"model {source.name!r}: expected a configuration that transformers can build a model from, found "
             f"{pretrained.reason(error, source)}"
         ) from error
     try:
         with traceable_experts(model):
             probe(model)
     except (NotImplementedError, RuntimeError):
-        return  # it looks at numbers, of which there are none yet: it is run again with its weights
+        return  # the model reads values, which do not exist yet: `base_model` runs it again with its weights
 
 
 def _load_weights(source: ModelSource, config: PreTrainedConfig) -> PreTrainedModel:
@@ -173,7 +174,7 @@ def _load_weights(source: ModelSource, config: PreTrainedConfig) -> PreTrainedMo
         ) from error
     config_file.check_no_scales(source.name, report["unexpected_keys"])
     if missing := sorted(report["missing_keys"]):
-        # transformers makes random ones in their place, others each time.
+        # transformers replaces missing weights by random values.
         raise ModelError(
             f"model {source.name!r}: expected all weights of {type(model).__name__}, found {len(missing)} missing: "
             f"{', '.join(missing[:3])}"
@@ -186,7 +187,7 @@ def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
         return None
     try:
         return pretrained.tokenizer(source)
-    except BaseException as error:  # tokenizers raises Exception itself, and panics
+    except BaseException as error:  # the package tokenizers raises plain Exception, and Rust panics
         if not (isinstance(error, Exception) or is_panic(error)):
             raise
         raise ModelError(
@@ -196,7 +197,7 @@ def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
 
 
 def _has_tokenizer(source: ModelSource) -> bool:
-    # Without any of these transformers makes a tokenizer of nothing for some architectures.
+    # Without any of these files, transformers makes an empty tokenizer for some architectures.
     header = _header(source)
     if header is not None:
         return "tokenizer.ggml.model" in header.values
@@ -204,7 +205,7 @@ def _has_tokenizer(source: ModelSource) -> bool:
 
 
 def _notes(source: ModelSource, config: PreTrainedConfig) -> Iterator[str]:
-    """What the user should know of a model's files, a line each."""
+    """Warnings about a model's files, one line each."""
     header = _header(source)
     if header is not None:
         yield from gguf_model.windows_left_out(source.name, header, config)
@@ -214,10 +215,10 @@ def _notes(source: ModelSource, config: PreTrainedConfig) -> Iterator[str]:
     if _content(source, _TOKENIZER_CONFIG).get("auto_map"):
         yield (
             f"{source.name}: the code of the tokenizer (auto_map in {_TOKENIZER_CONFIG}) is not run; transformers' own "
-            "tokenizer is used, which may split text in another way"
+            "tokenizer is used, which may split text differently"
         )
     if source.file(_ADAPTER) is not None:
         yield (
-            f"{source.name}: the adapter that lies beside the model's weights ({_ADAPTER}) is not applied to them; a "
-            "prefix is given by --prefix"
+            f"{source.name}: the adapter beside the model's weights ({_ADAPTER}) is not applied to them; name a prefix "
+            "with --prefix"
         )

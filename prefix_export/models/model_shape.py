@@ -1,4 +1,4 @@
-"""What a base model's configuration says of the prefixes that fit it: attention sites, their layers, its embeddings."""
+"""The shape of a base model, from its configuration: attention sites, their layers, and the width of embeddings."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
 DECODER, ENCODER, BOTH = "decoder-only model", "encoder", "encoder-decoder"
 
 _ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
-# Found by running each causal model of transformers 5.23 that a tiny configuration could be made for.
+# From a run of each causal model in transformers 5.23 for which a tiny configuration could be made.
 _OTHER_HEADS = frozenset({"cpmant", "deepseek_v4", "inkling2_text", "inkling_text"})
 
 _EMBEDDING_SIZES = ("word_embed_proj_dim", "input_embedding_size", "embedding_size")
-"""Of OPT; of RemBERT; of ALBERT, ELECTRA, ConvBERT, MobileBERT and RoFormer."""
+"""Names of the embedding size in OPT; in RemBERT; in ALBERT, ELECTRA, ConvBERT, MobileBERT and RoFormer."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A base model, as far as folding keys and values needs it.
+    """The shape of a base model: what folding a checkpoint into keys and values needs.
 
     Attributes:
         name: a folder's last part, a GGUF file's stem, or a Hub id without its revision.
         kind: `DECODER`, `ENCODER` or `BOTH`.
-        sites: the layers of each attention site that it has (`prefix_runtime.prefix.prefix.SITES`).
-        hidden_size: of its layers.
-        context_length: its positions, or None where they have no end.
-        architecture: as transformers names it, such as "bert".
-        sliding_windows: tokens that a layer sees at the most, of each decoder layer that is limited.
-        config: that all this was read from, or None.
-        embedding_size: width of its token embeddings; 0 takes the hidden size.
+        sites: the layers of each attention site (`prefix_runtime.prefix.prefix.SITES`).
+        hidden_size: the width of the layers.
+        context_length: the number of positions, or None if it is unlimited.
+        architecture: transformers' name of the architecture, such as "bert".
+        sliding_windows: the window in tokens of each decoder layer that has one.
+        config: the configuration with all these values, or None.
+        embedding_size: the width of token embeddings; 0 takes the hidden size.
     """
 
     name: str
@@ -60,15 +60,16 @@ class ModelShape:
     def of_config(
         cls, name: str, config: PreTrainedConfig, layers: tuple[LayerGeometry, ...] | None = None
     ) -> ModelShape:
-        """The shape that a configuration of transformers' (5.23) describes.
+        """The shape that a configuration of transformers (5.23) describes.
 
         Args:
-            name: as the user named the model.
-            config: the model's.
-            layers: of a decoder-only model, where they were found by running it; None asks the configuration.
+            name: the user's name of the model.
+            config: the model's configuration.
+            layers: the layers of a decoder-only model, if they were measured by running it; None reads the
+                configuration.
 
         Raises:
-            ModelError: it lacks what is needed, or does not tell the shapes of keys and values.
+            ModelError: the configuration does not give the shapes of keys and values.
         """
         text = config.get_text_config(decoder=True)
         try:
@@ -78,7 +79,7 @@ class ModelShape:
             hidden_size = int(text.hidden_size)
         except (AttributeError, TypeError, ZeroDivisionError, RuntimeError) as error:
             raise ModelError(
-                f"model {name!r}: expected a configuration that tells layers, heads and hidden size, found {error}"
+                f"model {name!r}: expected a configuration with layers, heads and hidden size, found {error}"
             ) from error
         context = getattr(text, "max_position_embeddings", None)
         windows = _windows(text)
@@ -98,7 +99,7 @@ class ModelShape:
         """The layers of a site.
 
         Raises:
-            PrefixMismatchError: the model has no such site; `where` names what asks for it.
+            PrefixMismatchError: the model has no such site. `where` names the checkpoint in the message.
         """
         if site not in self.sites:
             raise PrefixMismatchError(
@@ -108,18 +109,18 @@ class ModelShape:
         return self.sites[site]
 
     def check(self, prefix: Prefix, where: str) -> None:
-        """Refuse a prefix whose layers are not the model's.
+        """Refuse a prefix whose layers differ from the model's.
 
         Raises:
-            PrefixMismatchError: naming what was expected and found.
+            PrefixMismatchError: the prefix is for another model; the message gives both shapes.
         """
         for site, layers in prefix.sites.items():
-            named = where if len(self.sites) == 1 else f"{where}: {site}"
-            check_layers(self.site(site, where), layers, named, are_all_there=False)
+            place = where if len(self.sites) == 1 else f"{where}: {site}"
+            check_layers(self.site(site, where), layers, place, are_all_there=False)
 
 
 def _refuse_other_shapes(name: str, config: Any) -> None:
-    """Refuse a decoder that caches other keys and values at some layer than its configuration's heads tell."""
+    """Refuse a decoder with a layer whose cached keys and values differ from its configuration's heads."""
     kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
     widths = (getattr(config, "head_dim", None), getattr(config, "v_head_dim", None))
     is_latent = getattr(config, "kv_lora_rank", None)
@@ -128,13 +129,13 @@ def _refuse_other_shapes(name: str, config: Any) -> None:
         "values of another width than keys (v_head_dim)": widths[1] not in (None, widths[0]),
         f"layers of kind {', '.join(sorted(kinds - _ATTENTION_KINDS))}": kinds - _ATTENTION_KINDS,
         "layers that share keys and values (num_kv_shared_layers)": getattr(config, "num_kv_shared_layers", None),
-        "heads that its configuration tells for some of its layers alone": config.model_type in _OTHER_HEADS,
+        "heads that its configuration gives only for some layers": config.model_type in _OTHER_HEADS,
     }
-    for what, is_so in reasons.items():
-        if is_so:
+    for reason, applies in reasons.items():
+        if applies:
             raise ModelError(
-                f"model {name!r}: expected one key and one value of heads x head size at every layer, as its "
-                f"configuration tells, found {config.model_type!r} with {what}; its prefixes are not folded"
+                f"model {name!r}: expected one key and one value of heads x head size at every layer, as in its "
+                f"configuration, found {config.model_type!r} with {reason}; its prefixes are not folded"
             )
 
 
@@ -156,7 +157,7 @@ def _sites(config: PreTrainedConfig, text: Any) -> tuple[str, dict[str, tuple[La
 def _layer(config: Any) -> LayerGeometry:
     heads = int(config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if getattr(config, "new_decoder_architecture", False):  # of Falcon: keys are cached once for each query head
+    if getattr(config, "new_decoder_architecture", False):  # Falcon: keys are cached once for each query head
         return LayerGeometry(heads, int(head_dim))
     if getattr(config, "multi_query", False):  # GPT-BigCode, Falcon
         return LayerGeometry(1, int(head_dim))
@@ -185,7 +186,7 @@ def _first(config: Any, *names: str) -> int:
 
 
 def _embedding_size(config: Any) -> int:
-    """The width of a model's token embeddings where its configuration says another than the hidden size, else 0."""
+    """The width of token embeddings if the configuration has its own number for it, otherwise 0."""
     sizes = (getattr(config, name, None) for name in _EMBEDDING_SIZES)
     return next((size for size in sizes if isinstance(size, int) and size > 0), 0)
 

@@ -1,4 +1,4 @@
-"""What a user may name as a model or a checkpoint: a path or a Hub id, told apart without the network."""
+"""Check names of models and checkpoints: a path or a Hub id, without the network."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _HUB_CHECKPOINT = re.compile(r"(?=[^@]{1,96}(?:@|$))[A-Za-z0-9][\w.-]*(?:/[\w.-]
 
 
 def check_model(name: str) -> None:
-    """Refuse a base model that can only be a path, if there is no model at that path.
+    """Refuse a base model whose name can only be a path, if there is no model at that path.
 
     Raises:
-        ModelError: there is no such folder or file, and the text is no Hub id.
+        ModelError: the folder or file does not exist or holds no model, and the name is not a Hub id.
     """
     path = Path(name)
     if _is_dir(path):
@@ -33,10 +33,10 @@ def check_model(name: str) -> None:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Refuse a checkpoint that can only be a path, if nothing is there.
+    """Refuse a checkpoint whose name can only be a path, if there is nothing at that path.
 
     Raises:
-        CheckpointError: there is no such folder or file, and the text is no Hub id.
+        CheckpointError: the folder or file does not exist, and the name is not a Hub id.
     """
     if not os.path.exists(path) and not _HUB_CHECKPOINT.fullmatch(str(path)):  # noqa: PTH110
         raise CheckpointError(f"{path}: expected a trained prefix, a file or a folder, found nothing there")

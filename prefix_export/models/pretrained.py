@@ -1,6 +1,6 @@
-"""The only calls of transformers' loaders: they never run code that comes with a model.
+"""All calls of transformers' loaders, which never run code that comes with a model.
 
-Each function turns what a loader raises into a `ModelError` of one line.
+A loader raises one of `FAILURES`; `reason` turns it into one line for a `ModelError`.
 """
 
 from __future__ import annotations
@@ -46,31 +46,31 @@ FAILURES = (
     HFValidationError,
     StrictDataclassError,
 )
-"""What transformers' loaders let through for files that are missing, damaged or of another kind."""
+"""Exceptions of transformers' loaders for files that are missing, damaged or of another kind."""
 
 _TASK = "text-generation"
-# A config.json may ask for outputs in another form, which nothing here expects, and for no cache.
+# A config.json may ask for outputs in another form, and for no cache; this package does not expect either.
 _PLAIN_OUTPUTS: Mapping[str, Any] = {
     "output_attentions": False,
     "output_hidden_states": False,
     "return_dict": True,
     "use_cache": True,
 }
-# A config.json may name implementations that are not installed, or kernels on the Hub, which are code. None leaves the
-# choice to transformers: PyTorch's own attention (sdpa) where the architecture has it.
+# A config.json may name implementations that are not installed, or kernels on the Hub, which are code. With None,
+# transformers chooses: PyTorch's own attention (sdpa) if the architecture has it.
 _PLAIN_CODE: Mapping[str, Any] = {"attn_implementation": None, "experts_implementation": None}
-# transformers applies an adapter that lies beside a model's weights (transformers#43746). Told to look in a folder
-# that nobody has, it finds none.
+# transformers would apply an adapter beside a model's weights (transformers#43746). It does not find one in a folder
+# that does not exist.
 _NO_ADAPTER: Mapping[str, Any] = {"adapter_kwargs": {"subfolder": "prefix-export-takes-no-adapter-from-here"}}
 
 
 def configuration(source: ModelSource) -> PreTrainedConfig:
-    """A model's configuration, by its config.json or its GGUF file."""
+    """A model's configuration, from its config.json or its GGUF file."""
     with _folder(source) as (root, arguments):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             root, trust_remote_code=False, **arguments, **_PLAIN_OUTPUTS
         )
-    for leftover in ("auto_map", "quantization_config"):  # refused before, or empty
+    for leftover in ("auto_map", "quantization_config"):  # checked before, or empty
         vars(config).pop(leftover, None)
     return config
 
@@ -102,13 +102,13 @@ def tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_in(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder without a model, as a model's configuration chooses its class."""
+    """The tokenizer in a folder without a model; the configuration of a model chooses its class."""
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     return tokenizer
 
 
 def model_without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal language model of a configuration; its weights are whatever lies in memory."""
+    """A causal language model of a configuration, with uninitialized weights."""
     with no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=False, **_PLAIN_CODE
@@ -123,7 +123,7 @@ def configuration_of(model_type: str, values: Mapping[str, Any]) -> PreTrainedCo
 
 
 def reason(error: BaseException, source: ModelSource) -> str:
-    """The first line of what a loader raised, without temporary folders and without advice to trust foreign code."""
+    """The first line of a loader's exception, without temporary folders and without advice to trust foreign code."""
     text = str(error).strip() or type(error).__name__
     if "trust_remote_code" in text:
         return "custom code of the repository, which prefix-export never runs"
@@ -132,7 +132,7 @@ def reason(error: BaseException, source: ModelSource) -> str:
 
 @contextmanager
 def _folder(source: ModelSource) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What transformers' loaders are given: a folder or Hub id, and arguments beside it."""
+    """The folder or Hub id for transformers' loaders, and further arguments."""
     if source.gguf is None:
         yield source.root, source.arguments
         return

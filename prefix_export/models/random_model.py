@@ -1,4 +1,4 @@
-"""Models of real geometry with random weights: speed does not depend on what the weights are."""
+"""Models of real geometry with random weights, for measuring: speed does not depend on the values of weights."""
 
 from __future__ import annotations
 
@@ -118,19 +118,19 @@ KNOWN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
     }
 )
-"""Configurations that need no network, by Hub id, as the models' own config.json give them; llama-8b is Llama 3's."""
+"""Configurations by Hub id that need no network, copied from the models' own config.json; llama-8b is Llama 3's."""
 
 _NOISE = 0.02
 _DRAWN, _STEP = (1 << 20) + 7, 7919
-"""Numbers that are drawn, and by how many a weight's are shifted against the one before."""
+"""The count of random numbers, and the shift of each weight's numbers against the weight before."""
 
 
 def random_config(name: str) -> PreTrainedConfig:
-    """A known model's configuration, or that of a folder or a Hub id, of which only the config.json is read.
+    """The configuration of a known model, of a folder or of a Hub id. Only the config.json is read.
 
     Raises:
-        ModelError: it cannot be found or read.
-        UnsupportedArchitectureError: the model has an encoder.
+        ModelError: the configuration cannot be found or read.
+        UnsupportedArchitectureError: the model is not a decoder-only language model.
     """
     if name not in KNOWN or Path(name).is_dir():
         return load_decoder_config(name)
@@ -139,10 +139,14 @@ def random_config(name: str) -> PreTrainedConfig:
 
 
 def random_base_model(name: str, dtype: torch.dtype = torch.float32) -> BaseModel:
-    """A model with random weights, the same every time, made in the type that they are kept in, and no end token.
+    """A model with random weights, the same ones every time, and without an end token.
 
-    Weights are one short draw over and over, in another place for each of them: speed does not depend on more. Its
-    fingerprint says what it was made of.
+    Each weight repeats one short random draw with another shift, because speed does not depend on values. The
+    fingerprint is the hash of the configuration.
+
+    Args:
+        name: a name in `KNOWN`, a folder or a Hub id.
+        dtype: the type of the weights.
 
     Raises:
         ModelError: the configuration cannot be found, or is not a causal language model's.
@@ -157,7 +161,7 @@ def random_base_model(name: str, dtype: torch.dtype = torch.float32) -> BaseMode
         ) from error
     model.tie_weights()
     _fill(model)
-    # So that a generation is as long as it is asked to be, whoever runs it.
+    # Without an end token, a generation always has the requested length, in every framework.
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     made_of = hashlib.sha256(config.to_json_string().encode()).hexdigest()
     return base_model(name, model.eval(), f"random:{made_of}", None)
@@ -165,7 +169,7 @@ def random_base_model(name: str, dtype: torch.dtype = torch.float32) -> BaseMode
 
 @torch.no_grad()
 def _fill(model: torch.nn.Module) -> None:
-    """Give weights random values: also biases and norms, as zeros and ones could be optimised away."""
+    """Give weights random values, also biases and norms, because zeros and ones could be optimized away."""
     drawn = torch.randn(_DRAWN, generator=torch.Generator().manual_seed(0)) * _NOISE
     for index, (name, parameter) in enumerate(model.named_parameters()):
         values = drawn.roll(index * _STEP).to(parameter.dtype)

@@ -1,4 +1,4 @@
-"""Where the files of a base model are: a folder, a repository on the Hub, or a GGUF file."""
+"""The place of a base model's files: a folder, a repository on the Hub, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where the files of a base model are.
+    """The place of a base model's files.
 
     Attributes:
-        name: as the user named it.
-        root: a folder or a Hub id.
-        revision: of a Hub id, or None.
-        gguf: the GGUF file that holds everything, or None; then `root` is its folder.
+        name: the user's name of the model.
+        root: a folder or a Hub id; the folder of the file for a GGUF file.
+        revision: the revision of a Hub id, or None.
+        gguf: the GGUF file that holds everything, or None.
     """
 
     name: str
@@ -36,10 +36,10 @@ class ModelSource:
 
     @classmethod
     def of(cls, name: str) -> ModelSource:
-        """The place that a name means.
+        """The place for a name.
 
         Raises:
-            ModelError: it is a file of another kind, a GGUF file that is not there, or a folder of several.
+            ModelError: the name is a file of another kind, a GGUF file that does not exist, or a folder with several.
         """
         path = Path(name)
         if path.is_dir():
@@ -60,8 +60,8 @@ class ModelSource:
         if path.is_file() and path.suffix.lower() == _GGUF:
             return cls(name, str(path.parent), gguf=path)
         raise ModelError(
-            f"model {name!r}: expected a Hub id, a folder or a file that ends in {_GGUF}, found another file; give the "
-            "folder that holds config.json and the weights"
+            f"model {name!r}: expected a Hub id, a folder or a file that ends in {_GGUF}, found another file; name the "
+            "folder with config.json and the weights"
         )
 
     @classmethod
@@ -72,23 +72,22 @@ class ModelSource:
         if len(files) > 1:
             listed = ", ".join(path.name for path in files[:6]) + (", …" if len(files) > 6 else "")
             raise ModelError(
-                f"model {name!r}: expected one GGUF file in the folder, found {len(files)} ({listed}); give the path "
-                "of one"
+                f"model {name!r}: expected one GGUF file in the folder, found {len(files)} ({listed}); name one of them"
             )
         return cls(name, name, gguf=files[0])
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What transformers' loaders are given beside `root`."""
+        """Arguments for transformers' loaders beside `root`."""
         return {"revision": self.revision} if self.revision else {}
 
     def file(self, name: str) -> Path | None:
-        """A file of a folder or repository, fetched if need be; None if there is none."""
+        """A file of the folder or repository, downloaded if necessary; None if there is none."""
         return _cached(self.root, name, self.revision)
 
     @property
     def commit(self) -> str | None:
-        """The commit of a repository, if Hugging Face's cache tells it; else the revision as the user named it."""
+        """The commit of a repository if Hugging Face's cache knows it, otherwise the user's revision."""
         if Path(self.root).is_dir() and self.gguf is None:
             return None
         path = self.gguf if self.gguf is not None else self.file("config.json")
@@ -104,6 +103,6 @@ def _cached(root: str, name: str, revision: str | None) -> Path | None:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-    except (OSError, ValueError):  # no such repository or revision: transformers' loader says which
+    except (OSError, ValueError):  # no such repository or revision: transformers' loader reports it
         return None
     return Path(path) if path is not None else None

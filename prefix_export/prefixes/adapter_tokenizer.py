@@ -1,4 +1,4 @@
-"""A tokenizer that was saved beside an adapter, as transformers' Trainer does: whether it is the base model's."""
+"""Compare the tokenizer beside an adapter, where transformers' Trainer saves it, with the base model's."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from prefix_export.models import BaseModel
     from prefix_export.prefixes.reference import PrefixSource
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token", "mask_token")
-"""Special tokens that must agree; padding is left out, because many set it for training alone."""
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token", "mask_token")
+"""Special tokens that must agree, without padding, because many training scripts set it."""
 
 
 def with_adapters_tokenizer(
     base: BaseModel, sources: Mapping[str, PrefixSource | None]
 ) -> tuple[BaseModel, tuple[str, ...]]:
-    """The base model with the tokenizer that its adapters were trained with, and what a user should know, a line each.
+    """The base model with the tokenizer that its adapters were trained with, and warnings, one line each.
 
-    It is the adapters' if all that have one agree on it, it differs from the base's, and each of its tokens has a row
-    in the model's embeddings. Otherwise it is the base's.
+    The adapters' tokenizer replaces the base model's under three conditions: it differs, all adapters with a tokenizer
+    agree on it, and each of its tokens has a row in the model's embeddings.
 
     Args:
         base: the model.
-        sources: what each task was folded from.
+        sources: the checkpoint of each task; None if it is not known.
     """
     tokenizers, warnings = _tokenizers(sources, base.model.config)
     differing = {task: text for task, own in tokenizers.items() if (text := _difference(base.tokenizer, own))}
@@ -43,20 +43,20 @@ def with_adapters_tokenizer(
     chosen = tokenizers[next(iter(differing))]
     reason = _reason_against(chosen, tokenizers, base)
     for task, text in differing.items():
-        what = f"task {task!r}: the tokenizer beside the adapter differs from the base model's ({text})"
+        line = f"task {task!r}: the tokenizer beside the adapter differs from the base model's ({text})"
         warnings.append(
-            f"{what}; the bundle uses {'the adapter' if reason is None else 'the base model'}'s{reason or ''}"
+            f"{line}; the bundle uses {'the adapter' if reason is None else 'the base model'}'s{reason or ''}"
         )
     return (base if reason else replace(base, tokenizer=chosen)), tuple(warnings)
 
 
 def tokenizer_warnings_for_bundle(path: Path, bundle: Bundle, config: PreTrainedConfig) -> tuple[str, ...]:
-    """What a user should know of the tokenizer beside an adapter that is added to a bundle, a line at most.
+    """A warning if the tokenizer beside an adapter differs from the tokenizer of the bundle that it is added to.
 
     Args:
-        path: the adapter's.
-        bundle: that it is added to.
-        config: of the bundle's model.
+        path: the adapter's file or folder.
+        bundle: the bundle.
+        config: the configuration of the bundle's model.
     """
     if TOKENIZER_NAME not in bundle.manifest.files:
         return ()
@@ -74,15 +74,15 @@ def tokenizer_warnings_for_bundle(path: Path, bundle: Bundle, config: PreTrained
 
 
 def load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a folder, or None if it has none. No code of the folder is run.
+    """The tokenizer in a folder, or None if it has none. Code in the folder is never run.
 
     Args:
-        folder: with a tokenizer's files, and no need of a config.json.
-        config: of the model; some of transformers' classes are chosen by it.
+        folder: a folder with a tokenizer's files. It does not need a config.json.
+        config: the model's configuration, by which transformers chooses some tokenizer classes.
 
     Raises:
-        PrefixExportError: transformers cannot load it.
-        BundleError: a file is too large, or is no tokenizer.
+        PrefixExportError: transformers cannot load the tokenizer.
+        BundleError: a file is too large, or is not a tokenizer.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
@@ -104,7 +104,7 @@ def load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenize
 def _tokenizers(
     sources: Mapping[str, PrefixSource | None], config: PreTrainedConfig
 ) -> tuple[dict[str, PreTrainedTokenizerBase], list[str]]:
-    """The tokenizers beside adapters, one for each folder under its first task, and those that cannot be read."""
+    """The tokenizers beside adapters, one for each folder under its first task, and warnings for unreadable ones."""
     tokenizers: dict[str, PreTrainedTokenizerBase] = {}
     warnings: list[str] = []
     folders: dict[Path, str] = {}
@@ -125,44 +125,44 @@ def _tokenizers(
 
 
 def _folder(path: Path) -> Path:
-    """Where the tokenizer of a checkpoint would lie."""
+    """The folder in which the tokenizer of a checkpoint would be."""
     folder = path if path.is_dir() or path.stem != "adapter_model" else path.parent
-    # A trainer saves an adapter that has a name in a folder of its own, the tokenizer beside that folder. A parent with
-    # a configuration is a model.
+    # A trainer saves a named adapter in its own folder, and the tokenizer in the parent. A parent with a config.json
+    # is a model.
     parent = folder.resolve().parent
-    is_named = (folder / "adapter_config.json").is_file() and not (parent / "config.json").exists()
+    has_name = (folder / "adapter_config.json").is_file() and not (parent / "config.json").exists()
     has_own = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    return parent if is_named and not has_own else folder
+    return parent if has_name and not has_own else folder
 
 
 def _reason_against(
     chosen: PreTrainedTokenizerBase, tokenizer: Mapping[str, PreTrainedTokenizerBase], base: BaseModel
 ) -> str | None:
-    """Why an adapters' tokenizer cannot be the bundle's, and what to do; None if it can."""
+    """The reason why the bundle cannot use the adapters' tokenizer, and what to do; None if it can."""
     if any(_difference(chosen, other) for other in tokenizer.values()):
         return ", because the adapters' tokenizers differ: build each task by itself to use its own"
     largest, rows = max(chosen.get_vocab().values(), default=0), base.geometry.vocab_size
     if largest >= rows:
         return (
             f", because the adapter's has token ids up to {largest} and the model has {rows} rows of embeddings: build "
-            "from the base model as it was resized for training"
+            "with the base model that was resized for training"
         )
     return None
 
 
 def _difference(base: PreTrainedTokenizerBase | None, other: PreTrainedTokenizerBase) -> str | None:
-    """The first thing that changes ids or text, in words; None if nothing does."""
+    """The first difference that changes ids or text, in words; None if there is none."""
     if base is None:
         return "the base model has none"
     ours, theirs = base.get_vocab(), other.get_vocab()
-    for what, tokens in (("more", theirs.keys() - ours.keys()), ("fewer", ours.keys() - theirs.keys())):
+    for relation, tokens in (("more", theirs.keys() - ours.keys()), ("fewer", ours.keys() - theirs.keys())):
         if tokens:
-            return f"{len(tokens)} token{'s' * (len(tokens) > 1)} {what}: {_listed(sorted(tokens))}"
+            return f"{len(tokens)} token{'s' * (len(tokens) > 1)} {relation}: {_listed(sorted(tokens))}"
     moved = [token for token in ours if ours[token] != theirs[token]]
     if moved:
         return f"token {moved[0]!r} has id {theirs[moved[0]]}, not {ours[moved[0]]}"
     names, own_names = base.special_tokens_map, other.special_tokens_map
-    for name in _NAMED:
+    for name in _SPECIAL_TOKENS:
         if names.get(name) != own_names.get(name):
             return f"{name} is {own_names.get(name)!r}, not {names.get(name)!r}"
     return _behaviour(base, other)

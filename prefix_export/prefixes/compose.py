@@ -1,4 +1,4 @@
-"""The weighted average of prefixes; the runtime's `composition`, which a device needs too, concatenates them."""
+"""The weighted average of prefixes. The runtime's `composition` concatenates them, because devices need that too."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from prefix_runtime.prefix.composition import TABLE, check_composable, combined
 
 
 def average(prefixes: Sequence[Prefix], weights: Sequence[float] | None = None) -> Prefix:
-    """The weighted average of prefixes of equal shape; text begins where it does behind each of them.
+    """The weighted average of prefixes of equal shape and equal text position.
 
     Args:
-        prefixes: at least two.
-        weights: one each, not all 0; divided by their sum. None weighs all alike.
+        prefixes: at least two prefixes.
+        weights: one weight for each prefix; their sum must not be 0. They are divided by it. None weighs all equally.
+
+    Returns:
+        The average; text begins at the same position as with each of the prefixes.
 
     Raises:
-        CompositionError: they are of different models, sites, kinds or lengths, or the weights do not fit.
+        CompositionError: the prefixes differ in model, sites, kind or length, or the weights do not fit them; the
+            message says which.
     """
     check_composable(prefixes)
     shares = np.array([1.0] * len(prefixes) if weights is None else weights, np.float64)

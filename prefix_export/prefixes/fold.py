@@ -1,4 +1,4 @@
-"""Whatever was trained to the prefixes that a model runs with: checkpoints, soft prompts, text."""
+"""Fold checkpoints, soft prompts and text into prefixes that a model can run with."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.pt", "*.ckpt", "*.npy"]
 
 @dataclass(frozen=True)
 class Folded:
-    """The prefixes of a source, by name (a single one's is empty), and what a user should know, a line each."""
+    """The prefixes of a source, by name (a single one has the empty name), and warnings, one line each."""
 
     prefixes: Mapping[str, Prefix]
     warnings: tuple[str, ...] = ()
 
 
 def fetch_checkpoint(path: Path) -> Path:
-    """A checkpoint on disk: the path itself, or the folder that the files of a Hub id lie in.
+    """A checkpoint on disk: the path itself, or the folder with the downloaded files of a Hub id.
 
-    A Hub id is `OWNER/NAME`, with a folder or a file of the repository `OWNER/NAME/FOLDER`, with a branch, a tag or a
-    commit `OWNER/NAME@REVISION`. Hugging Face's cache and offline variables apply; only configurations and tensors of a
-    repository are fetched.
+    A Hub id is `OWNER/NAME`. `OWNER/NAME/FOLDER` names a folder or file in the repository, and `OWNER/NAME@REVISION` a
+    branch, tag or commit. Hugging Face's cache and offline variables apply. Only configurations and tensors are
+    downloaded.
 
     Raises:
-        CheckpointError: there is neither a file or folder nor such a repository.
+        CheckpointError: neither the path nor the repository exists, or the Hub cannot be reached.
     """
     name, revision = split_revision(str(path))
     match = _HUB_PATH.fullmatch(name)
@@ -57,7 +57,7 @@ def fetch_checkpoint(path: Path) -> Path:
         return path
     repository, inside = match.groups()
     try:
-        fetched = Path(snapshot_download(repository, revision=revision, allow_patterns=_wanted(inside)))
+        fetched = Path(snapshot_download(repository, revision=revision, allow_patterns=_patterns(inside)))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
@@ -69,28 +69,30 @@ def fetch_checkpoint(path: Path) -> Path:
     return fetched / inside if inside else fetched
 
 
-def _wanted(inside: str | None) -> list[str]:
-    """What is fetched from a repository: its configurations and tensors, or those of one folder or file in it."""
+def _patterns(inside: str | None) -> list[str]:
+    """The patterns of files to download: configurations and tensors of a repository, or of one folder or file in it."""
     if inside is None:
         return _HUB_FILES
-    beside = str(PurePosixPath(inside).parent / "*.json")  # a pattern's * goes into folders too
+    beside = str(PurePosixPath(inside).parent / "*.json")  # the * of a pattern matches folders too
     return [inside, beside, *(f"{inside}/{pattern}" for pattern in _HUB_FILES)]
 
 
-def fold(path: Path, shape: ModelShape, load: Callable[[], BaseModel], wanted: str | None = None) -> Folded:
-    """The prefixes in a checkpoint.
+def fold(path: Path, shape: ModelShape, load: Callable[[], BaseModel], format_name: str | None = None) -> Folded:
+    """The prefixes in a checkpoint, as keys and values.
 
     Args:
         path: a file, a folder or a Hub id.
-        shape: of the base model.
-        load: the base model itself, which soft prompts of decoder-only models are run through; not called otherwise.
-        wanted: see `formats.find_reader`.
+        shape: the shape of the base model.
+        load: returns the base model. It is called only for a soft prompt of a decoder-only model, which runs through
+            the model.
+        format_name: see `formats.find_reader`.
 
     Raises:
-        CheckpointError, PrefixError, PrefixMismatchError: as `formats.read`.
-        ModelError: as `load`.
+        CheckpointError, PrefixError, PrefixMismatchError: see `formats.read`; also if the prefix leaves no room for
+            text.
+        ModelError: `load` raised it.
     """
-    trained = formats.read(fetch_checkpoint(path), shape, wanted)
+    trained = formats.read(fetch_checkpoint(path), shape, format_name)
     prefixes = {name: _as_prefix(part, shape, load, path) for name, part in trained.parts.items()}
     warnings = list(trained.warnings)
     for name, part in trained.parts.items():
@@ -114,10 +116,11 @@ def _vocabulary(base: BaseModel) -> np.ndarray:
 
 
 def fold_for_bundle(path: Path, bundle: Bundle) -> tuple[Prefix, tuple[str, ...]]:
-    """The prefix in a checkpoint that holds one, by what a bundle knows of its model, and what a user should know.
+    """The prefix in a checkpoint for a bundle's model, and warnings, one line each. The model itself is not loaded.
 
     Raises:
-        CheckpointError: it holds several, or a soft prompt, which only the model itself can fold; else as `fold`.
+        CheckpointError: the checkpoint holds several prefixes, or a soft prompt, which only the model can fold: run
+            `prefix-export fold` first. Otherwise as `fold`.
     """
     model = bundle.manifest.model.name
     config = load_config(str(bundle.root))
@@ -148,7 +151,7 @@ def _as_prefix(part: Prefix | SoftPrompt, shape: ModelShape, load: Callable[[], 
     if not np.isfinite(part.embeddings).all():
         raise CheckpointError(f"{path}: soft prompt: expected finite numbers, found others")
     if shape.kind != DECODER:
-        # In an encoder what a soft prompt becomes depends on the text behind it.
+        # In an encoder, the keys and values of a soft prompt depend on the text behind it.
         return Prefix({}, 0, source=part.source, head=part.head, metadata=part.metadata, embeddings=part.embeddings)
     try:
         prefix = fold_soft_prompt(part.embeddings, load())
@@ -158,26 +161,30 @@ def _as_prefix(part: Prefix | SoftPrompt, shape: ModelShape, load: Callable[[], 
 
 
 def fold_soft_prompt(embeddings: np.ndarray, base: BaseModel) -> Prefix:
-    """What a decoder-only model computes for a soft prompt [prefix_length, hidden_size]: text begins behind it.
+    """The keys and values that a decoder-only model computes for a soft prompt; text begins behind it.
+
+    Args:
+        embeddings: [prefix_length, hidden_size].
+        base: the model.
 
     Source: Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", EMNLP 2021, section 2.
 
     Raises:
-        CheckpointError: it is longer than the model's context.
+        CheckpointError: the prompt leaves no room for text in the model's context.
     """
     inputs = torch.from_numpy(np.array(embeddings, np.float32))[None]
     return _run(base, inputs.shape[1], inputs_embeds=inputs)
 
 
 def fold_text(text: str, base: BaseModel) -> Prefix:
-    """The keys and values of a text, so that it costs no prefill later; its tokens are those of the model's tokenizer.
+    """The keys and values of a text, so that the text costs no prefill later.
 
-    Special tokens that the tokenizer puts before a text are part of it, those that it puts behind are not; the runtime
-    puts none before a prompt that follows.
+    The model's tokenizer encodes the text. Special tokens before the text are part of the prefix, special tokens behind
+    it are not. The runtime adds none before the prompt that follows.
 
     Raises:
         PrefixExportError: the model has no tokenizer, or the text has no tokens.
-        CheckpointError: it is longer than the model's context.
+        CheckpointError: the text leaves no room for other text in the model's context.
     """
     if base.tokenizer is None:
         raise PrefixExportError(f"model {base.name!r}: expected a tokenizer to fold a text with, found none")

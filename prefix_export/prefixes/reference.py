@@ -1,4 +1,4 @@
-"""The source framework's model under one task: PEFT itself for its own adapters, else transformers."""
+"""The source framework's model for one task: PEFT itself for its own adapters, otherwise transformers."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ _PEFT_WEIGHTS = "adapter_model.safetensors"
 
 
 class Reference(Protocol):
-    """A source framework's model under one task; `name` says which framework."""
+    """A source framework's model for one task; `name` is the framework's name and version."""
 
     name: str
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """The logits [sequence, vocab] after each token of a prompt: float64 in double precision, else float32."""
+        """The logits [sequence, vocab] after each token of a prompt: float64 in double precision, otherwise float32."""
 
     def greedy(self, token_ids: Sequence[int], new_tokens: int) -> list[int]:
-        """The framework's own new tokens, an end token included."""
+        """The framework's own new tokens, including the end token."""
 
 
 class CacheReference:
-    """transformers' own model with a prefix as its initial cache, or without one; `make_cache` makes the empty one."""
+    """transformers' own model with a prefix as its initial cache; None for no prefix. `make_cache` makes the cache."""
 
     def __init__(
         self, model: PreTrainedModel, prefix: Prefix | None, make_cache: Callable[[], DynamicCache] = DynamicCache
@@ -70,7 +70,7 @@ class CacheReference:
         return tokens
 
     def keys_and_values(self, token_ids: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Each layer's keys and values of prefix and text, [num_key_value_heads, length, head_dim] float32, rotated."""
+        """Each layer's rotated keys and values of prefix and text, [num_key_value_heads, length, head_dim] float32."""
         cache, base = self._cache()
         self._forward(token_ids, cache, base)
         yield from cached(cache)
@@ -103,7 +103,7 @@ class CacheReference:
 
 @dataclass(frozen=True)
 class PrefixSource:
-    """Where a prefix was folded from: a file or folder, and which of its parts; a single one's name is empty."""
+    """The file or folder that a prefix was folded from, and the name of its part; a single part has the empty name."""
 
     path: Path
     part: str = ""
@@ -111,18 +111,18 @@ class PrefixSource:
 
 @dataclass(frozen=True)
 class SourcedPrefixes:
-    """The prefix of each task, and the checkpoint that it was folded from where that is at hand."""
+    """The prefix of each task, and the checkpoint that it was folded from; None if that is not known."""
 
     prefixes: Mapping[str, Prefix]
     sources: Mapping[str, PrefixSource | None]
 
     def under(self, task: str | None) -> tuple[Prefix | None, PrefixSource | None]:
-        """The prefix and the checkpoint of a task; two times None for the bare model."""
+        """The prefix and the checkpoint of a task; (None, None) for the bare model."""
         return (None, None) if task is None else (self.prefixes[task], self.sources[task])
 
 
 class PeftReference:
-    """PEFT's own model of an adapter, as PEFT loads and runs it; `task` is one of a multitask prompt's, or None."""
+    """An adapter's model as PEFT loads and runs it; `task` is the number of a multitask prompt's task, or None."""
 
     def __init__(self, model: Any, task: int | None = None) -> None:
         self.name = f"peft {version('peft')}"
@@ -134,14 +134,14 @@ class PeftReference:
         ids = torch.tensor([list(token_ids)])
         with torch.no_grad():
             output = self._model(input_ids=ids, attention_mask=torch.ones_like(ids), **self._tasks)
-        # Behind those of a soft prompt, if there is one.
+        # A soft prompt has logits too, before those of the text.
         return _numpy(output.logits[0, -ids.shape[1] :])
 
     def greedy(self, token_ids: Sequence[int], new_tokens: int) -> list[int]:
         """See `Reference`."""
         ids = torch.tensor([list(token_ids)])
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # behind a soft prompt it counts positions itself, and says so
+            warnings.simplefilter("ignore")  # PEFT warns that it counts positions itself behind a soft prompt
             output = self._model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -155,13 +155,20 @@ class PeftReference:
 
 @contextmanager
 def reference(base: BaseModel, prefix: Prefix | None, source: PrefixSource | None) -> Iterator[Reference]:
-    """The source framework under a prefix, or without one, generating greedily; see `observe` for the arguments.
+    """The source framework's model with a prefix, or without one, that generates greedily.
+
+    Args:
+        base: the model.
+        prefix: the prefix; None for the bare model.
+        source: the checkpoint of the prefix; None compares with transformers and the prefix as its cache.
 
     Raises:
-        PrefixExportError: the source is an adapter of PEFT's and PEFT is not installed.
+        PrefixExportError: the source is a PEFT adapter and PEFT is not installed: install it, or build without
+            verification.
+        CheckpointError: PEFT itself cannot load the adapter.
     """
-    with _plain_generation(base.model), _reference(base, prefix, source) as answers:
-        yield answers
+    with _plain_generation(base.model), _reference(base, prefix, source) as model:
+        yield model
 
 
 def _reference(
@@ -185,7 +192,7 @@ def _peft_reference(model: PreTrainedModel, adapter: peft_format.Saved) -> Itera
             "pip install 'prefix-export[peft]', or build with --no-verify"
         ) from error
     with tempfile.TemporaryDirectory() as folder:
-        # PEFT loads folders with these names alone, and loads pickles if it finds any: it is shown tensors alone.
+        # PEFT loads a folder with these names, and would load pickles too: give it only tensors.
         (Path(folder) / peft_format.CONFIG_NAME).write_text(json.dumps(dict(adapter.config)), encoding="utf-8")
         save_file(dict(adapter.tensors), Path(folder) / _PEFT_WEIGHTS)
         try:
@@ -197,7 +204,7 @@ def _peft_reference(model: PreTrainedModel, adapter: peft_format.Saved) -> Itera
 
 @contextmanager
 def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Generate greedily for a while, by those of the model's own defaults that the runtime follows."""
+    """Generate greedily within the block, with the model's own defaults that the runtime follows."""
     before = model.generation_config
     model.generation_config = followed_config(model)
     try:

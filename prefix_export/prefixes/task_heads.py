@@ -1,4 +1,4 @@
-"""Whether a task's head belongs to a base model: by width, labels, names and the model that it was trained on."""
+"""Compare a task's head with a base model: width, labels, names and the model that it was trained on."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _CLASSES = {
     "QUESTION_ANS": MODEL_FOR_QUESTION_ANSWERING_MAPPING,
 }
 _LAST = ("classifier.weight", "score.weight", "out_proj.weight")
-"""Ends of the names of weights that have a row a label."""
-_NO_LABELS = {0: "LABEL_0", 1: "LABEL_1"}  # transformers' own, where nobody said any
+"""Ends of the names of weights that have one row per label."""
+_NO_LABELS = {0: "LABEL_0", 1: "LABEL_1"}  # transformers' default
 
 
 def lint_head(prefix: Prefix, shape: ModelShape) -> Iterator[str]:
-    """What tells that a prefix' head is another model's, a line each."""
+    """Warnings if a prefix's head belongs to another model, one line each."""
     yield from _shapes(prefix.head, shape)
     if prefix.head and shape.config is not None:
         yield from _labels(prefix.head, shape.config)
@@ -41,12 +41,12 @@ def lint_head(prefix: Prefix, shape: ModelShape) -> Iterator[str]:
 
 def _shapes(head: Mapping[str, np.ndarray], shape: ModelShape) -> Iterator[str]:
     for name, array in head.items():
-        if array.ndim != 2:  # of a weight, [outputs, inputs]
+        if array.ndim != 2:  # a weight is [outputs, inputs]
             continue
         array_shape = array.shape
         if array_shape[1] != shape.hidden_size:
             yield (
-                f"head {name}: takes {array_shape[1]} numbers, where {shape.name!r} has a hidden size of "
+                f"head {name}: takes {array_shape[1]} numbers, but {shape.name!r} has a hidden size of "
                 f"{shape.hidden_size}: it does not belong to this model"
             )
         bias = head.get(f"{name.removesuffix('weight')}bias")
@@ -56,19 +56,18 @@ def _shapes(head: Mapping[str, np.ndarray], shape: ModelShape) -> Iterator[str]:
 
 
 def _labels(head: Mapping[str, np.ndarray], config: PreTrainedConfig) -> Iterator[str]:
-    said = config.id2label
-    if not said or said == _NO_LABELS:
+    labels = config.id2label
+    if not labels or labels == _NO_LABELS:
         return
     for name, array in head.items():
-        if name.endswith(_LAST) and array.ndim == 2 and len(array) != len(said):
+        if name.endswith(_LAST) and array.ndim == 2 and len(array) != len(labels):
             yield (
-                f"head {name}: tells {len(array)} labels apart, where the model's configuration names {len(said)} "
-                "(id2label)"
+                f"head {name}: has {len(array)} labels, but the model's configuration names {len(labels)} (id2label)"
             )
 
 
 def _names(prefix: Prefix, config: PreTrainedConfig) -> Iterator[str]:
-    """A head that transformers' class of the task has not, as PEFT keeps them by the base model's own names."""
+    """A warning if the head lacks weights that transformers' class for the task has; PEFT uses the same names."""
     task = prefix.metadata.get("task_type", "")
     expected = head_names(config, task)
     lacking = [name for name in expected if name not in prefix.head]
@@ -80,17 +79,17 @@ def _names(prefix: Prefix, config: PreTrainedConfig) -> Iterator[str]:
 
 
 def _trained_on(prefix: Prefix, config: PreTrainedConfig) -> Iterator[str]:
-    said = prefix.metadata.get(BASE_MODULE)
+    trained_on = prefix.metadata.get(BASE_MODULE)
     own = getattr(MODEL_MAPPING.get(type(config), None), "base_model_prefix", None)
-    if said and own and said != own:
+    if trained_on and own and trained_on != own:
         yield (
-            f"head and prefix were trained on a model of kind {said!r}, where this one is {own!r}: they do not belong "
-            "to it"
+            f"head and prefix were trained on a model of kind {trained_on!r}, but this one is {own!r}: they do not "
+            "belong to it"
         )
 
 
 def head_names(config: PreTrainedConfig, task: str) -> list[str]:
-    """The weights that transformers' class for a task of PEFT's has beside the model; none where there is no class."""
+    """The head's weights in transformers' class for a task type of PEFT; empty if there is no such class."""
     if task not in _CLASSES or type(config) not in _CLASSES[task]:
         return []
     model_class: Any = _CLASSES[task][type(config)]

@@ -1,4 +1,4 @@
-"""How large keys and values become, channel by channel: the scales of a cache of 8 bits."""
+"""Measure the largest keys and values of each channel: the scales of an int8 cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prefix_runtime import LayerPrefix, Prefix
 from prefix_runtime.prefix.cache_format import LARGEST, SCALES_NAME
 from prefix_runtime.prefix.prefix import DECODER
 
-# Other text reaches a little further than the text that was measured.
+# Other text reaches slightly larger values than the measured text.
 _MARGIN = 1.2
 _LEAST = 1e-6
 
@@ -27,15 +27,15 @@ def cache_scales(
     held_out: Mapping[str | None, HeldOut],
     progress: Progress = SILENT,
 ) -> tuple[LayerPrefix, ...]:
-    """Each layer's scales [num_key_value_heads, 1, head_dim] float32, by what text and prefixes reach.
+    """Each layer's scales [num_key_value_heads, 1, head_dim] float32, from the values of texts and prefixes.
 
     Args:
-        base: the frozen model; each text is run through it once, under its task's prefix and behind it.
-        prefixes: by task; none goes beyond the scales.
+        base: the frozen model. Each text runs through it once, behind its task's prefix.
+        prefixes: the prefixes by task. No value in them exceeds the scales.
         held_out: texts for each task, and for the bare model under None.
-        progress: told of the texts that are read.
+        progress: counts the texts.
     """
-    progress.phase("measure keys and values", sum(len(held.texts) for held in held_out.values()), unit="texts")
+    progress.phase("measure keys and values", sum(len(texts.texts) for texts in held_out.values()), unit="texts")
     largest = [
         [np.zeros((layer.key_value_heads, 1, layer.head_dim), np.float32) for _ in ("key", "value")]
         for layer in base.layers
@@ -51,7 +51,7 @@ def cache_scales(
 
 
 def save_scales(scales: Iterable[LayerPrefix] | None, folder: Path) -> None:
-    """Write the bundle's file of scales; none where keys and values keep their type."""
+    """Write the bundle's file of scales; nothing if scales is None, for a cache in floating point."""
     if scales is None:
         return
     tensors: dict[str, np.ndarray] = {}
@@ -61,7 +61,7 @@ def save_scales(scales: Iterable[LayerPrefix] | None, folder: Path) -> None:
 
 
 def _widen(largest: list[list[np.ndarray]], layers: Iterable[tuple[np.ndarray, np.ndarray]], margin: float) -> None:
-    for held, pair in zip(largest, layers, strict=True):
+    for maxima, pair in zip(largest, layers, strict=True):
         for index, array in enumerate(pair):
             reached = np.abs(np.asarray(array, np.float32)).max(1, keepdims=True) * np.float32(margin)
-            held[index] = np.maximum(held[index], reached)
+            maxima[index] = np.maximum(maxima[index], reached)

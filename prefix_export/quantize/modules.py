@@ -1,8 +1,8 @@
-"""The weights of a model's linear layers in 8 or 4 bits: rounded in the model, packed in the graph.
+"""Quantize the weights of a model's linear layers to 8 or 4 bits: rounded in the model, packed in the graph.
 
-The operator that multiplies with what is packed is onnxruntime's `com.microsoft::MatMulNBits`, or, in standard
-operators, `DequantizeLinear` and `MatMul`. The model itself keeps the rounded weights in float32: the source framework
-runs it as it is, and is what the graph is compared with.
+The graph multiplies with packed weights through onnxruntime's `com.microsoft::MatMulNBits`, or, in standard operators,
+through `DequantizeLinear` and `MatMul`. The model itself keeps the rounded weights in float32. So the source framework
+can run it, and the graph is compared with the result.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from prefix_export.targets import Target
 from .options import Quantization
 from .rounding import PackedWeight, pack, unpacked
 
-# Activations are rounded to 8 bits, block by block, which is what the fast kernels multiply.
+# The fast kernels round activations to 8 bits, block by block.
 _ACCURACY_LEVEL = 4
 
 
 class QuantizedModel:
-    """A model whose linear weights, the tied output projection's included, and embedding were rounded in place.
+    """A model whose linear weights and embedding are rounded in place, including a tied output projection.
 
     Args:
-        model: in float32; its weights are overwritten by what their quantised values stand for.
-        settings: how they are rounded.
-        progress: told of the layers that are quantized.
+        model: a model in float32; its weights are overwritten by the values that their quantized form stands for.
+        settings: how to quantize.
+        progress: counts the layers.
 
     Raises:
-        ExportError: a weight is not finite, or too large for a scale.
+        ExportError: a weight is not finite, or too large for a scale; choose another precision.
     """
 
     def __init__(self, model: PreTrainedModel, settings: Quantization, progress: Progress = SILENT) -> None:
         self.settings = settings
         self._model = model
         self._packed: dict[str, PackedWeight] = {}
-        done: dict[int, PackedWeight] = {}  # by parameter: tied ones are rounded once
+        done: dict[int, PackedWeight] = {}  # by parameter, so that tied weights are rounded once
         chosen = {name: module for name, module in model.named_modules() if _is_quantized(module, model, settings)}
         progress.phase("quantize", len(chosen), unit="layers")
         for name, module in chosen.items():
@@ -60,10 +60,10 @@ class QuantizedModel:
 
     @contextmanager
     def packed(self, target: Target) -> Iterator[None]:
-        """Put modules that emit a target's operators in the place of linear layers and embedding, for the trace."""
+        """Within the block, replace linear layers and embedding by modules that emit a target's operators."""
         before = {name: self._model.get_submodule(name) for name in self._packed}
         if target.is_for_gpu and self.settings.method == "hqq":
-            # The operator takes zero points in other places there (onnxruntime 1.31): looked up as it is.
+            # CUDA's operator orders zero points differently (onnxruntime 1.31): keep the embedding in floating point.
             before = {name: module for name, module in before.items() if not isinstance(module, torch.nn.Embedding)}
         emitted = _GPU if target.is_for_gpu else _ONNXRUNTIMES if target.flavour == "fast" else _STANDARD
         if self.settings.block_size is None:
@@ -79,7 +79,7 @@ class QuantizedModel:
 
 
 def _is_quantized(module: torch.nn.Module, model: PreTrainedModel, settings: Quantization) -> bool:
-    # An embedding of a subclass computes something of its own; it stays as it is. TensorRT looks up no rounded table.
+    # A subclass of Embedding computes something else: keep it. TensorRT does not look up rounded tables.
     is_embedding = module is model.get_input_embeddings() and type(module) is torch.nn.Embedding
     is_embedding = is_embedding and settings.block_size is not None
     return is_embedding or isinstance(module, torch.nn.Linear | Conv1D)
@@ -94,7 +94,7 @@ def _round_in_place(weight: torch.nn.Parameter, settings: Quantization, transpos
 
 
 class _Packed(torch.nn.Module):
-    """The tensors of a weight, as one module, so that layers that share a weight share its tensors in the graph."""
+    """The tensors of a packed weight as one module: layers that share a weight share these tensors in the graph."""
 
     values: torch.Tensor
     scales: torch.Tensor
@@ -111,16 +111,16 @@ class _Packed(torch.nn.Module):
 def _emitting(
     module: torch.nn.Module, weight: PackedWeight, shared: dict[int, torch.nn.Module], emitted: tuple[Any, Any, Any]
 ) -> torch.nn.Module:
-    """A module that emits operators in the place of another; `emitted`: classes of weights, linears, embeddings."""
+    """A module that replaces another and emits operators; `emitted`: classes of weights, linears and embeddings."""
     weights, linear, embedding = emitted
     if id(weight) not in shared:
         shared[id(weight)] = weights(weight)
-    kept_module: torch.nn.Module
+    replacement: torch.nn.Module
     if isinstance(module, torch.nn.Embedding):
-        kept_module = embedding(shared[id(weight)])
+        replacement = embedding(shared[id(weight)])
     else:
-        kept_module = linear(shared[id(weight)], module.bias)
-    return kept_module
+        replacement = linear(shared[id(weight)], module.bias)
+    return replacement
 
 
 class _QuantizedLinear(torch.nn.Module):
@@ -134,7 +134,7 @@ class _QuantizedLinear(torch.nn.Module):
         self.bias = bias
 
     def forward(self, activation: torch.Tensor) -> torch.Tensor:
-        """[..., inputs] to [..., outputs]."""
+        """Map [..., inputs] to [..., outputs]."""
         return self._product(activation, self.bias)
 
     def _product(self, activation: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -160,7 +160,7 @@ class _QuantizedLinear(torch.nn.Module):
 
 
 class _QuantizedEmbedding(torch.nn.Module):
-    """Emits `com.microsoft::GatherBlockQuantized` on the very table that a tied output projection multiplies with."""
+    """Emits `com.microsoft::GatherBlockQuantized` on the same table as a tied output projection."""
 
     zero_points: torch.Tensor | None
 
@@ -170,7 +170,7 @@ class _QuantizedEmbedding(torch.nn.Module):
         self.register_buffer("zero_points", _bytes_of_zero_points(packed.weight))
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """[batch, sequence] int64 to [batch, sequence, inputs]."""
+        """Map [batch, sequence] int64 to [batch, sequence, inputs]."""
         weight = self.packed.weight
         blocks = weight.scales.shape[1]
         inputs = [self.packed.values, token_ids, self.packed.scales.unsqueeze(2)]
@@ -195,7 +195,7 @@ class _QuantizedEmbedding(torch.nn.Module):
 
 
 def _bytes_of_zero_points(weight: PackedWeight) -> torch.Tensor | None:
-    """[vocab, blocks, 1] uint8: a byte each, as the operator takes them for blocks that have an axis of their own."""
+    """The zero points [vocab, blocks, 1] uint8, one per byte, because blocks have their own axis here; None if none."""
     if weight.zero_points is None:
         return None
     zeros = unpacked(weight.zero_points, weight.settings.bits)
@@ -203,9 +203,10 @@ def _bytes_of_zero_points(weight: PackedWeight) -> torch.Tensor | None:
 
 
 class _PackedForGpu(_Packed):
-    """The same with scales of float16, and as many rows as onnxruntime's kernel for one row of activations takes.
+    """The same with float16 scales, and rows padded to a multiple of 64 if their number is not a multiple of 8.
 
-    With a number of outputs that is no multiple of 8 it would widen the whole weight in every step (1.32).
+    onnxruntime's kernel for one row of activations needs a multiple of 8 outputs. For others it would dequantize the
+    whole weight in every step (1.32).
     """
 
     def __init__(self, weight: PackedWeight) -> None:
@@ -217,12 +218,12 @@ class _PackedForGpu(_Packed):
 
 
 class _GpuLinear(_QuantizedLinear):
-    """The same for CUDA, with the bias apart: the operator adds it in a kernel of its own, what follows for nothing."""
+    """The same for CUDA with a separate `Add` for the bias: the next kernel fuses it, the operator would not."""
 
     _settings: Mapping[str, int] = MappingProxyType({})
 
     def forward(self, activation: torch.Tensor) -> torch.Tensor:
-        """[..., inputs] to [..., outputs]."""
+        """Map [..., inputs] to [..., outputs]."""
         output = self._product(activation, None)
         outputs = self.packed.weight.outputs
         output = output if output.shape[-1] == outputs else output[..., :outputs]
@@ -230,7 +231,7 @@ class _GpuLinear(_QuantizedLinear):
 
 
 class _Rounded(torch.nn.Module):
-    """A weight of 8 bits [inputs, outputs] with the scales of its blocks, for `DequantizeLinear`; shared."""
+    """An 8-bit weight [inputs, outputs] with the scales of its blocks, for `DequantizeLinear`; layers can share it."""
 
     values: torch.Tensor
     scales: torch.Tensor
@@ -249,24 +250,24 @@ class _Rounded(torch.nn.Module):
         self.register_buffer("scales", weight.scales.T.contiguous())
 
     def dequantized(self, columns: torch.Tensor | None = None) -> torch.Tensor:
-        """The weight [inputs, outputs], or some of its columns, in the scales' type."""
+        """The weight [inputs, outputs], or some of its columns, in the type of the scales."""
         tensors = [self.values, self.scales, self.zero_points]
         if columns is not None:
             tensors = [None if tensor is None else tensor.index_select(1, columns) for tensor in tensors]
-        given = [tensor for tensor in tensors if tensor is not None]
+        inputs = [tensor for tensor in tensors if tensor is not None]
         weight: torch.Tensor = torch.onnx.ops.symbolic(
             "DequantizeLinear",
-            given,
+            inputs,
             attrs=dict(self.attributes),
             dtype=self.scales.dtype,
-            shape=given[0].shape,
+            shape=inputs[0].shape,
             version=21,
         )
         return weight
 
 
 class _RoundedByOutput(_Rounded):
-    """The same with a scale of float16 for each output."""
+    """The same with one float16 scale for each output."""
 
     def __init__(self, weight: PackedWeight) -> None:
         super().__init__(weight)
@@ -275,7 +276,7 @@ class _RoundedByOutput(_Rounded):
 
 
 class _RoundedLinear(torch.nn.Module):
-    """A `DequantizeLinear` and a `MatMul`; of a blockwise one onnxruntime makes one `MatMulNBits` (1.32)."""
+    """A `DequantizeLinear` and a `MatMul`; onnxruntime fuses a blockwise pair into one `MatMulNBits` (1.32)."""
 
     def __init__(self, rounded: _Rounded, bias: torch.Tensor | None) -> None:
         super().__init__()
@@ -283,20 +284,20 @@ class _RoundedLinear(torch.nn.Module):
         self.bias = bias
 
     def forward(self, activation: torch.Tensor) -> torch.Tensor:
-        """[..., inputs] to [..., outputs]."""
+        """Map [..., inputs] to [..., outputs]."""
         output = activation @ self.rounded.dequantized()
         return output if self.bias is None else output + self.bias
 
 
 class _RoundedEmbedding(torch.nn.Module):
-    """Dequantises the columns that are looked up of the very table that a tied output projection multiplies with."""
+    """Looks up columns in the same table as a tied output projection, and dequantizes them."""
 
     def __init__(self, rounded: _Rounded) -> None:
         super().__init__()
         self.rounded = rounded
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """[batch, sequence] int64 to [batch, sequence, inputs]."""
+        """Map [batch, sequence] int64 to [batch, sequence, inputs]."""
         return self.rounded.dequantized(token_ids.flatten()).T.reshape(*token_ids.shape, -1)
 
 
@@ -307,7 +308,7 @@ _BY_OUTPUT = (_RoundedByOutput, _RoundedLinear, _RoundedEmbedding)
 
 
 def as_exact(graph: Any) -> None:
-    """Make a graph (`onnx.ModelProto`) compute with activations in float32, which is slower, to compare it."""
+    """Change a graph (`onnx.ModelProto`) to activations in float32, in place: slower, but exact for a comparison."""
     for node in graph.graph.node:
         if node.op_type == "MatMulNBits":
             for attribute in node.attribute:

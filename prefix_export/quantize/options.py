@@ -9,7 +9,7 @@ from prefix_export.errors import ExportError
 BITS = {"int8": 8, "int4": 4}
 METHODS = ("rtn", "hqq")
 DEFAULT_BLOCK_SIZE = 32
-"""With it onnxruntime's kernels compute a row of a batch exactly as they compute the row alone (1.32, x86)."""
+"""With this size, onnxruntime's kernels compute a row of a batch exactly as the row alone (1.32, x86)."""
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
@@ -35,8 +35,8 @@ def quantization(
     """The settings that a precision stands for; None for a floating-point precision.
 
     Args:
-        precision: of the weights.
-        block_size: as requested, or None for the default.
+        precision: the precision of the weights.
+        block_size: the requested block size, or None for the default.
         method: one of `METHODS`.
         by_output: True if the target takes only one scale for each output.
 

@@ -1,8 +1,8 @@
-"""A weight in 8 or 4 bits: how it is rounded and packed.
+"""Round and pack a weight in 8 or 4 bits.
 
-A weight [outputs, inputs] is cut along its inputs into blocks that share one float32 scale and, where they are not
-symmetric, a zero point. The quantiser is onnxruntime's (1.32, `quantization/matmul_nbits_quantizer.py`). TensorRT takes
-one scale for each output, above zero, in the type that it computes in.
+A weight [outputs, inputs] is cut along its inputs into blocks. Each block has one float32 scale and, if it is not
+symmetric, a zero point. The quantizer is onnxruntime's (1.32, `quantization/matmul_nbits_quantizer.py`). TensorRT takes
+one scale above zero for each output, in the type of its activations.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from .options import Quantization
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight as `MatMulNBits` takes it.
+    """A weight in the form of the operator `MatMulNBits`.
 
     Attributes:
-        inputs, outputs: of the linear layer.
+        inputs: the number of inputs of the linear layer.
+        outputs: the number of its outputs.
+        settings: how the weight was quantized.
         values: [outputs, blocks, block_size * bits / 8] uint8.
         scales: [outputs, blocks] float32.
-        zero_points: [outputs, blocks * bits / 8, rounded up] uint8, or None where each is half of the range.
+        zero_points: [outputs, blocks * bits / 8, rounded up] uint8, or None if each is half of the range.
     """
 
     inputs: int
@@ -41,11 +43,11 @@ class PackedWeight:
 
     @property
     def block_size(self) -> int:
-        """Inputs that share a scale, at most."""
+        """The largest number of inputs that share a scale."""
         return self.settings.block_size or self.inputs
 
     def dequantized(self) -> torch.Tensor:
-        """The weight that it stands for, [outputs, inputs] float32."""
+        """The weight that the packed values stand for, [outputs, inputs] float32."""
         bits = self.settings.bits
         values = unpacked(self.values, bits).float()
         zeros: torch.Tensor | float = float(2 ** (bits - 1))
@@ -56,7 +58,7 @@ class PackedWeight:
 
 
 def pack(weight: torch.Tensor, settings: Quantization) -> PackedWeight:
-    """Quantise a weight [outputs, inputs] float32."""
+    """Quantize a weight [outputs, inputs] float32."""
     if settings.block_size is None:
         return _round_by_output(weight, settings)
     size = _block_size(weight.shape[1], settings.block_size)
@@ -66,16 +68,16 @@ def pack(weight: torch.Tensor, settings: Quantization) -> PackedWeight:
 
 
 def _round_by_output(weight: torch.Tensor, settings: Quantization) -> PackedWeight:
-    """To nearest, symmetric; scales are numbers of float16."""
+    """Round to nearest, symmetric, with one scale for each output; scales are exact in float16."""
     half = 2 ** (settings.bits - 1)
     scales = (weight.abs().amax(1, keepdim=True) / (half - 1)).half().float()
-    scales[scales == 0] = 1  # of an output that is next to none, which becomes zero
+    scales[scales == 0] = 1  # an output that is almost zero becomes zero
     values = (weight / scales).round().clamp(1 - half, half - 1) + half
     return PackedWeight(weight.shape[1], weight.shape[0], settings, values.to(torch.uint8)[:, None], scales, None)
 
 
 def _block_size(inputs: int, size: int) -> int:
-    """The size asked for, or the largest below it that does not pad the last block by more than it must."""
+    """The requested size, halved until it divides the inputs, but not below 32."""
     while size > 32 and inputs % size:
         size //= 2
     return size
@@ -90,7 +92,7 @@ def _round_to_nearest(weight: torch.Tensor, bits: int, size: int) -> tuple[torch
 def _half_quadratic(weight: torch.Tensor, bits: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     quantizer = HQQWeightOnlyQuantizer(HQQWeightOnlyQuantConfig(block_size=size, bits=bits))
     _, scales, zeros = quantizer.quantize_internal(weight, bits=bits, group_size=size)
-    # A zero point that is no whole number keeps onnxruntime from its fast kernels: it is rounded, and the values anew.
+    # onnxruntime's fast kernels need whole zero points: round them, then round the values again.
     zeros = zeros.round().clamp(0, 2**bits - 1)
     padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % size)).unflatten(1, (-1, size))
     values = (padded / scales[..., None] + zeros[..., None]).round().clamp(0, 2**bits - 1)
@@ -98,7 +100,7 @@ def _half_quadratic(weight: torch.Tensor, bits: int, size: int) -> tuple[torch.T
 
 
 def _packed(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Values below 2^bits, several to a byte along the last axis, the first one lowest."""
+    """Pack values below 2^bits, several to a byte along the last axis; the first value takes the lowest bits."""
     if bits == 8:
         return values.contiguous()
     values = torch.nn.functional.pad(values, (0, values.shape[-1] % 2))
@@ -106,5 +108,5 @@ def _packed(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpacked(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Values of so many bits, a byte each, of what several of them share."""
+    """The inverse of packing: one value per byte."""
     return values if bits == 8 else torch.stack((values & 15, values >> 4), -1).flatten(-2)

@@ -1,1 +1,1 @@
-"""A model's tokenizer: written, compared with the runtime's, one beside an adapter; and texts for checks."""
+"""A model's tokenizer: write it, compare it with the runtime's; and texts for checks."""

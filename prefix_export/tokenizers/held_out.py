@@ -1,4 +1,4 @@
-"""Held-out texts: what prompts of checks begin with, and what rounded weights are compared on."""
+"""Held-out texts, which training has not seen: prompts of checks, and texts for comparing quantized weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prefix_runtime import Prefix
 if TYPE_CHECKING:
     from prefix_export.models import BaseModel
 
-_MOST_TOKENS = 2048  # of all texts together, for each task: what a processor reads in seconds
+_MOST_TOKENS = 2048  # of all texts of a task together: a CPU reads them in seconds
 _LONGEST = 256
 _RANDOM_TEXTS = 8
 _MOST_BYTES = 64 << 20
@@ -25,7 +25,7 @@ _MOST_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids, and how many of them are a prompt, which is read and not counted; at least one."""
+    """Token ids, and the length of their prompt, at least 1; a comparison counts only the tokens behind it."""
 
     token_ids: tuple[int, ...]
     prompt: int
@@ -33,12 +33,12 @@ class Text:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Texts that nothing was trained on.
+    """Held-out texts.
 
     Attributes:
-        name: of the file.
-        texts: that are compared.
-        is_text: False where they are random, for want of a tokenizer: then perplexity means nothing.
+        name: the name of their file.
+        texts: the texts.
+        is_text: False for random tokens, used without a tokenizer: then perplexity means nothing.
     """
 
     name: str
@@ -47,16 +47,17 @@ class HeldOut:
 
 
 def read_held_out(path: Path | None, base: BaseModel, prefix: Prefix | None, max_length: int) -> HeldOut:
-    """The held-out texts in a file, a line each; where none is given, the demo's lighthouses.
+    """The held-out texts in a file, one per line; without a file, the demo's texts about lighthouses.
 
     Args:
-        path: a text file in UTF-8.
-        base: the model, whose tokenizer encodes them; without one they are random tokens.
-        prefix: that they are to be read under: no text is longer than what it leaves room for.
-        max_length: positions that prefix and text may take together.
+        path: a text file in UTF-8. A tab in a line separates the prompt from the counted text.
+        base: the model; its tokenizer encodes the texts. Without a tokenizer the texts are random tokens.
+        prefix: the prefix that the texts will follow; texts are cut to the room that it leaves.
+        max_length: maximum number of positions for prefix plus text.
 
     Raises:
-        PrefixExportError: the file cannot be read, or holds no line with tokens that count.
+        PrefixExportError: the file is not UTF-8 or too large, the model has no tokenizer for it, or no line has tokens
+            that count.
     """
     length = min(_LONGEST, base.geometry.room(prefix, max_length))
     if base.tokenizer is None:
@@ -74,10 +75,10 @@ def read_held_out(path: Path | None, base: BaseModel, prefix: Prefix | None, max
 
 
 def _encoded(line: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Text:
-    prompt, tab, answer = line.partition("\t")
+    prompt, tab, target = line.partition("\t")
     counted_from = max(1, len(tokenizer.encode(prompt))) if tab else 1
-    ids = tokenizer.encode(prompt + answer)
-    # Where there is no room for all of it, the prompt's beginning goes first.
+    ids = tokenizer.encode(prompt + target)
+    # If the text is too long, cut the beginning of the prompt.
     cut = max(0, len(ids) - length)
     return Text(tuple(ids[cut:]), max(1, counted_from - cut))
 
@@ -93,9 +94,9 @@ def _lines(path: Path | None) -> list[str]:
 
 
 def _first_tokens(texts: Sequence[Text]) -> tuple[Text, ...]:
-    kept: list[Text] = []
+    first: list[Text] = []
     for text in texts:
-        if kept and sum(len(other.token_ids) for other in kept) + len(text.token_ids) > _MOST_TOKENS:
+        if first and sum(len(other.token_ids) for other in first) + len(text.token_ids) > _MOST_TOKENS:
             break
-        kept.append(text)
-    return tuple(kept)
+        first.append(text)
+    return tuple(first)

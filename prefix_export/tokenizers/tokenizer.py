@@ -1,4 +1,4 @@
-"""A model's tokenizer: loaded from a folder, written into a bundle, and compared with the runtime's."""
+"""A model's tokenizer: write it into a bundle, and compare it with the runtime's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-"""Files of which a folder with a tokenizer has one."""
+"""A folder with a tokenizer has at least one of these files."""
 
 ODD_TEXTS = (
     "",
@@ -50,48 +50,48 @@ ODD_TEXTS = (
 )
 """Texts that tokenizers treat differently."""
 
-_ADVICE = "encode with transformers, give token_ids, and decode the answer's with transformers"
+_ADVICE = "encode with transformers, pass token_ids, and decode the new tokens with transformers"
 _MOST_SPECIAL = 32
-"""Special tokens that are put into texts."""
+"""Maximum number of added tokens that the odd texts contain."""
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a tokenizer's files, as transformers, transformers.js and the runtime read them.
+    """Write a tokenizer's files for transformers, transformers.js and the runtime.
 
-    A tokenizer that runs in Python has no tokenizer.json: see `tokenizer_warnings`.
+    A tokenizer that runs in Python has no tokenizer.json; see `tokenizer_warnings`.
 
     Raises:
-        ExportError: the tokenizer cannot be written.
+        ExportError: transformers cannot write the tokenizer.
         OSError: the disk is full or not writable.
     """
     try:
         tokenizer.save_pretrained(folder)
     except OSError:
         raise
-    except Exception as error:  # tokenizers raises Exception itself, and leaves the number of OSError in its text
+    except Exception as error:  # tokenizers raises plain Exception, with the number of an OSError in its text
         if (cause := os_error_behind(error)) is not None:
             raise OSError(cause, os.strerror(cause), str(folder)) from error
         raise ExportError(f"{folder}: the tokenizer cannot be written: {_line(error)}") from error
     path = folder / TOKENIZER_CONFIG_NAME
     config = json.loads(path.read_text(encoding="utf-8"))
-    config.pop("auto_map", None)  # names code that is not written
-    # transformers writes these only if they were given when the tokenizer was loaded.
+    config.pop("auto_map", None)  # the code that it names is not written
+    # transformers writes these only if they were passed when the tokenizer was loaded.
     config["split_special_tokens"] = bool(tokenizer.split_special_tokens)
     config["clean_up_tokenization_spaces"] = bool(tokenizer.clean_up_tokenization_spaces)
     if config.get("tokenizer_class") == "TokenizersBackend":
-        # transformers 4 and transformers.js know the class by this name, and transformers 5 still does.
+        # transformers 4, transformers.js and transformers 5 all know this name of the class.
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        # Without these transformers 4 gives the model token types too.
+        # Without this, transformers 4 would also pass token types to the model.
         config.setdefault("model_input_names", ["input_ids", "attention_mask"])
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def tokenizer_warnings(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, ...]:
-    """What the runtime does not do as transformers' tokenizer does, a line each; found by trying odd texts.
+    """Warnings where the runtime's tokenizer differs from transformers', one line each; odd texts are compared.
 
     Args:
-        folder: where `save_tokenizer` wrote its files.
-        tokenizer: as transformers loaded it, or None.
+        folder: the folder that `save_tokenizer` wrote to.
+        tokenizer: transformers' tokenizer, or None.
 
     Raises:
         BundleError: the runtime cannot open the tokenizer.
@@ -113,14 +113,14 @@ def tokenizer_warnings(folder: Path, tokenizer: PreTrainedTokenizerBase | None) 
 
 
 def _code(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The class that a tokenizer's configuration asks for and that lies beside it, or None."""
-    named = tokenizer.init_kwargs.get("auto_map")
-    listed = named.get("AutoTokenizer") if isinstance(named, dict) else named
+    """The custom class in a tokenizer's configuration, or None."""
+    classes = tokenizer.init_kwargs.get("auto_map")
+    listed = classes.get("AutoTokenizer") if isinstance(classes, dict) else classes
     return next((str(name) for name in reversed(listed or ()) if name), None)
 
 
 def _differences(codec: TextCodec, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Odd texts that two tokenizers encode differently, and token ids that they decode differently."""
+    """Odd texts that the two tokenizers encode differently, and token ids that they decode differently."""
     for text, special in product(odd_texts(tokenizer), (True, False)):
         ids = _attempt(_encoded, tokenizer, text, special)
         own_ids = _attempt(codec.encode, text, with_special_tokens=special)
@@ -139,7 +139,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> li
 
 
 def _attempt(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """What a call returns, or None if the tokenizer fails: both may fail on a text alike."""
+    """The result of a call, or None if the tokenizer fails: both tokenizers may fail on the same text."""
     try:
         return call(*arguments, **options)
     except BaseException as error:
@@ -149,7 +149,7 @@ def _attempt(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
 
 
 def odd_texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Texts of many kinds, and some with the special tokens and added tokens of a tokenizer."""
+    """Texts of many kinds, and texts with the special tokens and added tokens of a tokenizer."""
     yield from ODD_TEXTS
     for token in list(tokenizer.get_added_vocab())[:_MOST_SPECIAL]:
         yield from (token, f"a {token} b", f"a{token}b", f"{token}{token}\n{token} x")

@@ -122,7 +122,7 @@ def test_adapters_that_disagree_keep_the_bases(base, adapter, other):
 def test_one_with_more_tokens_than_the_model_has_rows_is_not_used(base, adapter):
     found, (line,) = chosen(base, task=adapter("a", many))
     assert found is base
-    assert f"and the model has {VOCAB_SIZE} rows of embeddings: build from the base model as it was resized" in line
+    assert f"and the model has {VOCAB_SIZE} rows of embeddings: build with the base model that was resized" in line
 
 
 def test_a_model_without_a_tokenizer_gets_the_adapters(workshop, adapter):

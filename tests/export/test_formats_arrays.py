@@ -81,7 +81,7 @@ def test_a_matrix_in_any_file(pefts, tmp_path, how):
         with (tmp_path / "prefix").open("wb") as file:
             np.save(file, matrix.numpy().astype(np.float64 if how == "float64" else np.float32))
     check(tmp_path / "prefix", pairs)
-    check(tmp_path / "prefix", pairs, wanted="keys-values")
+    check(tmp_path / "prefix", pairs, format_name="keys-values")
 
 
 def test_bfloat16_is_widened(pefts, tmp_path):

@@ -145,17 +145,17 @@ class TestLiAndLiang:
 
     def test_an_infix_is_refused_with_the_reason(self, tmp_path):
         state = tensors(wte__weight=(LENGTH, HIDDEN), wte2__weight=(LENGTH, HIDDEN)) | mlp("control_trans")
-        with pytest.raises(CheckpointError, match="found an infix, which is computed from the text"):
+        with pytest.raises(CheckpointError, match="found an infix, which the code computes from the text"):
             read(saved(tmp_path / "run", state), GPT2)
 
     def test_a_prefix_that_is_computed_from_text_is_refused(self, tmp_path):
-        with pytest.raises(CheckpointError, match="computed from the text"):
+        with pytest.raises(CheckpointError, match="computes the prefix from the text"):
             read(saved(tmp_path / "run", mlp("control_trans")), GPT2)
 
     @pytest.mark.parametrize("config", [{"optim_prefix": False}, {"use_infix": True}, {"vocab_size": LENGTH}])
     def test_a_mode_of_the_config_that_computes_from_text_is_refused(self, tmp_path, config):
         state = tensors(wte__weight=(LENGTH, HIDDEN)) | mlp("control_trans")
-        with pytest.raises(CheckpointError, match="whose prefix is computed from the text"):
+        with pytest.raises(CheckpointError, match="computes the prefix from the text"):
             read(saved(tmp_path / "run", state, config), GPT2)
 
     def test_a_linear_layer_without_its_bias_is_refused(self, tmp_path):
@@ -440,7 +440,7 @@ class TestFormatNamed:
     def test_the_reader_that_is_named_reads(self, tmp_path):
         folder = self.gpt2(tmp_path)
         assert format_of(folder) == "li-liang"
-        own, other = (read(folder, GPT2, wanted=name) for name in ("li-liang", "openprompt"))
+        own, other = (read(folder, GPT2, format_name=name) for name in ("li-liang", "openprompt"))
         assert own == read(folder, GPT2)
         assert (own.source.format, other.source.format) == ("li-liang", "openprompt")
         np.testing.assert_array_equal(own.sites["decoder"][0].key, other.sites["decoder"][0].key)
@@ -452,7 +452,12 @@ class TestFormatNamed:
         state |= {f"M_Prefixes.wte_{each}cats.weight": torch.randn(2, HIDDEN) for each in ("", "2_", "enc_")}
         folder = saved(tmp_path / "run", state, {"preseqlen": LENGTH})
         assert format_of(folder) == "control-prefixes"
-        check(read(folder, BART, wanted="li-liang"), "decoder", through(state, "control_trans", state["wte.weight"]), 0)
+        check(
+            read(folder, BART, format_name="li-liang"),
+            "decoder",
+            through(state, "control_trans", state["wte.weight"]),
+            0,
+        )
 
     @pytest.mark.parametrize(
         ("name", "message"),
@@ -469,8 +474,8 @@ class TestFormatNamed:
     def test_what_it_cannot_read_is_its_own_error(self, tmp_path, name, message):
         folder = self.gpt2(tmp_path)
         with pytest.raises((CheckpointError, PrefixError), match=message):
-            read(folder, GPT2, wanted=name)
+            read(folder, GPT2, format_name=name)
 
     def test_a_format_that_is_none_is_refused(self, tmp_path):
         with pytest.raises(CheckpointError, match="format: expected one of prefix-export, peft"):
-            read(self.gpt2(tmp_path), GPT2, wanted="other")
+            read(self.gpt2(tmp_path), GPT2, format_name="other")

@@ -226,8 +226,8 @@ def test_no_shapes_names_or_settings_do_more_than_raise_a_typed_error(tmp_path, 
     assert wrong > 25
 
 
-@pytest.mark.parametrize("wanted", formats.FORMATS)
-def test_a_reader_that_is_named_does_no_more_than_raise_a_typed_error(tmp_path, wanted):
+@pytest.mark.parametrize("family", formats.FORMATS)
+def test_a_reader_that_is_named_does_no_more_than_raise_a_typed_error(tmp_path, family):
     """Of every family's checkpoints, sound and unsound."""
     random = np.random.default_rng(SEED)
     wrong = 0
@@ -235,7 +235,7 @@ def test_a_reader_that_is_named_does_no_more_than_raise_a_typed_error(tmp_path, 
         for number in range(25):
             tensors = content if isinstance(content, Prefix) or not number else unsound(content, random)
             path = write(tmp_path, tensors, configs, ("zip", "safetensors")[number % 2])
-            for verb in (lambda path: formats.read(path, shape, wanted), lambda path: formats.describe(path, wanted)):  # noqa: B023
+            for verb in (lambda path: formats.read(path, shape, family), lambda path: formats.describe(path, family)):  # noqa: B023
                 try:
                     verb(path)
                 except (PrefixExportError, PrefixRuntimeError) as error:

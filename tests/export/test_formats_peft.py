@@ -194,8 +194,8 @@ def test_without_a_task_type_pefts_own_model_reads_no_prefix_and_this_refuses(gp
         plain = AutoModelForCausalLM.from_pretrained(gpt2).eval()(input_ids=ids).logits
         wrapped = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(gpt2), adapter).eval()
         assert torch.equal(wrapped(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, plain)
-    found = "answers as if there were no prefix"
-    refused(CheckpointError, adapter, base.shape, "adapter_config.json", "task_type", "CAUSAL_LM", found)
+    refusal = "PeftModel ignores its prefix"
+    refused(CheckpointError, adapter, base.shape, "adapter_config.json", "task_type", "CAUSAL_LM", refusal)
 
 
 @pytest.mark.parametrize("said", [4, "3", None])

@@ -123,7 +123,7 @@ def test_modules_tell_the_kind_where_no_config_does(trained, shape, tmp_path, ki
     torch.save(own(state), tmp_path / "pytorch_model.bin")
     found = formats.read(tmp_path, shape)
     assert_same(found, formats.read(saved, shape))
-    assert f"read as {config.peft_type.value}; what base model" in found.warnings[0]
+    assert f"read as {config.peft_type.value}; its base model" in found.warnings[0]
 
 
 @pytest.mark.parametrize(("kind", "read_as"), [("prefix", "PREFIX_TUNING"), ("prompt", "PROMPT_TUNING")])

@@ -173,11 +173,11 @@ REFUSED = [
     ({"min_length": 9, "max_length": 3}, "min_length: expected at most max_length, 3, found 9"),
     ({"do_sample": True, "temperature": 0.0}, "temperature: expected above 0 with do_sample, found 0"),
     ({"max_new_tokens": "12"}, "max_new_tokens: expected a whole number, 1 or more, found '12'"),
-    ({"pad_token_id": "a"}, "expected defaults that transformers' generate takes, found that it refuses them: '<' not"),
+    ({"pad_token_id": "a"}, "expected defaults that transformers' generate takes, but it refuses them: '<' not"),
     ({"early_stopping": []}, 'early_stopping: expected true, false or "never", found []'),
-    ({"num_beams": 2, "num_return_sequences": 3}, "expected defaults that transformers' generate takes, found that"),
-    ({"num_return_sequences": 3}, "expected defaults that transformers' generate takes, found that it refuses them: G"),
-    ({"cache_implementation": "no"}, "expected defaults that transformers' generate takes, found that it refuses"),
+    ({"num_beams": 2, "num_return_sequences": 3}, "expected defaults that transformers' generate takes, but it"),
+    ({"num_return_sequences": 3}, "expected defaults that transformers' generate takes, but it refuses them: G"),
+    ({"cache_implementation": "no"}, "expected defaults that transformers' generate takes, but it refuses"),
     ({"suppress_tokens": [3], "forced_eos_token_id": 3}, "forced_eos_token_id: expected a token that is not among"),
 ]
 
@@ -218,7 +218,7 @@ def test_what_transformers_refuses_when_it_generates_build_refuses(with_defaults
         base.model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=2)
     with pytest.raises(ModelError) as error:
         generation_report(base)
-    assert "generation_config.json: expected defaults that transformers' generate takes, found" in str(error.value)
+    assert "generation_config.json: expected defaults that transformers' generate takes, but" in str(error.value)
     assert reason in str(error.value)
 
 

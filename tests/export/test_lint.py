@@ -34,7 +34,7 @@ GEOMETRY = (LayerGeometry(HEADS, HEAD_DIM),) * LAYERS
 GPT2 = ModelShape("gpt2", DECODER, {"decoder": GEOMETRY}, HIDDEN)
 BART = ModelShape("bart", BOTH, dict.fromkeys(("decoder", "cross", "encoder"), GEOMETRY), HIDDEN)
 BERT = ModelShape("bert", ENCODER, {"encoder": GEOMETRY}, HIDDEN)
-UNTRAINED = "it may have been trained hardly or not"
+UNTRAINED = "it may be untrained"
 
 
 def warnings_of(path, shape, load=pytest.fail):
@@ -142,10 +142,10 @@ class TestPeft:
             (PrefixTuningConfig(num_virtual_tokens=40), "torch.nn.Embedding"),
             (PrefixTuningConfig(num_virtual_tokens=40, init_weights="zero"), "almost 0"),
             (PromptTuningConfig(num_virtual_tokens=160), "torch.nn.Embedding"),
-            (PromptTuningConfig(num_virtual_tokens=4, prompt_tuning_init="SAMPLE_VOCAB"), "still those of words"),
+            (PromptTuningConfig(num_virtual_tokens=4, prompt_tuning_init="SAMPLE_VOCAB"), "still equal embeddings"),
             (MultitaskPromptTuningConfig(num_virtual_tokens=4, num_tasks=2, num_ranks=20), "prefix_task_rows: "),
             (CPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, cpt_token_ids=[5, 6], cpt_mask=[1, 1],
-                       cpt_tokens_type_mask=[1, 2]), "still those of words"),
+                       cpt_tokens_type_mask=[1, 2]), "still equal embeddings"),
         ],
         ids=["prefix", "zero", "prompt", "prompt of words", "multitask", "CPT"],
     )  # fmt: skip
@@ -212,13 +212,13 @@ class TestHeads:
         prefix = self.p_tuning_v2(own, tmp_path)
         assert self.lines(prefix, own) == []
         (line,) = self.lines(prefix, other)
-        assert f"trained on a model of kind {own!r}, where this one is {other!r}" in line
+        assert f"trained on a model of kind {own!r}, but this one is {other!r}" in line
 
     def test_labels_that_the_base_names_are_counted(self, tmp_path):
         prefix = self.peft("roberta", tmp_path / "adapter")
         assert self.lines(prefix, "roberta", num_labels=3) == []
         (line,) = self.lines(prefix, "roberta", num_labels=5)
-        assert "classifier.out_proj.weight: tells 3 labels apart, where the model's configuration names 5" in line
+        assert "classifier.out_proj.weight: has 3 labels, but the model's configuration names 5" in line
 
     def test_a_bias_of_another_size_is_noticed(self, tmp_path):
         prefix = self.peft("bert", tmp_path / "adapter")
@@ -230,4 +230,4 @@ class TestHeads:
         prefix = self.peft("bert", tmp_path / "adapter")
         head = {**prefix.head, "classifier.weight": np.zeros((3, 32), np.float32)}
         (line,) = self.lines(replace(prefix, head=head), "bert")
-        assert "head classifier.weight: takes 32 numbers, where 'bert' has a hidden size of 64" in line
+        assert "head classifier.weight: takes 32 numbers, but 'bert' has a hidden size of 64" in line

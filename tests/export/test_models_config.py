@@ -94,12 +94,12 @@ METHODS = ["aqlm", "auto-round", "awq", "bitnet", "compressed-tensors", "eetq", 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_quantised_weights_are_refused_by_name_before_they_are_read(folder, method):
+def test_quantized_weights_are_refused_by_name_before_they_are_read(folder, method):
     configure(folder, quantization_config={"quant_method": method})
     without_weights(folder)
     message = refusal(folder)
-    assert f"found weights quantised by {method} (config.json: quantization_config)" in message
-    assert "take the repository that they were made from" in message
+    assert f"found weights quantized by {method} (config.json: quantization_config)" in message
+    assert "use the original repository" in message
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_quantised_weights_are_refused_by_name_before_they_are_read(folder, meth
     ],
     ids=["4 bits", "8 bits", "unnamed", "absurd", "modelopt", "compression", "mlx", "nested"],
 )
-def test_quantised_weights_are_found_however_config_json_says_it(folder, changes, found):
+def test_quantized_weights_are_found_however_config_json_says_it(folder, changes, found):
     configure(folder, **changes)
     without_weights(folder)
     with pytest.raises(ModelError, match=found):
@@ -125,7 +125,7 @@ def test_quantised_weights_are_found_however_config_json_says_it(folder, changes
 
 
 @pytest.mark.parametrize("file", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])
-def test_quantised_weights_are_found_by_the_file_beside_config_json(folder, file):
+def test_quantized_weights_are_found_by_the_file_beside_config_json(folder, file):
     (folder / file).write_text("{}")
     without_weights(folder)
     assert file in refusal(folder)

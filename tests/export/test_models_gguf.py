@@ -197,7 +197,7 @@ def test_a_folder_with_one_file_is_taken(base, file):
 def test_a_folder_with_several_files_lists_them(file, tmp_path):
     for name in ("b.gguf", "a.gguf"):
         shutil.copy(file, tmp_path / name)
-    assert "found 2 (a.gguf, b.gguf); give the path of one" in refusal(tmp_path)
+    assert "found 2 (a.gguf, b.gguf); name one of them" in refusal(tmp_path)
 
 
 def test_files_beside_it_are_not_looked_at(base, file, tmp_path):

@@ -237,4 +237,4 @@ class TestInspect:
     def test_untrained_numbers_are_noticed(self, model, workshop):
         noise = workshop.adapter(model, 50)  # torch.nn.init.normal_, as PEFT begins
         shown = json.loads(run("inspect", noise, "--model", model, "--json").output)
-        assert any("as torch.nn.Embedding begins with them" in str(text) for text in shown.values())
+        assert any("distribution that torch.nn.Embedding begins with" in str(text) for text in shown.values())

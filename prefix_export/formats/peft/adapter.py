@@ -1,9 +1,9 @@
-"""The PEFT adapters in a checkpoint: their tensors as PEFT saves them, and what their configs say.
+"""The PEFT adapters in a checkpoint: their tensors as PEFT saves them, and their configs.
 
-1. What `save_pretrained` writes: a tensor `prompt_embeddings` and `adapter_config.json` beside it.
-2. A state dict with PEFT's own modules, `prompt_encoder.NAME`, see `prompt_encoder`. It may hold several adapters. The
-   config lies beside it, in a folder NAME beside it, or up to two folders above. Without a config, the modules and the
-   width tell the kind.
+1. The output of `save_pretrained`: a tensor `prompt_embeddings`, and `adapter_config.json` beside it.
+2. A state dict with PEFT's own modules, `prompt_encoder.NAME`; see `prompt_encoder`. It may hold several adapters. The
+   config is beside it, in a folder NAME beside it, or up to two folders above. Without a config, the modules and the
+   width determine the kind.
 
 Source: PEFT 0.21.2, `PeftModel.save_pretrained` and `get_peft_model_state_dict`.
 """
@@ -30,7 +30,7 @@ CONFIG_NAME = "adapter_config.json"
 KEYS_AND_VALUES = ("PREFIX_TUNING", "CARTRIDGE")
 EMBEDDINGS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 PROMPTS = frozenset({PROMPT, COLUMNS, ROWS})
-"""Tensors that are not a head's."""
+"""Names of tensors that do not belong to a head."""
 _MATRIX = 2  # axes
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _EMBEDDING_NAMES = ("wte.", "wpe.", "embed_", "embeddings.", "lm_head.", "embed_tokens.")
@@ -39,14 +39,14 @@ _TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_AN
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's tensors and what its config says.
+    """An adapter's tensors and config.
 
     Attributes:
-        checkpoint: that holds it.
-        config: what its config says, or what names and shapes tell.
-        tensors: as PEFT's `save_pretrained` names them.
-        config_path: where its config lies; None if there is none.
-        warnings: what a user should know, a line each.
+        checkpoint: the checkpoint that holds the adapter.
+        config: the content of its config, or what names and shapes of tensors imply.
+        tensors: its tensors, named as in PEFT's `save_pretrained`.
+        config_path: the path of its config; None if there is none.
+        warnings: one line for each thing that the user should know.
     """
 
     checkpoint: Checkpoint
@@ -57,34 +57,34 @@ class Adapter:
 
     @property
     def kind(self) -> str:
-        """PEFT's name of its kind."""
+        """PEFT's name of the adapter's kind, such as "PREFIX_TUNING"."""
         return str(self.config["peft_type"])
 
     @property
     def where(self) -> str:
-        """Its place, for messages."""
+        """The file and tensor, for messages."""
         if isinstance(self.tensors, PromptEncoder):
             return self.tensors.where
         return f"{self.checkpoint.weights}: {PROMPT}"
 
     @property
     def config_where(self) -> str:
-        """The place of what its config says, for messages."""
+        """The file of the config, for messages; the tensors if there is no config."""
         return str(self.config_path or self.where)
 
     @property
     def source(self) -> Source:
-        """The file that it was read from."""
+        """The kind and the checksum of the file of tensors."""
         return Source(f"peft-{self.kind.lower().replace('_', '-')}", self.checkpoint.sha256)
 
     def prompt_shape(self) -> tuple[int, int]:
-        """Length and width of the trained tensor."""
+        """Length (positions) and width of the trained tensor."""
         shape = self.tensors.shapes[PROMPT]
         if len(shape) != _MATRIX or 0 in shape:
             raise CheckpointError(
                 f"{self.where}: expected shape [prefix_length, width], none 0, found {list(shape)}"
                 + (
-                    "; DeepSpeed's ZeRO-3 saved no numbers: run zero_to_fp32.py and give its output"
+                    "; DeepSpeed's ZeRO-3 saved no numbers: run zero_to_fp32.py and name its output"
                     if 0 in shape
                     else ""
                 )
@@ -92,28 +92,28 @@ class Adapter:
         return shape[0], shape[1]
 
     def prompt(self) -> np.ndarray:
-        """The trained tensor, its shape checked."""
+        """The trained tensor [prefix_length, width]."""
         self.prompt_shape()
         return self.tensors.array(PROMPT)
 
     def head(self) -> dict[str, np.ndarray]:
-        """The task's own head, by its names in the base model."""
+        """The tensors of the task's head, by their names in the base model."""
         names = [name for name in self.tensors.shapes if name not in PROMPTS]
         if embeddings := [name for name in names if any(part in name for part in _EMBEDDING_NAMES)]:
             raise CheckpointError(
-                f"{self.checkpoint.weights}: expected a prefix and a head at the most, found embeddings of the model, "
+                f"{self.checkpoint.weights}: expected a prefix and at most a head, found embeddings of the model, "
                 f"{embeddings[0]}, which were trained or saved too; a prefix cannot carry them"
             )
         return {head_name(name): self.tensors.array(name) for name in names}
 
     def metadata(self) -> dict[str, str]:
-        """Its base model and its task, as far as they say something elsewhere."""
+        """The base model and the task type, if they mean something on other machines."""
         base, task = self.config.get("base_model_name_or_path"), self.config.get("task_type")
         metadata = {"task_type": str(task)} if task not in (None, "CAUSAL_LM") else {}
         if isinstance(base, str) and _HUB_ID.fullmatch(base):
             metadata["base_model"] = base
         elif isinstance(base, str) and (folder := PureWindowsPath(base).name.strip(".")):
-            # Where a folder lay on the machine that it was trained on says nothing elsewhere, and is nobody's business.
+            # The full path on the training machine is private and means nothing elsewhere.
             metadata["base_folder"] = folder
         return metadata
 
@@ -122,18 +122,19 @@ def adapters_of(checkpoint: Checkpoint, shape: ModelShape | None = None) -> dict
     """The adapters by name; a single one has the empty name.
 
     Args:
-        checkpoint: that holds them.
-        shape: of the base model; without one, a kind that only the width tells stays open.
+        checkpoint: the checkpoint that holds the adapters.
+        shape: the shape of the base model. None leaves the kind open if only the width determines it.
 
     Raises:
-        CheckpointError, PrefixMismatchError: it holds none, or a config is missing or of another kind of adapter.
+        CheckpointError: there is no adapter, or a config is missing or of another kind; the message says what to do.
+        PrefixMismatchError: the width does not fit the model.
     """
     if PROMPT in checkpoint.shapes:
         return {"": _open(checkpoint)}
     encoders = prompt_encoders(checkpoint)
     if not encoders:
-        there = ", ".join(repr(name) for name in list(checkpoint.shapes)[:4]) or "none"
-        raise CheckpointError(f"{checkpoint.weights}: expected PEFT's tensor {PROMPT!r}, found tensors {there}")
+        names = ", ".join(repr(name) for name in list(checkpoint.shapes)[:4]) or "none"
+        raise CheckpointError(f"{checkpoint.weights}: expected PEFT's tensor {PROMPT!r}, found tensors {names}")
     adapters = {name: _open_state_dict(encoder, shape) for name, encoder in encoders.items()}
     return adapters if len(adapters) > 1 else {"": next(iter(adapters.values()))}
 
@@ -151,12 +152,11 @@ def _open(checkpoint: Checkpoint) -> Adapter:
 
 
 def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a config of another kind of adapter, or of no task."""
+    """Refuse a config of another kind of adapter, or without a task type."""
     if config.get("peft_type") in KEYS_AND_VALUES + EMBEDDINGS and config.get("task_type") is None:
         raise CheckpointError(
             f"{path}: task_type: expected one of {', '.join(_TASK_TYPES)}, found none: PEFT's get_peft_model makes no "
-            "such adapter, and its plain PeftModel answers as if there were no prefix; if code of its own trained it, "
-            "write the task type that it was trained for"
+            "such adapter, and PeftModel ignores its prefix; if your own code trained it, add its task type"
         )
     for key, expected in (("peft_type", KEYS_AND_VALUES + EMBEDDINGS), ("task_type", _TASK_TYPES)):
         if config.get(key) not in expected:
@@ -179,9 +179,9 @@ def _open_state_dict(encoder: PromptEncoder, shape: ModelShape | None) -> Adapte
 
 
 def _config_of(checkpoint: Checkpoint, name: str = "") -> Path | None:
-    """An adapter's config: in a folder of its name beside the tensors, beside them, or up to two folders above.
+    """An adapter's config: in a folder NAME beside the tensors, beside them, or up to two folders above.
 
-    A Trainer that keeps state dicts in `checkpoint-N/global_stepN` writes the config into a folder above them.
+    A Trainer that saves state dicts in `checkpoint-N/global_stepN` writes the config into a folder above them.
     """
     folder = checkpoint.weights.parent.absolute()
     own = [folder / name / CONFIG_NAME] if name not in ("", ".", "..") else []
@@ -195,23 +195,23 @@ def _config_of(checkpoint: Checkpoint, name: str = "") -> Path | None:
 
 
 def _from_above(checkpoint: Checkpoint, config: Path) -> tuple[str, ...]:
-    """What a user should know of a config that lies above its tensors."""
+    """A warning if the config is in a folder above its tensors."""
     if config.parent.absolute() not in checkpoint.weights.absolute().parents[1:]:
         return ()
     return (f"{checkpoint.weights}: no {CONFIG_NAME} is beside it; {config} is taken for its own",)
 
 
 def _inferred(encoder: PromptEncoder, shape: ModelShape | None) -> Adapter:
-    """An adapter without a config: its kind is told by its modules, or by its width under a model."""
+    """An adapter without a config: its modules, or its width for a model, determine its kind."""
     rows, width = Adapter(encoder.checkpoint, {}, encoder, None).prompt_shape()
     kind = encoder.kind
     if kind == "CPT" or (shape is not None and shape.kind == BOTH and kind not in KEYS_AND_VALUES):
-        raise _config_missing(encoder, "modules and shapes alone do not tell what PEFT computes")
+        raise _config_missing(encoder, "modules and shapes alone do not determine what PEFT computes")
     if kind is None:
         kind = _kind_by_width(encoder, width, shape)
     task = "SEQ_2_SEQ_LM" if shape is not None and shape.kind == BOTH else None
     config = {"peft_type": kind, "task_type": task, "num_virtual_tokens": rows}
-    warning = f"no {CONFIG_NAME} is beside it: read as {kind}; what base model it was trained on is not known"
+    warning = f"no {CONFIG_NAME} is beside it: read as {kind}; its base model is not known"
     return Adapter(encoder.checkpoint, config, encoder, None, (warning,))
 
 

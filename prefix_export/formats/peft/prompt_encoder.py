@@ -1,17 +1,17 @@
-"""PEFT's prompt encoders in a state dict: whatever keeps PEFT's modules by their own names in place of an adapter file.
+"""PEFT's prompt encoders in a state dict, which has PEFT's modules by their own names instead of an adapter file's.
 
-| `prompt_encoder.NAME.` | kind | what it computes |
+| `prompt_encoder.NAME.` | kind | computes |
 |---|---|---|
-| `embedding.weight` | any that was loaded for inference, `PROMPT_TUNING`, `PREFIX_TUNING` without projection | itself |
+| `embedding.weight` | any kind loaded for inference, `PROMPT_TUNING`, `PREFIX_TUNING` without projection | itself |
 | `transform.0`, `.2` behind it | `PREFIX_TUNING` with projection | `Linear`, `Tanh`, `Linear` |
 | `mlp_head.0`, `.2`, `.4` behind it | `P_TUNING`, "MLP" | linear layers with `ReLU` between |
 | `lstm_head` and `mlp_head.0`, `.2` behind it | `P_TUNING`, "LSTM" | a bidirectional LSTM, then the same |
 | `prefix_task_cols`, `prefix_task_rows` | `MULTITASK_PROMPT_TUNING` | itself and the factors |
-| `delta_embedding.weight` | `CPT` | the sum, the delta's rows no longer than the config allows |
+| `delta_embedding.weight` | `CPT` | the sum; the config limits the norm of the delta's rows |
 | `frozen_embedding`, `trainable_embedding` | `CARTRIDGE` | one after the other |
 
-The first versions of PEFT have no NAME. Names of wrappers (DDP, FSDP, `torch.compile`, Lightning) stand before or
-between. Other tensors are the base model's and are not read, except the heads in `modules_to_save.NAME`.
+The first versions of PEFT have no NAME. Names of wrappers (DDP, FSDP, `torch.compile`, Lightning) may come before or
+between. Other tensors belong to the base model and are not read, except heads in `modules_to_save.NAME`.
 
 Source: PEFT 0.21.2, `forward` of `PrefixEncoder`, `PromptEncoder`, `MultitaskPromptEmbedding`, `CPTEmbedding`,
 `CartridgeEncoder`; torch 2.13, `torch.nn.LSTM`.
@@ -44,21 +44,21 @@ _EMBEDDING, _DELTA = "embedding.weight", "delta_embedding.weight"
 _FROZEN, _TRAINABLE = "frozen_embedding", "trainable_embedding"
 _MATRIX = 2  # axes
 _MOST_LSTM_LAYERS = 64
-_MOST_ROWS = 4096  # of an LSTM's inputs, which are read one by one
-_MOST_NUMBERS = 1 << 28  # that a layer makes: a few rows and columns in a file may make terabytes
-_LEAST_EPSILON = 1e-10  # of a row that is no template, input or label
+_MOST_ROWS = 4096  # inputs of an LSTM, which computes them one by one
+_MOST_NUMBERS = 1 << 28  # outputs of a layer: a small file could ask for terabytes
+_LEAST_EPSILON = 1e-10  # for a row that is not a template, input or label
 
 
 @dataclass(frozen=True)
 class PromptEncoder(Tensors):
-    """One prompt encoder, as the tensors that PEFT's `save_pretrained` makes of it.
+    """One prompt encoder, with the tensors that PEFT's `save_pretrained` would write.
 
     Attributes:
-        checkpoint: that holds it.
-        name: of the adapter; empty in the first versions of PEFT.
+        checkpoint: the checkpoint that holds it.
+        name: the adapter's name; empty in the first versions of PEFT.
         modules: names in the file, by the name behind `prompt_encoder.NAME.`.
         heads: names in the file, by the name that PEFT saves.
-        config: the adapter's; empty without one.
+        config: the adapter's config; empty if there is none.
     """
 
     checkpoint: Checkpoint
@@ -69,7 +69,7 @@ class PromptEncoder(Tensors):
 
     @property
     def kind(self) -> str | None:
-        """The kind of adapter that its modules belong to, None if several have no others."""
+        """The kind of adapter that its modules imply; None if several kinds have the same modules."""
         for tail, kind in (
             ("transform.", "PREFIX_TUNING"),
             ("mlp_head.", "P_TUNING"),
@@ -83,24 +83,24 @@ class PromptEncoder(Tensors):
 
     @property
     def where(self) -> str:
-        """Its place, for messages."""
+        """The file and module, for messages."""
         return f"{self.checkpoint.weights}: prompt_encoder{f'.{self.name}' if self.name else ''}"
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """See `Tensors`."""
         shapes = {PROMPT: self._prompt_shape()}
-        kept = {name: self.modules[name] for name in (COLUMNS, ROWS) if name in self.modules}
-        return shapes | {name: self.checkpoint.shapes[full] for name, full in (kept | dict(self.heads)).items()}
+        factors = {name: self.modules[name] for name in (COLUMNS, ROWS) if name in self.modules}
+        return shapes | {name: self.checkpoint.shapes[full] for name, full in (factors | dict(self.heads)).items()}
 
     def array(self, name: str) -> np.ndarray:
-        """See `Tensors`; the prompt is computed in float64."""
+        """See `Tensors`; the prompt's value is computed in float64."""
         if name == PROMPT:
             return self._prompt()
         return self.checkpoint.array(self.heads[name] if name in self.heads else self.modules[name])
 
     def _prompt_shape(self) -> tuple[int, ...]:
-        """The shape of what it computes, without computing it; of parts that do not fit, that of the embedding."""
+        """The shape of the computed prompt, from the shapes of tensors. `_prompt` checks whether they fit."""
         shapes = {tail: self.checkpoint.shapes[full] for tail, full in self.modules.items()}
         if _TRAINABLE in shapes:
             frozen, trainable = shapes.get(_FROZEN, (0,)), shapes[_TRAINABLE]
@@ -149,7 +149,7 @@ class PromptEncoder(Tensors):
         if array.ndim != _MATRIX or 0 in array.shape:
             raise CheckpointError(
                 f"{self.where}.{tail}: expected a whole matrix, found shape {list(array.shape)}; a checkpoint of "
-                "DeepSpeed's ZeRO-3 or FSDP may hold parts alone: gather it (zero_to_fp32.py), or save the adapter "
+                "DeepSpeed's ZeRO-3 or FSDP may hold only parts: gather it (zero_to_fp32.py), or save the adapter "
                 "with save_pretrained"
             )
         return array
@@ -164,7 +164,7 @@ class PromptEncoder(Tensors):
         return [(self._array(f"{stem}.{index}.weight"), self._array(f"{stem}.{index}.bias")) for index in indices]
 
     def _lstm_layers(self) -> list[list[tuple[np.ndarray, ...]]]:
-        """Of each layer, forwards and backwards: weights of inputs and state, and the sum of both biases."""
+        """For each layer, forwards and backwards: the weights of inputs and state, and both biases."""
         count = sum(tail.startswith("lstm_head.weight_ih_l") for tail in self.modules) // 2
         if not 0 < count <= _MOST_LSTM_LAYERS:
             raise CheckpointError(f"{self.where}.lstm_head: expected 1 to {_MOST_LSTM_LAYERS} layers, found {count}")
@@ -176,7 +176,7 @@ class PromptEncoder(Tensors):
 
 
 def has_prompt_encoders(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint holds any."""
+    """Whether a checkpoint holds a prompt encoder."""
     return any("prompt_encoder." in name and _module(name) is not None for name in checkpoint.shapes)
 
 
@@ -184,7 +184,7 @@ def prompt_encoders(checkpoint: Checkpoint) -> dict[str, PromptEncoder]:
     """All prompt encoders of a checkpoint by the names of their adapters, without their configs.
 
     Raises:
-        CheckpointError: one occurs twice, such as a model's and its moving average's.
+        CheckpointError: one occurs twice, such as in a model and in its moving average; save one of them alone.
     """
     modules: dict[str, dict[str, str]] = {}
     leads: dict[str, set[str]] = {}
@@ -200,7 +200,7 @@ def prompt_encoders(checkpoint: Checkpoint) -> dict[str, PromptEncoder]:
         if len(leads_of_name) > 1:
             shown = ", ".join(repr(f"{lead}prompt_encoder.{name}") for lead in sorted(leads_of_name)[:4])
             raise CheckpointError(
-                f"{checkpoint.weights}: expected each adapter once, found {shown}; save the one that is meant alone"
+                f"{checkpoint.weights}: expected each adapter once, found {shown}; save one of them alone"
             )
     return {name: PromptEncoder(checkpoint, name, own, heads.get(name, {}), {}) for name, own in modules.items()}
 
@@ -210,7 +210,7 @@ def _module(name: str) -> re.Match[str] | None:
 
 
 def _lstm(inputs: np.ndarray, layers: Sequence[Sequence[tuple[np.ndarray, ...]]], where: str) -> np.ndarray:
-    """The outputs [length, 2 * width] of a bidirectional LSTM over inputs [length, ·], dropout off, in float64."""
+    """The float64 outputs [length, 2 * width] of a bidirectional LSTM without dropout, for inputs [length, ·]."""
     states = inputs.astype(np.float64)
     for forwards, backwards in layers:
         for weights in (forwards, backwards):
@@ -236,7 +236,7 @@ def _direction(inputs: np.ndarray, *weights: np.ndarray) -> np.ndarray:
     gates = inputs @ of_inputs.T + sum(biases)  # [length, 4 * width]: input, forget, cell, output
     state = memory = np.zeros(of_state.shape[1])
     outputs = []
-    with np.errstate(all="ignore"):  # what is not finite is refused by what is made of it
+    with np.errstate(all="ignore"):  # `Prefix` refuses results that are not finite
         for row in gates:
             enter, forget, new, leave = np.split(row + of_state @ state, 4)
             memory = _sigmoid(forget) * memory + _sigmoid(enter) * np.tanh(new)
@@ -250,7 +250,7 @@ def _sigmoid(array: np.ndarray) -> np.ndarray:
 
 
 def _projected(delta: np.ndarray, config: Mapping[str, Any], where: str) -> np.ndarray:
-    """CPT's trained offsets [length, width], each row scaled as PEFT does before it adds them."""
+    """CPT's trained offsets [length, width], each row scaled as PEFT scales it before the addition."""
     kinds = _numbers(config, "cpt_tokens_type_mask", len(delta), where)
     text, template = (_number(config, name, where) for name in _EPSILONS)
     scale = np.sqrt(delta.shape[1] / 2048)
@@ -269,8 +269,8 @@ def _numbers(config: Mapping[str, Any], key: str, count: int, where: str) -> np.
     value = config.get(key)
     if not isinstance(value, list) or len(value) != count or not all(type(each) is int for each in value):
         raise CheckpointError(
-            f"{where}: {key}: expected {count} whole numbers in adapter_config.json, which CPT's offsets are scaled "
-            f"by, found {str(value)[:40]}"
+            f"{where}: {key}: expected {count} whole numbers in adapter_config.json, which scale CPT's offsets, found "
+            f"{str(value)[:40]}"
         )
     return np.array([max(-1, min(each, 1 << 40)) for each in value])
 

@@ -1,9 +1,15 @@
-"""PEFT's prompt-learning adapters: prefix tuning, cartridges, and everything that trains embeddings before the text's.
+"""PEFT's prompt-learning adapters: prefix tuning, cartridges, and all kinds that train embeddings before the text's.
 
-Their tensor, `prompt_embeddings`, is [prefix_length, 2 * layers * num_key_value_heads * head_dim] for `PREFIX_TUNING`
-and `CARTRIDGE`; with `prefix_projection` PEFT evaluates the MLP when it saves. For the others it is
-[prefix_length, embedding_size] (and as much again for the decoder of an encoder-decoder, which PEFT never reads).
-`MULTITASK_PROMPT_TUNING` has a low-rank factor for each task beside it. `peft_adapter` says where adapters are found.
+Their tensor is `prompt_embeddings`:
+
+| kind | shape |
+|---|---|
+| `PREFIX_TUNING`, `CARTRIDGE` | [prefix_length, 2 * layers * num_key_value_heads * head_dim] |
+| other kinds | [prefix_length, embedding_size] |
+| other kinds for an encoder-decoder | [2 * prefix_length, embedding_size]; PEFT never reads the decoder's half |
+
+With `prefix_projection`, PEFT evaluates the MLP when it saves. `MULTITASK_PROMPT_TUNING` also has a low-rank factor for
+each task. The module `adapter` finds adapters in a checkpoint.
 
 Source: PEFT 0.21.2, `PeftModel.get_prompt`, `get_prompt_embedding_to_save` and the `forward` of each task's model; text
 begins at position `prefix_length` (`_adjust_prompt_learning_kwargs`).
@@ -34,11 +40,11 @@ NAME = "peft"
 TITLE = "PEFT adapter"
 
 _FACTORS = 2000
-"""Numbers of the tasks' factors, which are few, that have to be there to tell whether they were trained."""
+"""The least number of task factors for a test of whether they were trained; there are few factors."""
 
 
 def matches(checkpoint: Checkpoint) -> bool:
-    """Whether it has PEFT's tensor, or PEFT's modules."""
+    """Whether the checkpoint has PEFT's tensor, or PEFT's modules."""
     return PROMPT in checkpoint.shapes or has_prompt_encoders(checkpoint)
 
 
@@ -48,9 +54,9 @@ class Saved:
 
     Attributes:
         config: the content of `adapter_config.json`.
-        tensors: by PEFT's names.
-        task: of a multitask prompt, else None.
-        where: names the adapter in messages.
+        tensors: the tensors by PEFT's names.
+        task: the number of the task in a multitask prompt, otherwise None.
+        where: the adapter's name in messages.
     """
 
     config: Mapping[str, Any]
@@ -60,14 +66,14 @@ class Saved:
 
 
 def saved(checkpoint: Checkpoint, part: str) -> Saved | None:
-    """One part of a checkpoint as PEFT loads it for a causal language model; None if PEFT does not load it for one.
+    """One part of a checkpoint as PEFT loads it for a causal language model; None if PEFT cannot load it for one.
 
     Args:
-        checkpoint: that `matches`.
+        checkpoint: a checkpoint for which `matches` is True.
         part: a name of `Trained.parts`.
 
     Raises:
-        CheckpointError: as `read`.
+        CheckpointError: there is no such part, or `read` would raise the same.
     """
     adapter, task = _owner(adapters_of(checkpoint), part)
     if adapter.config_path is None or adapter.config["task_type"] != "CAUSAL_LM":
@@ -77,7 +83,7 @@ def saved(checkpoint: Checkpoint, part: str) -> Saved | None:
 
 
 def _owner(adapters: Mapping[str, Adapter], part: str) -> tuple[Adapter, int | None]:
-    """The adapter that a part is of, and which task of it."""
+    """The adapter of a part, and the part's task in it; None without tasks."""
     for name, adapter in adapters.items():
         if adapter.kind != "MULTITASK_PROMPT_TUNING":
             if part == name:
@@ -88,7 +94,7 @@ def _owner(adapters: Mapping[str, Adapter], part: str) -> tuple[Adapter, int | N
 
 
 def describe(checkpoint: Checkpoint) -> Mapping[str, str]:
-    """What the configs and tensors of its adapters say."""
+    """Facts from the configs and tensors of the adapters."""
     adapters = adapters_of(checkpoint)
     if list(adapters) == [""]:
         return _described(adapters[""])
@@ -112,20 +118,20 @@ def _described(adapter: Adapter) -> dict[str, str]:
         "prefix_projection": "trained behind an MLP",
         "base_model_name_or_path": "base model",
     }
-    said = {title: str(adapter.config[key]) for key, title in shown.items() if adapter.config.get(key) is not None}
+    settings = {title: str(adapter.config[key]) for key, title in shown.items() if adapter.config.get(key) is not None}
     stored = {"stored as": "a state dict with PEFT's modules"} if isinstance(adapter.tensors, PromptEncoder) else {}
     return {
         "kind": adapter.kind,
         "tensor": " x ".join(map(str, shapes[PROMPT])),
         **stored,
         **tasks,
-        **said,
+        **settings,
         **({"head": head} if head else {}),
     }
 
 
 def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
-    """See `formats.read`; several adapters are parts by their names."""
+    """See `formats.read`; each of several adapters is a part with the adapter's name."""
     parts: dict[str, Prefix | SoftPrompt] = {}
     warnings: list[str] = []
     for name, adapter in adapters_of(checkpoint, shape).items():
@@ -139,11 +145,11 @@ def read(checkpoint: Checkpoint, shape: ModelShape) -> Trained:
 
 def _read_keys_and_values(adapter: Adapter, shape: ModelShape) -> Trained:
     prompt = adapter.prompt()
-    said = adapter.config.get("num_virtual_tokens")
-    if said != len(prompt):
+    length = adapter.config.get("num_virtual_tokens")
+    if length != len(prompt):
         raise CheckpointError(
             f"{adapter.config_where}: num_virtual_tokens: expected {len(prompt)}, as the tensor in "
-            f"{adapter.checkpoint.weights.name} has, found {said}"
+            f"{adapter.checkpoint.weights.name} has, found {length}"
         )
     is_paired = adapter.config["task_type"] == "SEQ_2_SEQ_LM"
     submodules = adapter.config.get("num_transformer_submodules")
@@ -178,10 +184,10 @@ def _read_keys_and_values(adapter: Adapter, shape: ModelShape) -> Trained:
 def _paired_layers(
     adapter: Adapter, prompt: np.ndarray, layers: tuple[LayerGeometry, ...]
 ) -> tuple[tuple[LayerPrefix, ...], tuple[str, ...]]:
-    """A decoder's layers in an encoder-decoder's adapter, by PEFT's own map.
+    """A decoder's layers in the adapter of an encoder-decoder, in PEFT's own order.
 
-    PEFT doubles its 2L slots and takes four for each layer, of which the last two, meant for cross-attention, are
-    replaced by an empty cache: decoder layer i has the key of slot 4i mod 2L and the value of the next.
+    PEFT repeats the 2L slots once and gives four to each layer. It replaces the last two, for cross-attention, by an
+    empty cache. So decoder layer i has its key in slot 4i mod 2L and its value in the next slot.
     """
     first = layers[0]
     width = first.key_value_heads * first.head_dim
@@ -203,8 +209,8 @@ def _paired_layers(
     )
     never = sorted(set(range(2 * count)) - {slot for pair in used for slot in pair})
     warning = (
-        f"of the {2 * count} trained slots PEFT reads {2 * count - len(never)}, so this does too: never read are "
-        f"{', '.join(map(str, never[:8]))}{', …' if len(never) > 8 else ''}; some layers share theirs"
+        f"PEFT reads {2 * count - len(never)} of the {2 * count} trained slots, and so does this reader; it skips "
+        f"{', '.join(map(str, never[:8]))}{', …' if len(never) > 8 else ''}; some layers share slots"
     )
     return pairs, (warning,) if never else ()
 
@@ -221,7 +227,7 @@ def _read_embeddings(adapter: Adapter, shape: ModelShape) -> Trained:
     if adapter.kind == "MULTITASK_PROMPT_TUNING":
         if len(prompt) > length:
             raise CheckpointError(
-                f"{adapter.where}: expected a prompt of the encoder alone, found one of the decoder too, which goes "
+                f"{adapter.where}: expected a prompt for the encoder alone, found one for the decoder too, which runs "
                 "through the decoder with the text and has no keys and values of its own; it cannot be folded"
             )
         prompts = {
@@ -233,14 +239,16 @@ def _read_embeddings(adapter: Adapter, shape: ModelShape) -> Trained:
     parts = {
         name: SoftPrompt(each, adapter.source, adapter.head(), adapter.metadata()) for name, each in prompts.items()
     }
-    warnings = [f"the last {unread} rows, meant for the decoder, are read neither by PEFT nor here"] if unread else []
+    warnings = (
+        [f"the last {unread} rows, for the decoder, are not read, because PEFT never reads them"] if unread else []
+    )
     if ROWS in adapter.tensors.shapes and is_normal(adapter.tensors.array(ROWS), DEVIATION, _FACTORS):
         warnings.append(f"{ROWS}: {UNTRAINED.format(framework='PEFT')}")
     return Trained(parts, tuple(warnings))
 
 
 def _factors(adapter: Adapter, prompt: np.ndarray) -> np.ndarray:
-    """What each task multiplies the shared prompt by, [tasks, prefix_length, hidden_size]."""
+    """The factors of the shared prompt for each task, [tasks, prefix_length, hidden_size]."""
     shapes = adapter.tensors.shapes
     columns, rows = shapes.get(COLUMNS, ()), shapes.get(ROWS, ())
     fits = len(columns) == len(rows) == 3 and columns == (rows[0], len(prompt), rows[1]) and rows[2] == prompt.shape[1]
@@ -255,9 +263,9 @@ def _factors(adapter: Adapter, prompt: np.ndarray) -> np.ndarray:
 
 
 def _check_config(adapter: Adapter, layers: tuple[LayerGeometry, ...]) -> None:
-    """Refuse an adapter for another shape of model by what its config says, before its tensor is looked at."""
+    """Refuse an adapter for a model of another shape by its config, before its tensor is read."""
     first = layers[0]
-    for key, expected, what in (
+    for key, expected, unit in (
         ("num_layers", len(layers), "layers"),
         ("num_attention_heads", first.key_value_heads, "key/value heads"),
         (
@@ -266,6 +274,6 @@ def _check_config(adapter: Adapter, layers: tuple[LayerGeometry, ...]) -> None:
             f"= {first.key_value_heads} heads x head size {first.head_dim}",
         ),
     ):
-        said = adapter.config.get(key)
-        if said is not None and said != expected:
-            raise PrefixMismatchError(f"{adapter.config_where}: {key}: expected {expected} {what}, found {said}")
+        actual = adapter.config.get(key)
+        if actual is not None and actual != expected:
+            raise PrefixMismatchError(f"{adapter.config_where}: {key}: expected {expected} {unit}, found {actual}")

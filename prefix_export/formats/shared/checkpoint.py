@@ -1,8 +1,8 @@
-"""Files from outside, opened so that nothing in them runs and nothing is taken into memory before it was looked at.
+"""Open files from outside: no code in them runs, and sizes are checked before data is read into memory.
 
-Three kinds, told apart by their first bytes: safetensors; what `torch.save` writes; numpy's `.npy`. A pickle is scanned
-before torch unpickles it with `weights_only=True` (torch 2.13): of what it may name there are dense tensors, their
-storages and dictionaries. Sparse tensors, whose indices torch does not check (CVE-2025-62164), are refused by the scan.
+The first bytes decide between three kinds: safetensors, files of `torch.save`, and numpy's `.npy`. A pickle is scanned
+before torch unpickles it with `weights_only=True` (torch 2.13). The scan permits dense tensors, their storages and
+dictionaries. It refuses sparse tensors, because torch does not check their indices (CVE-2025-62164).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 _MOST_CONFIG_BYTES = 1 << 20
 _MOST_PICKLE_BYTES = 64 << 20
-_MOST_LEGACY_BYTES = 4 << 30  # such a file is read as a whole
-_LEGACY_PICKLES = 5  # magic number, protocol, system, what was saved, keys of its storages
+_MOST_LEGACY_BYTES = 4 << 30  # torch reads such a file as a whole
+_LEGACY_PICKLES = 5  # magic number, protocol, system, saved object, keys of its storages
 
 _STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 _PERMITTED = frozenset(
@@ -42,32 +42,32 @@ _PERMITTED = frozenset(
         "collections OrderedDict",
         "torch._utils _rebuild_tensor_v2",
         "torch._utils _rebuild_parameter",
-        # Of DeepSpeed: the shapes of its parameters, the names of some modules.
+        # DeepSpeed saves the shapes of parameters and the names of some modules.
         "torch Size",
         "__builtin__ set",
         *(f"torch {name}Storage" for name in _STORAGES),
     }
 )
 _NESTED = ("state_dict", "model_state_dict", "module", "model", "state")
-"""Under which training loops keep a model's weights, beside their own state."""
+"""Keys under which training loops save a model's weights, beside their own state."""
 _DEEPEST = 3
 _MOST_IN_SEQUENCE = 4096
 
 
 class Tensors(ABC):
-    """The tensors of one file, by name; an array that stands alone has the empty name."""
+    """The tensors of one file, by name. An array without a name has the empty name."""
 
     @property
     @abstractmethod
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Their shapes, by name, in the file's order."""
+        """The shapes by name, in the file's order."""
 
     @abstractmethod
     def array(self, name: str) -> np.ndarray:
-        """One of them, in float32 or float16.
+        """One tensor, in float32 or float16.
 
         Raises:
-            CheckpointError, PrefixError: it is of another dtype.
+            CheckpointError, PrefixError: the tensor has a dtype that is not floating point.
         """
 
 
@@ -87,7 +87,7 @@ class _Mapped(Tensors):
 
 
 class _Pickled(Tensors):
-    """What `torch.save` wrote."""
+    """A file of `torch.save`."""
 
     def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         self._path, self._tensors = path, tensors
@@ -110,7 +110,7 @@ class _Array(Tensors):
     def __init__(self, path: Path) -> None:
         try:
             self._array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # numpy's header is Python text: parsing it raises much
+        except Exception as error:  # numpy's header is Python text: parsing it can raise almost any exception
             raise CheckpointError(f"{path}: expected a whole .npy file of numbers, found {_reason(error)}") from error
         if not np.issubdtype(self._array.dtype, np.floating):
             raise CheckpointError(f"{path}: expected floating point, found {self._array.dtype}")
@@ -121,8 +121,8 @@ class _Array(Tensors):
 
     def array(self, name: str) -> np.ndarray:
         del name
-        kept = self._array.astype(np.float32) if self._array.dtype != np.float16 else np.asarray(self._array)
-        return np.ascontiguousarray(kept)
+        array = self._array.astype(np.float32) if self._array.dtype != np.float16 else np.asarray(self._array)
+        return np.ascontiguousarray(array)
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,9 @@ class Checkpoint:
     """A checkpoint on disk.
 
     Attributes:
-        path: as it was named: a file or a folder.
-        weights: its file of tensors.
-        notes: why that file was taken, for a user, a line each.
+        path: the file or folder that the user named.
+        weights: the file of tensors.
+        notes: one line for each reason, for the user, why this file was chosen.
     """
 
     path: Path
@@ -141,10 +141,10 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> Tensors:
-        """Those of the file.
+        """The tensors of the file.
 
         Raises:
-            CheckpointError, PrefixError: it is of no known kind, damaged, or holds more than tensors.
+            CheckpointError, PrefixError: the file is of an unknown kind, is damaged, or holds more than tensors.
         """
         return _open_tensors(self.weights)
 
@@ -164,18 +164,18 @@ class Checkpoint:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the file of tensors."""
+        """The SHA-256 of the file of tensors, in hexadecimal."""
         return sha256_of_file(self.weights)
 
     def config_path(self, name: str) -> Path:
-        """Where a configuration lies, or would lie."""
+        """The path of a configuration beside the tensors, whether it exists or not."""
         return self.weights.parent / name
 
     def config(self, name: str) -> Mapping[str, Any] | None:
-        """A configuration beside the tensors, or None.
+        """A configuration beside the tensors, or None if there is none.
 
         Raises:
-            CheckpointError: it is no JSON object.
+            CheckpointError: the file is not a JSON object.
         """
         path = self.config_path(name)
         return read_json(path) if path.is_file() else None
@@ -185,7 +185,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in a file or folder; see `folder.find_weights`.
 
     Raises:
-        CheckpointError: nothing is there, or nothing that could be one.
+        CheckpointError: the path does not exist, or is neither a file nor a folder with one checkpoint.
     """
     if not path.exists():
         raise CheckpointError(f"{path}: expected a trained prefix, a file or a folder, found nothing there")
@@ -198,10 +198,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A configuration.
+    """The content of a configuration.
 
     Raises:
-        CheckpointError: it is too large, or no JSON object.
+        CheckpointError: the file is too large, or is not a JSON object.
     """
     try:
         text = read_regular(path, _MOST_CONFIG_BYTES).decode("utf-8-sig")  # editors on Windows put a mark before it
@@ -219,21 +219,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _open_tensors(path: Path) -> Tensors:
     tensors = kind(path)
-    what = other_kind(path) if tensors is None else None
-    if tensors == "safetensors" or (tensors is what is None and path.suffix == ".safetensors"):
+    other = other_kind(path) if tensors is None else None
+    if tensors == "safetensors" or (tensors is other is None and path.suffix == ".safetensors"):
         return _Mapped(path)
     if tensors == "numpy":
         return _Array(path)
     if tensors is None:
         raise CheckpointError(
             f"{path}: expected safetensors, a checkpoint of torch.save's or an .npy file, found "
-            f"{what or 'a file of another kind'}"
+            f"{other or 'a file of another kind'}"
         )
     return _Pickled(path, dict(_named(path, _unpickled(path, is_zip=tensors == "zip"))))
 
 
 def _unpickled(path: Path, *, is_zip: bool) -> Any:
-    """What torch makes of a file whose pickles name nothing but dense tensors."""
+    """The object that torch loads from a file, if its pickles name only dense tensors."""
     import torch
 
     try:
@@ -241,7 +241,7 @@ def _unpickled(path: Path, *, is_zip: bool) -> Any:
             _scan(path, [_pickle_of_zip(path)])
         else:
             _scan_legacy(path)
-        if path.suffix == ".safetensors":  # by whose name torch would go
+        if path.suffix == ".safetensors":  # torch would trust the name
             with path.open("rb") as file:
                 return torch.load(file, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -260,7 +260,7 @@ def _pickle_of_zip(path: Path) -> bytes:
             raise CheckpointError(f"{path}: expected entries as torch.save stores them, found compressed ones")
         if sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise CheckpointError(f"{path}: expected entries as large as the file at the most, found larger ones")
-        # torch finds entries whatever the case of their names: what is scanned has to be what it finds.
+        # torch ignores the case of names of entries: the scan has to read the entry that torch will read.
         names = [entry.filename.lower() for entry in entries]
         pickles = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
         if len(pickles) != 1 or not pickles[0].filename.endswith("/data.pkl") or len(set(names)) < len(names):
@@ -276,19 +276,19 @@ def _pickle_of_zip(path: Path) -> bytes:
 
 
 def _scan_legacy(path: Path) -> None:
-    """Scan a file that torch wrote before 1.6: pickles, and behind them the bytes of storages."""
+    """Scan a file in the format before torch 1.6: pickles, followed by the bytes of storages."""
     if path.stat().st_size > _MOST_LEGACY_BYTES:
         raise CheckpointError(
             f"{path}: expected at most {_MOST_LEGACY_BYTES} bytes in torch's old format, found a larger file; load it "
             "and save it again"
         )
-    # Mapped: a file would take memory for as much as a damaged pickle says that it holds.
+    # Map the file: reading it would allocate whatever size a damaged pickle claims.
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         _scan(path, [mapped] * _LEGACY_PICKLES)
 
 
 def _scan(path: Path, pickles: Sequence[bytes | mmap.mmap]) -> None:
-    """Refuse pickles that name what is no dense tensor, or that name it in a way that torch.save does not."""
+    """Refuse pickles that name anything but dense tensors, or that use operations that torch.save does not use."""
     for each in pickles:
         for operation, argument, _ in pickletools.genops(each):  # type: ignore[arg-type]  # reads as a file does
             if operation.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "BYTEARRAY8"):
@@ -305,7 +305,7 @@ def _refused(path: Path, reason: str) -> CheckpointError:
 
 
 def _named(path: Path, content: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a state dict, or the one that was saved alone."""
+    """The tensors of a state dict or of a sequence, or a single tensor."""
     import torch
 
     if isinstance(content, torch.Tensor):
@@ -321,10 +321,10 @@ def _named(path: Path, content: Any) -> Iterator[tuple[str, torch.Tensor]]:
         content = nested
     for name, tensor in content.items():
         if not isinstance(tensor, torch.Tensor) or not isinstance(name, str):
-            continue  # a step or an epoch; nothing that a reader asks for
+            continue  # such as a step or an epoch, which no reader needs
         if tensor.layout != torch.strided:
             raise CheckpointError(f"{path}: tensor {name!r}: expected a dense tensor, found {tensor.layout}")
-        # A view may repeat what is stored: a few bytes that would be terabytes.
+        # A view may repeat its storage: a few bytes could become terabytes.
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise CheckpointError(
                 f"{path}: tensor {name!r}: expected no more numbers than are stored, found shape {list(tensor.shape)}"
@@ -343,5 +343,5 @@ def _numbered(content: Sequence[Any], start: str = "") -> Iterator[tuple[str, An
 
 def _reason(error: Exception) -> str:
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    # torch's own advice is to load it with code and all.
+    # torch advises weights_only=False here, which would run the file's code: do not repeat that.
     return "a damaged pickle" if "weights_only" in text else text[:200]

@@ -1,8 +1,8 @@
-"""Embeddings behind an MLP, as Li and Liang train prefixes and as those do who took their code.
+"""Embeddings with an MLP, as Li and Liang and all code bases derived from theirs train prefixes.
 
-`wte.weight` [prefix_length, width] goes through `control_trans`: `Linear`, `Tanh`, `Linear`, and once more where it is
-deep (`.0`, `.2`, `.4`), to [prefix_length, 2 * layers * heads * head_dim]. Names differ from one code base to the next,
-and stand behind whatever module holds them.
+`wte.weight` [prefix_length, width] goes through `control_trans`, which gives [prefix_length, 2 * layers * heads *
+head_dim]. `control_trans` is `Linear`, `Tanh`, `Linear` (`.0`, `.2`), and deep variants have another `Tanh`, `Linear`
+(`.4`). Names differ between code bases and may have the name of a module before them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _DEEPEST = 4
 
 @dataclass(frozen=True)
 class PromptTable:
-    """A table of embeddings and the MLP behind it, by their names' beginnings, and the site that they are for."""
+    """The starts of the names of a table of embeddings and of its MLP, and their attention site."""
 
     embedding: str
     mlp: str
@@ -33,29 +33,29 @@ class PromptTable:
 
 
 def lead(checkpoint: Checkpoint, name: str) -> str | None:
-    """What stands before a name in the checkpoint, such as `model.`; None where the name does not occur."""
+    """The text before a name in the checkpoint, such as `model.`; None if the name does not occur."""
     leads = [each.removesuffix(name) for each in checkpoint.shapes if each == name or each.endswith(f".{name}")]
     return min(leads, key=len) if leads else None
 
 
 def required_lead(checkpoint: Checkpoint, name: str) -> str:
-    """What stands before a name that a family's checkpoints have.
+    """The text before a name that every checkpoint of a family has.
 
     Raises:
-        CheckpointError: the name does not occur.
+        CheckpointError: the name does not occur; the message lists the first names that do.
     """
     start = lead(checkpoint, name)
     if start is None:
-        there = ", ".join(repr(each) for each in list(checkpoint.shapes)[:4]) or "none"
-        raise CheckpointError(f"{checkpoint.weights}: expected a tensor {name!r}, found tensors {there}")
+        names = ", ".join(repr(each) for each in list(checkpoint.shapes)[:4]) or "none"
+        raise CheckpointError(f"{checkpoint.weights}: expected a tensor {name!r}, found tensors {names}")
     return start
 
 
 def matrix(checkpoint: Checkpoint, start: str, table: PromptTable) -> np.ndarray:
-    """What the MLP makes of a table, [rows, 2 * layers * heads * head_dim].
+    """The MLP's outputs for a table, [rows, 2 * layers * heads * head_dim].
 
     Raises:
-        CheckpointError: a part is missing, or does not fit.
+        CheckpointError: a tensor is missing or does not fit; the message names it.
     """
     name = f"{start}{table.embedding}.weight"
     if name not in checkpoint.shapes:
@@ -64,10 +64,10 @@ def matrix(checkpoint: Checkpoint, start: str, table: PromptTable) -> np.ndarray
 
 
 def through_mlp(checkpoint: Checkpoint, stem: str, inputs: np.ndarray, activation: str = "tanh") -> np.ndarray:
-    """What the MLP under a name makes of inputs [rows, width].
+    """The outputs of the MLP with this name for inputs [rows, width].
 
     Raises:
-        CheckpointError: there is no such MLP, or it does not fit.
+        CheckpointError: the MLP is missing or does not fit; the message names the tensor.
     """
     return evaluated(inputs, _mlp(checkpoint, stem), f"{checkpoint.weights}: {stem}", activation)
 
@@ -75,12 +75,12 @@ def through_mlp(checkpoint: Checkpoint, stem: str, inputs: np.ndarray, activatio
 def untrained(
     checkpoint: Checkpoint, stems: Iterable[str], framework: str, deviation: float | None = None
 ) -> list[str]:
-    """A warning where the MLPs under all these names are as they begin; embeddings hardly move when they are trained.
+    """A warning if all these MLPs look untrained. Embeddings are not tested, because training hardly changes them.
 
     Args:
-        checkpoint: that has the MLPs, so that `through_mlp` did not raise.
-        stems: their names.
-        framework: of which the warning speaks.
+        checkpoint: a checkpoint for which `through_mlp` did not raise.
+        stems: the names of the MLPs.
+        framework: the name of the framework in the warning.
         deviation: see `is_linear`.
     """
     if all(is_linear(_mlp(checkpoint, stem), deviation) for stem in stems):
@@ -93,10 +93,10 @@ def _mlp(checkpoint: Checkpoint, stem: str) -> list[tuple[np.ndarray, np.ndarray
     layers = []
     for index in range(0, _DEEPEST + 1, 2):
         names = [f"{stem}.{index}.{part}" for part in ("weight", "bias")]
-        there = [name for name in names if name in checkpoint.shapes]
-        if len(there) == 1:
-            raise CheckpointError(f"{checkpoint.weights}: expected {' and '.join(names)}, found {there[0]} alone")
-        if there:
+        present = [name for name in names if name in checkpoint.shapes]
+        if len(present) == 1:
+            raise CheckpointError(f"{checkpoint.weights}: expected {' and '.join(names)}, found {present[0]} alone")
+        if present:
             weight, bias = map(checkpoint.array, names)
             layers.append((weight, bias))
     if not layers:
@@ -122,9 +122,9 @@ def sites_of(
 def site_layers(
     checkpoint: Checkpoint, shape: ModelShape, site: str, numbers: np.ndarray, stem: str
 ) -> list[LayerPrefix]:
-    """The keys and values of a site in a matrix whose slots are counted by the decoder, as these code bases do.
+    """The keys and values of a site, from a matrix with slots for the decoder's layers, as these code bases write it.
 
-    An encoder with fewer layers leaves the slots behind its last unread; one with more has none for them.
+    An encoder with fewer layers does not use the last slots. An encoder with more layers is an error.
     """
     layers = shape.site(site, str(checkpoint.weights))
     counted = shape.sites.get("decoder", layers)

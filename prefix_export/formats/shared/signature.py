@@ -1,4 +1,4 @@
-"""What a file is by its first bytes: one of the kinds that are read, or something else that people hand over."""
+"""The kind of a file by its first bytes: a kind that the readers can open, or another that people often give."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ _JSON = (b"{", b"[")
 
 
 def kind(path: Path) -> str | None:
-    """`"safetensors"`, `"zip"`, `"pickle"` or `"numpy"`, or None for a file of another kind."""
+    """The kind of a file: `"safetensors"`, `"zip"`, `"pickle"` or `"numpy"`, or None for another kind."""
     with path.open("rb") as file:
         first = file.read(9)
     for start, name in ((_ZIP, "zip"), (_NUMPY, "numpy")):
         if first.startswith(start):
             return name
-    # The first bytes of safetensors are a length, which may begin as a pickle does.
+    # A safetensors file begins with a length, whose first byte may equal the first byte of a pickle.
     if first[8:] == b"{" and int.from_bytes(first[:8], "little") <= path.stat().st_size:
         return "safetensors"
     return "pickle" if first.startswith(_PICKLE) else None
 
 
 def other_kind(path: Path) -> str | None:
-    """What a file that is not read is, and what to do about it; None for bytes that say nothing."""
+    """Name the kind of a file that no reader opens, and say what to do; None if the bytes are of no known kind."""
     with path.open("rb") as file:
         head = file.read(_HEAD)
     if not head:
         return "an empty file; download or save it again"
-    for start, what in _OTHERS:
+    for start, advice in _OTHERS:
         if head.startswith(start):
-            return what
+            return advice
     if head[_TAR_AT:].startswith(_TAR):
         return "a tar archive; unpack it first"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()

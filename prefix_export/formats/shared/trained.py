@@ -1,4 +1,4 @@
-"""What readers make of a checkpoint: keys and values, or a soft prompt that only its model can turn into them."""
+"""The result of a reader: keys and values, or a soft prompt that only the model can turn into keys and values."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class SoftPrompt:
-    """Trained embeddings that stand before the text's.
+    """Trained embeddings that are put before the embeddings of the text.
 
     Attributes:
         embeddings: [prefix_length, embedding_size] float32.
-        source: the checkpoint that they are of.
-        head: see `Prefix`.
+        source: the checkpoint that holds them.
+        head: tensors of the task's head, see `Prefix`.
         metadata: see `Prefix`.
     """
 
@@ -39,11 +39,11 @@ class SoftPrompt:
 
 @dataclass(frozen=True)
 class Trained:
-    """Everything that a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes:
-        parts: by name, for checkpoints of several tasks or labels; a single one has the empty name.
-        warnings: what a user should know, a line each.
+        parts: the prefixes by name, one for each task or label; a single one has the empty name.
+        warnings: one line for each thing that the user should know.
     """
 
     parts: Mapping[str, Prefix | SoftPrompt]
@@ -53,11 +53,11 @@ class Trained:
 def folded(matrix: np.ndarray, layers: Sequence[LayerGeometry], where: str) -> tuple[LayerPrefix, ...]:
     """The keys and values in a matrix [prefix_length, slots * heads * head_dim]: k0, v0, k1, v1, and so on.
 
-    Source: PEFT 0.21.2, `PeftModel.get_prompt`; the same `view` and `permute` as in Li and Liang's code and those that
-    follow it.
+    Source: PEFT 0.21.2, `PeftModel.get_prompt`; it uses the same `view` and `permute` as Li and Liang's code.
 
     Raises:
-        PrefixMismatchError: its width is not that of the layers.
+        CheckpointError: the model's layers differ from each other.
+        PrefixMismatchError: the width does not fit the layers: the prefix is for another model.
     """
     first = layers[0]
     if any(layer != first for layer in layers):
@@ -89,10 +89,19 @@ def make_prefix(
     head: Mapping[str, np.ndarray] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Prefix:
-    """A prefix of some sites; text begins behind it, or at position 0.
+    """A prefix for some sites.
+
+    Args:
+        sites: the layers of each site.
+        moves_positions: True if text begins behind the prefix, False if it begins at position 0.
+        source: the checkpoint.
+        weights: the file, for messages.
+        head: tensors of the task's head.
+        metadata: see `Prefix`.
 
     Raises:
-        PrefixError: naming the file `weights`.
+        CheckpointError: the head is too large.
+        PrefixError: the arrays contain NaN or infinity, or do not fit each other; the message names the file.
     """
     length = max(layer.key.shape[1] for layers in sites.values() for layer in layers)
     most = sum(array.nbytes for array in (head or {}).values())
@@ -113,22 +122,22 @@ def make_prefix(
 def evaluated(
     inputs: np.ndarray, layers: Sequence[tuple[np.ndarray, np.ndarray]], where: str, activation: str = "tanh"
 ) -> np.ndarray:
-    """What a reparameterisation MLP makes of its inputs [length, width], in float64, dropout off.
+    """The float32 outputs [length, outputs] of a reparameterization MLP, computed in float64 without dropout.
 
     Args:
-        inputs: the trained embeddings.
-        layers: weight [outputs, inputs] and bias [outputs] of each linear layer, an activation between them.
+        inputs: the trained embeddings [length, width].
+        layers: weight [outputs, inputs] and bias [outputs] of each linear layer; an activation is between layers.
         where: names the checkpoint in messages.
         activation: "tanh" or "relu".
 
     Source: Li and Liang, "Prefix-Tuning", ACL 2021, section 4.3.
 
     Raises:
-        CheckpointError: the layers do not fit each other.
+        CheckpointError: the layers do not fit each other, or the activation is unknown.
     """
     if activation not in _ACTIVATIONS:
         raise CheckpointError(f"{where}: activation: expected one of {', '.join(_ACTIVATIONS)}, found {activation!r}")
-    # What is not finite is refused by what is made of it.
+    # `Prefix` refuses results that are not finite.
     with np.errstate(all="ignore"):
         outputs = inputs.astype(np.float64)
         for index, (weight, bias) in enumerate(layers):
@@ -150,10 +159,10 @@ def _check_linear(weight: np.ndarray, bias: np.ndarray, inputs: np.ndarray, wher
 
 
 def check_embedding_size(actual: Sequence[int], shape: ModelShape, where: str) -> None:
-    """Refuse a soft prompt whose shape is of another width than the model's embeddings.
+    """Refuse a soft prompt whose width differs from the model's embeddings.
 
     Raises:
-        PrefixMismatchError
+        PrefixMismatchError: the prompt is for another model; the message names both widths.
     """
     if len(actual) != _AXES or 0 in actual or actual[1] != shape.embedding_size:
         raise PrefixMismatchError(

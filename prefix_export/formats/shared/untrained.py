@@ -1,7 +1,7 @@
-"""Whether numbers are still distributed as a training run began with them: independent, normal or uniform.
+"""Tests whether numbers still have the distribution that training began with: independent, normal or uniform.
 
-Training moves numbers apart: their deviation grows, few of them go far, and what was uniform leaves its bounds. What is
-told here is what many numbers tell; of few of them nothing is said.
+Training changes the distribution: the deviation grows, a few numbers become large, and uniform numbers leave their
+bounds. The tests need many numbers; with fewer they answer False.
 """
 
 from __future__ import annotations
@@ -12,29 +12,30 @@ import numpy as np
 
 _MANY = 10_000
 _SAMPLE = 1 << 20
-"""Numbers that moments are taken of: they tell a deviation to a thousandth."""
+"""Size of the sample for the moments: enough to measure a deviation to one thousandth."""
 _OUTSIDE = 1e-3
-"""Of a bound, by which rounding may leave it."""
+"""Fraction of a bound by which rounding may exceed it."""
 
 DEVIATION = 0.02
-"""Of the normal numbers that most models of transformers begin with (`initializer_range`)."""
+"""Standard deviation with which most models in transformers begin (`initializer_range`)."""
 
-UNTRAINED = "its numbers are still distributed as {framework} begins with them: it may have been trained hardly or not"
-"""What a user is told."""
+UNTRAINED = "its numbers still have the distribution that {framework} begins with: it may be untrained"
+"""The warning for the user."""
 
 
 def is_normal(array: np.ndarray, deviation: float, many: int = _MANY) -> bool:
-    """Whether many numbers are as independent normal ones of mean 0 and this deviation, as `torch.nn.Embedding` has.
+    """Whether the numbers look independent and normal with mean 0 and this deviation, as in a new `torch.nn.Embedding`.
 
     Args:
-        array: of any shape.
+        array: the numbers, in any shape.
         deviation: the standard deviation.
-        many: numbers below which nothing is said.
+        many: numbers that are needed; False with fewer.
     """
     if array.size < many:
         return False
     numbers = _sampled(array) / deviation
-    # Of n standard normal numbers these differ from 0, 1 and 3 by about 1, 0.7 and 5 over the root of n.
+    # For n standard normal numbers, mean, deviation and kurtosis differ from 0, 1 and 3 by about 1, 0.7 and 5, each
+    # divided by sqrt(n).
     spread = 4 / np.sqrt(numbers.size)
     mean, scatter = numbers.mean(), numbers.std()
     if abs(mean) >= spread or abs(scatter - 1) >= spread:
@@ -44,7 +45,7 @@ def is_normal(array: np.ndarray, deviation: float, many: int = _MANY) -> bool:
 
 
 def is_uniform(array: np.ndarray, bound: float, many: int = _MANY) -> bool:
-    """Whether many numbers are as independent ones that are uniform from -bound to bound; see `is_normal`."""
+    """Whether the numbers look independent and uniform from -bound to bound; see `is_normal`."""
     if array.size < many or float(np.abs(array).max()) > bound * (1 + _OUTSIDE):
         return False
     numbers = _sampled(array) / bound
@@ -53,12 +54,12 @@ def is_uniform(array: np.ndarray, bound: float, many: int = _MANY) -> bool:
 
 
 def is_linear(layers: Sequence[tuple[np.ndarray, np.ndarray]], deviation: float | None = None) -> bool:
-    """Whether the weights [outputs, inputs] and biases [outputs] of all layers are as they begin.
+    """Whether the weights and biases of all layers still have the distribution that training began with.
 
     Args:
-        layers: of an MLP.
-        deviation: of normal weights beside biases of 0, as models of transformers begin; None asks for both uniform
-            within 1 / sqrt(inputs), as `torch.nn.Linear` (2.13) begins.
+        layers: weight [outputs, inputs] and bias [outputs] of each layer of an MLP.
+        deviation: a number tests for normal weights with this deviation and biases of 0, as models in transformers
+            begin. None tests for both uniform within 1 / sqrt(inputs), as `torch.nn.Linear` (2.13) begins.
     """
     if deviation is not None:
         return all(is_normal(weight, deviation) and not bias.any() for weight, bias in layers)
