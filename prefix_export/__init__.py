@@ -1,6 +1,6 @@
-"""prefix-export: trained prefixes and their frozen model, to a bundle that runs without torch.
+"""prefix-export: export trained prefixes and their frozen model into a bundle that runs without torch.
 
-The package itself imports nothing heavy: `from prefix_export.build import BuildRequest, build` brings torch.
+Importing the package itself is fast; `from prefix_export.build import BuildRequest, build` imports torch.
 """
 
 __version__ = "0.1.0"

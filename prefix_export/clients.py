@@ -1,4 +1,4 @@
-"""What other programs want beside a graph, or instead of it, to run it."""
+"""Files for other programs that run the graph: adapter files and configurations."""
 
 from __future__ import annotations
 
@@ -22,9 +22,14 @@ GENAI_CONFIG_NAME = "genai_config.json"
 
 
 def save_adapters(prefixes: Mapping[str, Prefix], folder: Path, dtype: np.dtype) -> None:
-    """Write `adapters/TASK.onnx_adapter` for each task: the prefix inputs of a graph that takes them, by their names.
+    """Write `adapters/TASK.onnx_adapter` for each task, with the graph's prefix inputs by name.
 
-    A program in any language that onnxruntime has swaps tasks with `RunOptions.add_active_adapter` alone.
+    A program in any language that onnxruntime supports can then select a task with `RunOptions.add_active_adapter`.
+
+    Args:
+        prefixes: the prefixes by task.
+        folder: the bundle's folder; `adapters` must not exist in it.
+        dtype: the type of the graph's prefix inputs.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -39,14 +44,14 @@ def save_adapters(prefixes: Mapping[str, Prefix], folder: Path, dtype: np.dtype)
 
 
 def genai_config(base: BaseModel, graph: str, room: int) -> dict[str, Any]:
-    """The configuration with which onnxruntime-genai (0.18) runs a graph that holds one prefix.
+    """The configuration for onnxruntime-genai (0.18) to run a graph that holds one prefix.
 
-    Its type "llama" stands for any decoder with the contract's names; "gpt2" would mean another layout of the past.
+    The type "llama" fits any decoder with the contract's names. The type "gpt2" would mean another layout of the past.
 
     Args:
         base: the model.
         graph: the graph's path, relative to the configuration.
-        room: tokens of prompt and new text that fit.
+        room: the number of tokens of prompt and new text that fit.
     """
     first = base.layers[0]
     generation = base.generation_config
@@ -55,7 +60,7 @@ def genai_config(base: BaseModel, graph: str, room: int) -> dict[str, Any]:
     padding = generation.pad_token_id if generation.pad_token_id is not None else (ends or [0])[0]
     return {
         "model": {
-            # It asks for tokens of its own even where the model has none.
+            # genai requires these tokens even if the model has none.
             "bos_token_id": generation.bos_token_id if generation.bos_token_id is not None else padding,
             "eos_token_id": ends or [base.geometry.vocab_size],
             "pad_token_id": padding,
@@ -88,16 +93,16 @@ def genai_config(base: BaseModel, graph: str, room: int) -> dict[str, Any]:
             "max_length": room,
             "do_sample": False,
             "num_beams": 1,
-            "past_present_share_buffer": False,  # past and present are not one buffer in this flavour
+            "past_present_share_buffer": False,  # in this flavour, past and present are separate buffers
         },
     }
 
 
 def save_configs(base: BaseModel, folder: Path) -> None:
-    """Write a model's configuration, its generation defaults and its tokenizer as Hugging Face names them.
+    """Write a model's configuration, generation defaults and tokenizer in Hugging Face's files.
 
     Raises:
-        ExportError: the tokenizer cannot be written.
+        ExportError: transformers cannot write the tokenizer.
         OSError: the disk is full or not writable.
     """
     base.model.config.save_pretrained(folder)
@@ -107,5 +112,5 @@ def save_configs(base: BaseModel, folder: Path) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a configuration for people to read too."""
+    """Write a configuration as indented JSON."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

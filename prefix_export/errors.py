@@ -1,14 +1,14 @@
-"""Every error that the exporter raises on purpose; those of what is on disk or runs are prefix_runtime's.
+"""All errors that the exporter raises on purpose. `prefix_runtime` has the errors of bundles and of running them.
 
 PrefixExportError
 ├── ModelError                       the base model cannot be found, loaded or used
-│   └── UnsupportedArchitectureError   its attention cannot be exported
+│   └── UnsupportedArchitectureError   its architecture cannot be exported
 ├── CheckpointError                  a trained checkpoint cannot be read as a prefix
-├── ExportError                      the graph cannot be made
-│   └── EngineError                    no TensorRT engine can be made of it
+├── ExportError                      the graph cannot be exported
+│   └── EngineError                    the TensorRT engine cannot be built
 └── ParityError                      the exported graph does not agree with the source framework
 
-A message says what was expected, what was found, where, and what to do. Anything else that escapes is a bug.
+A message says what was expected, what was found, where, and what to do. Any other exception is a bug.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ModelError(PrefixExportError):
 
 
 class UnsupportedArchitectureError(ModelError):
-    """The base model's attention cannot be exported."""
+    """The base model's architecture cannot be exported."""
 
 
 class CheckpointError(PrefixExportError):
@@ -41,11 +41,11 @@ class CheckpointError(PrefixExportError):
 
 
 class ExportError(PrefixExportError):
-    """The graph cannot be made."""
+    """The graph cannot be exported."""
 
 
 class EngineError(ExportError):
-    """No TensorRT engine can be made of the graph."""
+    """The TensorRT engine cannot be built from the graph."""
 
 
 class ParityError(PrefixExportError):

@@ -1,4 +1,4 @@
-"""How far a long piece of work is: named phases, each of which may count its steps."""
+"""Report the progress of long work: named phases, each of which may count its steps."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Told of phases and steps while work goes on; the library tells, the command line shows."""
+    """Receives phases and steps during long work. The library calls it, and the command line shows them."""
 
     def phase(self, name: str, total: int | None = None, *, detail: str = "", unit: str = "") -> None:
-        """A phase begins, and the one before it ends.
+        """Begin a phase, and end the one before it.
 
         Args:
-            name: a verb: "load", "export". Times are added up by it.
-            total: its steps, if they are known.
-            detail: what it works on now, such as a task; shown, and not part of the name.
-            unit: of the steps, if they are not plain numbers, such as "MB".
+            name: a verb, such as "load" or "export". Phases of the same name count as one.
+            total: the number of steps, if it is known.
+            detail: the current object, such as a task; shown beside the name.
+            unit: the unit of the steps, such as "MB"; empty for plain numbers.
         """
 
     def advance(self, steps: float = 1) -> None:
-        """So many more steps of the phase are done."""
+        """Count more finished steps of the phase."""
 
 
 class _Silent:
@@ -33,18 +33,18 @@ class _Silent:
 
 
 SILENT: Progress = _Silent()
-"""Shows nothing: what the library does by default."""
+"""Shows nothing; the library's default."""
 
 
 class PhaseTimes:
-    """Passes everything on to another progress and measures each phase.
+    """Measures each phase, and passes all calls on to another progress.
 
     Args:
-        shown: told of all that this is told of.
-        clock: seconds.
+        shown: the progress that receives all calls.
+        clock: a function that returns seconds.
 
     Attributes:
-        seconds: of each phase that has ended, by its name, in the order in which they began.
+        seconds: the seconds of each finished phase, by name, in the order in which they began.
     """
 
     def __init__(self, shown: Progress, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -64,12 +64,12 @@ class PhaseTimes:
         self._shown.advance(steps)
 
     def end(self) -> None:
-        """The last phase ends."""
+        """End the last phase."""
         if self._name is not None:
             self.seconds[self._name] = self.seconds.get(self._name, 0.0) + self._clock() - self._began
             self._name = None
 
 
 def shown_task(task: str | None) -> str:
-    """A task as a person reads it."""
+    """The name of a task for people."""
     return "the bare model" if task is None else task

@@ -1,4 +1,4 @@
-"""What each target needs: the flavour of the graph, its opset, what it may hold, and where it lies."""
+"""The targets of a build: the graph's flavour, opset, precisions and path for each."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ ADAPTERS = ("onnx",)
 
 @dataclass(frozen=True)
 class Target:
-    """What a graph is made for.
+    """The kind of program that will run the graph.
 
     Attributes:
         flavour: "fast" or "portable".
-        opset: of ONNX' own operators, by default.
-        caches: what keys and values may be kept in, by precision, the default first.
-        modes: whether prefixes are fed, baked, or either.
-        graphs: the graph's path in the bundle, by precision of the weights, the default first.
-        has_weights_apart: whether the weights lie in a file of their own, beside the graph.
+        opset: the default opset of ONNX's own operators.
+        caches: for each precision, the possible types of cached keys and values, the default first.
+        modes: "feed", "bake", or both.
+        graphs: the graph's path in the bundle for each precision of the weights, the default first.
+        has_weights_apart: whether the weights are in a separate file beside the graph.
         is_for_gpu: whether CUDA kernels run the graph.
-        has_output_scales: whether a rounded weight has one scale for each output, not one for each block of its inputs.
+        has_output_scales: whether a quantized weight has one scale for each output instead of one for each block of
+            inputs.
     """
 
     flavour: str
@@ -38,7 +39,7 @@ class Target:
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """Of the weights, the default first."""
+        """The precisions of the weights, the default first."""
         return tuple(self.graphs)
 
 
@@ -47,7 +48,7 @@ _CUDA_CACHES = MappingProxyType({"fp16": ("fp16",), "bf16": ("bf16",), "int4": (
 _PORTABLE_CACHES = MappingProxyType({"fp32": ("fp32",), "fp16": ("fp16",), "int8": ("fp32",)})
 
 # Opset 21 has the blockwise DequantizeLinear that 8-bit weights need. optimum, onnxruntime-genai and transformers.js
-# ran 22 and 23 too, which bring these graphs nothing and would leave older onnxruntimes out.
+# also ran 22 and 23, but these have no advantage for these graphs and exclude older versions of onnxruntime.
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
         "cpu": Target(
@@ -58,7 +59,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             graphs=MappingProxyType(dict.fromkeys(("fp32", "int8", "int4"), "model.onnx")),
             has_weights_apart=True,
         ),
-        # Opset 21 again: of no newer one has onnxruntime 1.32 every CUDA kernel.
+        # Opset 21 again: onnxruntime 1.32 lacks some CUDA kernels for newer ones.
         "cuda": Target(
             flavour="fast",
             opset=21,
@@ -76,7 +77,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             graphs=MappingProxyType(dict.fromkeys(("fp32", "fp16", "int8"), "model.onnx")),
             has_weights_apart=True,
         ),
-        # Folder and names as transformers.js expects them: `dtype` fp32, fp16, and q8, its default on a CPU.
+        # Folder and names that transformers.js expects for its `dtype` fp32, fp16, and q8, its default on a CPU.
         "web": Target(
             flavour="portable",
             opset=21,
@@ -87,8 +88,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             ),
             has_weights_apart=False,
         ),
-        # A parser of TensorRT's takes it. Of blocks it takes scales above 0 alone, which the quantisers here do not
-        # give, and TensorRT for RTX keeps their weights in 16 bits.
+        # TensorRT's parser takes only positive scales for blocks, which the quantizers here do not guarantee, and
+        # TensorRT for RTX would store blockwise weights in 16 bits. So each output has one scale.
         "tensorrt": Target(
             flavour="portable",
             opset=21,
@@ -102,12 +103,12 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
 )
 
 _OPSETS = range(18, 24)
-"""That torch.onnx 2.13 writes and onnxruntime 1.32 runs."""
+"""Opsets that torch.onnx 2.13 can write and onnxruntime 1.32 can run."""
 
 
 @dataclass(frozen=True)
 class GraphPlan:
-    """A target with what was chosen of what it offers; see `build.BuildRequest`."""
+    """A target with the chosen options; see `build.BuildRequest`."""
 
     name: str
     target: Target
@@ -119,10 +120,10 @@ class GraphPlan:
 
     @property
     def activations(self) -> str:
-        """What the graph computes in: "fp32", "fp16" or "bf16"."""
+        """The type in which the graph computes: "fp32", "fp16" or "bf16"."""
         if self.precision in ("fp16", "bf16"):
             return self.precision
-        # Where weights are rounded for what computes in 16 bits, keys and values are of these alone.
+        # If a target computes quantized weights in 16 bits, float16 is the only type of its keys and values.
         return "fp16" if self.target.caches[self.precision] == ("fp16",) else "fp32"
 
     @property
@@ -140,18 +141,18 @@ def plan(
     *,
     adapters: str | None = None,
 ) -> GraphPlan:
-    """What is to be made, defaults filled in.
+    """Check the options of a graph and fill in the defaults.
 
     Args:
-        target: one of `TARGETS`; None stands for "cpu", or for "portable" where prefixes are baked or come as adapters.
+        target: one of `TARGETS`; None takes "cpu", or "portable" with baked prefixes or adapters.
         mode: "feed" or "bake".
-        precision: of the weights; None takes the target's first.
-        cache: what keys and values are kept in; None takes the target's first.
-        opset: of ONNX' own operators; None takes the target's.
+        precision: the precision of the weights; None takes the target's default.
+        cache: the type of cached keys and values; None takes the target's default.
+        opset: the opset of ONNX's own operators; None takes the target's.
         adapters: "onnx", or None.
 
     Raises:
-        ExportError: there is no such target, or it does not offer what was chosen.
+        ExportError: an option is unknown, or the target does not offer it; the message lists the choices.
     """
     _expect("mode", mode, MODES)
     if adapters is not None:
@@ -159,26 +160,26 @@ def plan(
         _expect("adapters: mode", mode, ("feed",))
     name = target if target is not None else ("portable" if mode == "bake" or adapters else "cpu")
     _expect("target", name, TARGETS)
-    wanted_target = TARGETS[name]
-    if mode not in wanted_target.modes:
+    chosen = TARGETS[name]
+    if mode not in chosen.modes:
         fitting = ", ".join(other for other, each in TARGETS.items() if mode in each.modes)
-        offered = ", ".join(wanted_target.modes)
-        raise ExportError(f"target {name}: mode: expected {offered}, found {mode!r}; for it take {fitting}")
-    precision = precision if precision is not None else wanted_target.precisions[0]
-    _expect(f"target {name}: precision", precision, wanted_target.precisions)
-    caches = wanted_target.caches[precision]
+        offered = ", ".join(chosen.modes)
+        raise ExportError(f"target {name}: mode: expected {offered}, found {mode!r}; targets with it: {fitting}")
+    precision = precision if precision is not None else chosen.precisions[0]
+    _expect(f"target {name}: precision", precision, chosen.precisions)
+    caches = chosen.caches[precision]
     cache = cache if cache is not None else caches[0]
     _expect(f"target {name}, precision {precision}: cache", cache, caches)
-    chosen = wanted_target.opset if opset is None else opset
-    least = 21 if precision == "int8" and wanted_target.flavour == "portable" else _OPSETS[0]
-    if not least <= chosen <= _OPSETS[-1]:
+    opset = chosen.opset if opset is None else opset
+    least = 21 if precision == "int8" and chosen.flavour == "portable" else _OPSETS[0]
+    if not least <= opset <= _OPSETS[-1]:
         why = " for int8 in standard operators" if least > _OPSETS[0] else ""
-        raise ExportError(f"opset: expected {least} to {_OPSETS[-1]}{why}, found {chosen}")
-    if adapters is not None and (wanted_target.flavour != "portable" or name == "tensorrt"):
+        raise ExportError(f"opset: expected {least} to {_OPSETS[-1]}{why}, found {opset}")
+    if adapters is not None and (chosen.flavour != "portable" or name == "tensorrt"):
         raise ExportError(f"adapters: expected target portable or web, found {name!r}")
-    return GraphPlan(name, wanted_target, mode, precision, cache, chosen, adapters is not None)
+    return GraphPlan(name, chosen, mode, precision, cache, opset, adapters is not None)
 
 
-def _expect(what: str, actual: str, choices: Collection[str]) -> None:
+def _expect(option: str, actual: str, choices: Collection[str]) -> None:
     if actual not in choices:
-        raise ExportError(f"{what}: expected one of {', '.join(choices)}, found {actual!r}")
+        raise ExportError(f"{option}: expected one of {', '.join(choices)}, found {actual!r}")

@@ -1,4 +1,4 @@
-"""`prefix-export bench`: the runtime's command, and models that have no weights yet. Torch is imported inside of it."""
+"""`prefix-export bench`: the runtime's command, and also models with random weights. It imports torch only then."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ _BUILD_OPTIONS = ("target", "precision", "block_size", "cache")
 @click.option(
     "--model",
     type=HUB_ID_OR_PATH,
-    help="In place of BUNDLE: a known model, a folder with a config.json, a GGUF file, or a Hub id.",
+    help="Measure a model instead of BUNDLE: a known model, a folder with a config.json, a GGUF file, or a Hub id.",
 )
-@click.option("--revision", help="Of a Hub id given as --model.")
-@click.option("--random", is_flag=True, help="With --model: random weights, so that none are needed.")
-@click.option("--target", help="With --model: what the graph is made for, as of build. Default: cpu.")
-@click.option("--precision", help="With --model: of the weights. Default: fp32; for cuda fp16.")
-@click.option("--block-size", type=int, help="With --model: weights that share a scale.")
-@click.option("--cache", help="With --model: type of the key/value buffers. Default: fp32; for cuda as the weights.")
+@click.option("--revision", help="Branch, tag or commit of the Hub id in --model.")
+@click.option("--random", is_flag=True, help="With --model: use random weights; only the configuration is needed.")
+@click.option("--target", help="With --model: target of the graph, as for build. Default: cpu.")
+@click.option("--precision", help="With --model: precision of the weights. Default: fp32; for cuda fp16.")
+@click.option("--block-size", type=int, help="With --model: number of weights that share a scale.")
+@click.option("--cache", help="With --model: type of cached keys and values. Default: fp32; for cuda as the weights.")
 @bench_options
 def bench(bundle: Path | None, model: str | None, revision: str | None, random: bool, **flags: Any) -> None:
     """Measure BUNDLE, or a model's geometry with random weights, at several prefix lengths, in interleaved rounds.
 
-    Prints time to first token, inter-token latency and tokens a second beside what reading memory allows, the overhead
-    against no prefix, the cost of selecting a task and of opening the bundle.
+    Prints time to first token, inter-token latency, tokens per second beside the limit of memory bandwidth, the
+    overhead against no prefix, and the cost of selecting a task and of opening the bundle.
 
-    Models that --random knows without the network: distilgpt2, gpt2, gpt2-medium, gpt2-large, gpt2-xl, TinyLlama 1.1B,
+    --random knows these models without the network: distilgpt2, gpt2, gpt2-medium, gpt2-large, gpt2-xl, TinyLlama 1.1B,
     Llama 3.2 1B and 3B, SmolLM2 135M, Qwen2.5 0.5B and 1.5B, by their Hub ids, and llama-8b.
     """
     from prefix_export.models.hub import with_revision
@@ -63,19 +63,19 @@ def bench(bundle: Path | None, model: str | None, revision: str | None, random: 
 
 def _check_usage(bundle: Path | None, model: str | None, random: bool, flags: dict[str, Any]) -> None:
     if (bundle is None) == (model is None):
-        raise click.UsageError("give either BUNDLE or --model")
+        raise click.UsageError("name either BUNDLE or --model")
     if model is not None and not random:
-        raise click.UsageError("--model needs --random; to measure trained weights give BUNDLE, made by: build")
+        raise click.UsageError("--model needs --random; to measure trained weights, make a BUNDLE with: build")
     if random and flags["tasks"]:
         raise click.UsageError("--task goes with BUNDLE; a model with random weights has no tasks")
-    given = [name for name in _BUILD_OPTIONS if flags[name] is not None]
-    if bundle is not None and (random or given):
-        option = "--random" if random else f"--{given[0].replace('_', '-')}"
+    options = [name for name in _BUILD_OPTIONS if flags[name] is not None]
+    if bundle is not None and (random or options):
+        option = "--random" if random else f"--{options[0].replace('_', '-')}"
         raise click.UsageError(f"{option} goes with --model; BUNDLE is measured as it is")
 
 
 def _check_build(model: str, options: dict[str, Any]) -> None:
-    """Refuse a model that can only be a path where nothing is, and options of the build that contradict each other."""
+    """Refuse a model whose path does not exist, and options of the build that contradict each other."""
     from prefix_export.build.request import BuildRequest, check_request
     from prefix_export.models.names import check_model
 
@@ -86,7 +86,7 @@ def _check_build(model: str, options: dict[str, Any]) -> None:
 
 @contextmanager
 def _random_bundle(model: str, options: dict[str, Any], on_step: StepListener) -> Iterator[Path]:
-    """A bundle of a model with random weights, for as long as the block lasts."""
+    """A temporary bundle of a model with random weights, within the block."""
     with tempfile.TemporaryDirectory(prefix="prefix-export-bench-") as name:
         folder = Path(name)
         with libraries_quiet():
@@ -99,7 +99,7 @@ def _random_bundle(model: str, options: dict[str, Any], on_step: StepListener) -
 
 
 class _BuildingFirst:
-    """Shows the phases of the build in the line of the bench, which has not begun to count; implements `Progress`."""
+    """Shows the phases of the build in the bench's line before the first step; implements `Progress`."""
 
     def __init__(self, on_step: StepListener) -> None:
         self._on_step = on_step

@@ -1,4 +1,4 @@
-"""What the commands of the exporter show while they work, and how they keep libraries quiet."""
+"""Show the progress of the exporter's commands, and silence libraries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LEAST_WIDTH_OF_A_BAR = 70
 
 @contextmanager
 def showing_progress() -> Iterator[Progress]:
-    """A bar with the phase, its steps and its time on a terminal; silence in a pipe."""
+    """Show a bar with the phase, its steps and its time on a terminal, and nothing in a pipe."""
     if not sys.stderr.isatty() or is_dumb_terminal():
         yield SILENT
         return
@@ -32,7 +32,7 @@ def showing_progress() -> Iterator[Progress]:
 
 
 def _columns(width: int) -> list[ProgressColumn]:
-    """What the line shows: where it is narrow the bar is left out and the name is cut, so that it never wraps."""
+    """The columns of the line. A narrow terminal gets no bar and a shortened name, so that the line never wraps."""
     from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.table import Column
     from rich.text import Text
@@ -59,7 +59,7 @@ class _Bar:
         self._unit = ""
 
     def phase(self, name: str, total: int | None = None, *, detail: str = "", unit: str = "") -> None:
-        self._bars.refresh()  # the last phase with all of its steps
+        self._bars.refresh()  # show all steps of the last phase
         self._total, self._done, self._unit = total, 0.0, unit
         shown = f"{name}: {detail}" if detail else name
         self._bars.reset(self._task, description=shown, steps=self._steps())
@@ -78,7 +78,7 @@ class _Bar:
 
 @contextmanager
 def libraries_quiet() -> Iterator[None]:
-    """Keep progress bars and advice of the libraries, which are not the user's to follow, from the terminal."""
+    """Within the block, hide progress bars and advice of libraries, which the user cannot follow."""
     import logging as standard_logging
     import warnings
 

@@ -1,4 +1,4 @@
-"""`prefix-export`, the command line: flags and printed text, nothing else. Torch is imported inside the commands."""
+"""The command line `prefix-export`: flags and printed text, nothing else. Commands import torch when they need it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Group(ErrorReportingGroup):
 @click.group(cls=_Group)
 @click.version_option(__version__)
 def main() -> None:
-    """Trained prefixes and their frozen model, to a bundle that runs without torch."""
+    """Export trained prefixes and their frozen model into a bundle that runs without torch."""
 
 
 @main.command()
@@ -40,7 +40,7 @@ def main() -> None:
     required=True,
     help="The frozen base model: a Hub id, ID@REVISION, a folder or a GGUF file.",
 )
-@click.option("--revision", help="Of a Hub id given as --model: a branch, tag or commit; the same as ID@REVISION.")
+@click.option("--revision", help="Branch, tag or commit of the Hub id in --model; the same as ID@REVISION.")
 @click.option(
     "--prefix",
     "prefixes",
@@ -48,46 +48,51 @@ def main() -> None:
     multiple=True,
     help="A trained prefix: a file, a folder or a Hub id, ID@REVISION too. Repeatable; TASK defaults to its name.",
 )
-@click.option("--output", type=PATH, default="bundle", show_default=True, help="Must not exist.")
-@click.option("--max-length", type=int, help="Positions that prefix and text may take. Default: the model's context.")
+@click.option("--output", type=PATH, default="bundle", show_default=True, help="Folder for the bundle; must not exist.")
+@click.option(
+    "--max-length", type=int, help="Maximum number of positions for prefix plus text. Default: the model's context."
+)
 @click.option(
     "--mode",
     default="feed",
     show_default=True,
-    help="feed: prefixes are the graph's first past, tasks come and go. bake: the graph holds them, for other clients.",
+    help="feed: prefixes are inputs, so you can add and remove tasks. bake: the graph holds them, for other clients.",
 )
-@click.option("--target", help="cpu, cuda, portable, web or tensorrt. Default: cpu; with --mode bake portable.")
-@click.option("--opset", type=int, help="Of ONNX' own operators, 18 to 23. Default: 21.")
+@click.option(
+    "--target",
+    help="Program that runs the graph: cpu, cuda, portable, web or tensorrt. Default: cpu; with --mode bake portable.",
+)
+@click.option("--opset", type=int, help="Opset of ONNX's own operators, 18 to 23. Default: 21.")
 @click.option(
     "--graph",
     type=PATH,
-    help="An ONNX decoder-with-past of the model, as optimum exports it, to use as it is.",
+    help="Use this ONNX decoder-with-past of the model unchanged, such as an export by optimum.",
 )
 @click.option(
-    "--adapters", metavar="onnx", help="Also write onnxruntime's adapter file for each task; portable graphs."
+    "--adapters", metavar="onnx", help="Also write onnxruntime's adapter file for each task; for portable and web."
 )
 @click.option(
     "--precision",
-    help="Of the weights: fp32, fp16, bf16, int8 or int4. Default: fp32; for cuda fp16, for the web int8.",
+    help="Precision of the weights: fp32, fp16, bf16, int8 or int4. Default: fp32; for cuda fp16, for web int8.",
 )
-@click.option("--block-size", type=int, help="Weights that share a scale; not for tensorrt. Default: 32.")
+@click.option("--block-size", type=int, help="Number of weights that share a scale; not for tensorrt. Default: 32.")
 @click.option("--quantizer", default="rtn", show_default=True, help="rtn rounds to nearest; hqq searches zero points.")
 @click.option(
-    "--cache", help="Keys and values are kept in: fp32, fp16, bf16 or int8. Default: fp32, or as the weights."
+    "--cache", help="Type of cached keys and values: fp32, fp16, bf16 or int8. Default: fp32, or as the weights."
 )
 @click.option(
     "--held-out",
     metavar="[TASK=]TEXT_FILE",
     multiple=True,
-    help="Texts, one a line, on which what is rounded is compared with float32; what stands before a tab is read and "
-    "not counted. With --cache int8 every other text is what the scales are measured on. Repeatable. "
-    "Default: the demo's.",
+    help="A text file, one example per line, used to compare the quantized model with float32. Text before a tab is a "
+    "prompt and does not count. With --cache int8, every other text measures the scales. Repeatable. Default: the "
+    "demo's texts.",
 )
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with the source framework.")
 def build(
     model: str, revision: str | None, prefixes: tuple[str, ...], held_out: tuple[str, ...], **options: Any
 ) -> None:
-    """Export the model and fold the prefixes into a bundle."""
+    """Export a model and trained prefixes into a bundle."""
     from prefix_export.build.request import BuildRequest, check_request, check_sources
     from prefix_export.models.hub import with_revision
 
@@ -112,11 +117,11 @@ def build(
 @click.option(
     "--model",
     type=HUB_ID_OR_PATH,
-    help="Also compare the graph with this Hub id, folder or GGUF file, under every task.",
+    help="Also compare the graph with this model, for every task: a Hub id, a folder or a GGUF file.",
 )
-@click.option("--revision", help="Of a Hub id given as --model.")
+@click.option("--revision", help="Branch, tag or commit of the Hub id in --model.")
 def verify(bundle: Path, model: str | None, revision: str | None) -> None:
-    """Compare every file of BUNDLE with its SHA-256, and the graph with the model if it is given."""
+    """Compare every file of BUNDLE with its SHA-256, and with --model the graph with the model."""
     from prefix_export.models.hub import with_revision
     from prefix_export.models.names import check_model
     from prefix_runtime import Bundle
@@ -149,7 +154,7 @@ def tasks() -> None:
 def add_task(bundle: Path, prefix: str) -> None:
     """Fold the adapter or prefix file at PATH and add it to BUNDLE, as TASK or under its own name.
 
-    It is checked against the bundle's geometry; `verify --model` compares it with the model.
+    The command checks that the prefix fits the bundle's model. `verify --model` compares it with the model itself.
     """
     from prefix_export.models.names import check_checkpoint
 
@@ -175,16 +180,16 @@ for command in (inspect, fold, compose, tensorrt, refit):
 
 
 def _by_task(prefixes: tuple[str, ...]) -> dict[str, Path]:
-    named = [runtime.split_task(prefix) for prefix in prefixes]
-    twice = {name for name, _ in named if sum(name == other for other, _ in named) > 1}
+    pairs = [runtime.split_task(prefix) for prefix in prefixes]
+    twice = {name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1}
     if twice:
         raise click.UsageError(f"--prefix: two prefixes for the task {min(twice)!r}; name them with TASK=PATH")
-    return dict(named)
+    return dict(pairs)
 
 
 def _held_out(files: tuple[str, ...]) -> dict[str | None, Path]:
-    named = [runtime.split_named(file) for file in files]
-    paths = dict(named)
-    if len(paths) < len(named):
-        raise click.UsageError("--held-out: two files for one task, or for all; give one")
+    pairs = [runtime.split_named(file) for file in files]
+    paths = dict(pairs)
+    if len(paths) < len(pairs):
+        raise click.UsageError("--held-out: two files for one task, or for all tasks; name one")
     return paths

@@ -1,4 +1,4 @@
-"""`prefix-export inspect`, `fold` and `compose`: what is done with prefixes before there is a bundle."""
+"""`prefix-export inspect`, `fold` and `compose`: commands for prefixes outside a bundle."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ if TYPE_CHECKING:
     from prefix_runtime import Prefix
 
 _TEXT_FILE = UserPath(exists=True, dir_okay=False)
-_REVISION = click.option("--revision", help="Of a Hub id given as --model.")
+_REVISION = click.option("--revision", help="Branch, tag or commit of the Hub id in --model.")
 _FORMAT = click.option(
-    "--format", "format_name", help="What SOURCE is, whatever its content says; see docs/reference/checkpoints.md."
+    "--format",
+    "format_name",
+    help="Format of the checkpoint; overrules its content. See docs/reference/checkpoints.md.",
 )
 
 
 @click.command()
 @click.argument("path", type=PATH)
-@click.option("--model", type=HUB_ID_OR_PATH, help="The base model, as of fold: also say how the prefix would fold.")
+@click.option("--model", type=HUB_ID_OR_PATH, help="The base model, as for fold: also show the folded prefix.")
 @_REVISION
 @_FORMAT
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(path: Path, model: str | None, revision: str | None, format_name: str | None, as_json: bool) -> None:
-    """Say what the bundle, prefix file or checkpoint at PATH holds, and how it would fold."""
+    """Describe the bundle, prefix file or checkpoint at PATH."""
     from prefix_runtime.bundle.folder import MANIFEST_NAME, Bundle
 
     if (path / MANIFEST_NAME).exists():
@@ -59,8 +61,8 @@ def inspect(path: Path, model: str | None, revision: str | None, format_name: st
 
 @click.command()
 @click.argument("source", type=PATH, required=False)
-@click.option("--text", help="In place of SOURCE: keys and values of this text.")
-@click.option("--text-file", type=_TEXT_FILE, help="The same, from a file.")
+@click.option("--text", help="Fold this text instead of SOURCE.")
+@click.option("--text-file", type=_TEXT_FILE, help="Fold the text in this file instead of SOURCE.")
 @click.option(
     "--model",
     type=HUB_ID_OR_PATH,
@@ -72,23 +74,23 @@ def inspect(path: Path, model: str | None, revision: str | None, format_name: st
     "--output",
     type=PATH,
     required=True,
-    help="The prefix file, or a folder for a SOURCE of several; must not exist.",
+    help="The prefix file, or a folder if SOURCE has several prefixes; must not exist.",
 )
-@click.option("--part", "parts", multiple=True, help="Of a SOURCE of several prefixes only this one. Repeatable.")
+@click.option("--part", "parts", multiple=True, help="Fold only this one of several prefixes in SOURCE. Repeatable.")
 @_FORMAT
 def fold(source: Path | None, model: str, revision: str | None, output: Path, **options: Any) -> None:
-    """Fold the checkpoint SOURCE, or a text, to the keys and values that a model runs with.
+    """Fold the checkpoint SOURCE, or a text, into keys and values for a model.
 
-    Keys and values are folded by the model's configuration alone; soft prompts and texts are run through the model.
+    Checkpoints with keys and values need only the model's configuration. Soft prompts and texts run through the model.
     """
     from prefix_export.models.hub import with_revision
 
     model = with_revision(model, revision) or model
     text, text_file = options["text"], options["text_file"]
-    if sum(given is not None for given in (source, text, text_file)) != 1:
+    if sum(each is not None for each in (source, text, text_file)) != 1:
         raise click.UsageError("expected one of SOURCE, --text and --text-file")
     if source is None and options["format_name"]:
-        raise click.UsageError("--format goes with SOURCE; a text is of no format")
+        raise click.UsageError("--format goes with SOURCE; a text has no format")
     if source is None and options["parts"]:
         raise click.UsageError("--part goes with SOURCE; a text is one prefix")
     _check_fold(source, model, output, options["format_name"])
@@ -110,14 +112,14 @@ def fold(source: Path | None, model: str, revision: str | None, output: Path, **
 @click.command()
 @click.argument("prefixes", type=PATH, nargs=-1, required=True)
 @click.option(
-    "--average", "is_average", is_flag=True, help="Average prefixes of equal shape; else one follows another."
+    "--average", "is_average", is_flag=True, help="Average prefixes of equal shape. Default: one after another."
 )
 @click.option(
-    "--weight", "weights", type=float, multiple=True, help="Of each prefix in the average. Default: all alike."
+    "--weight", "weights", type=float, multiple=True, help="Weight of each prefix in the average. Default: all equal."
 )
 @click.option("--output", type=PATH, required=True, help="The prefix file; must not exist.")
 def compose(prefixes: tuple[Path, ...], is_average: bool, weights: tuple[float, ...], output: Path) -> None:
-    """Make one prefix file of several: one after another, or their average."""
+    """Combine several prefix files into one: one after another, or their average."""
     from prefix_export.prefixes.compose import average
     from prefix_runtime import Prefix
     from prefix_runtime.bundle.staging import check_output
@@ -131,7 +133,7 @@ def compose(prefixes: tuple[Path, ...], is_average: bool, weights: tuple[float, 
 
 
 def _check_fold(source: Path | None, model: str, output: Path, format_name: str | None) -> None:
-    """Refuse what is wrong with the options, before torch is imported."""
+    """Check the options before torch is imported."""
     from prefix_export import formats
     from prefix_export.models.names import check_checkpoint, check_model
     from prefix_runtime.bundle.staging import check_output
@@ -144,7 +146,7 @@ def _check_fold(source: Path | None, model: str, output: Path, format_name: str 
 
 
 def _fetched(path: Path) -> Path:
-    """The folder that a Hub id's files lie in."""
+    """The folder with the downloaded files of a Hub id."""
     with libraries_quiet():
         from prefix_export.prefixes.fold import fetch_checkpoint
 
@@ -191,7 +193,7 @@ def _chosen(prefixes: Mapping[str, Prefix], parts: tuple[str, ...]) -> Mapping[s
 
 
 def _write(prefixes: Mapping[str, Prefix], output: Path) -> None:
-    """A file for one prefix, a folder of files for several; whole or not at all."""
+    """Write one prefix into a file, or several into a folder of files; an error leaves nothing behind."""
     from prefix_runtime.bundle.staging import check_output, staged
 
     check_output(output)
@@ -207,7 +209,7 @@ def _write(prefixes: Mapping[str, Prefix], output: Path) -> None:
 
 
 def _shown(prefix: Prefix) -> str:
-    """What a prefix is, in a line."""
+    """A prefix in one line."""
     begins = f"text from position {prefix.position_base}"
     head = f", head {', '.join(sorted(prefix.head))}" if prefix.head else ""
     if prefix.embeddings is not None:

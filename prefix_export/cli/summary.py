@@ -1,4 +1,4 @@
-"""What `build` and `verify` print when they are done."""
+"""Print the results of `build` and `verify`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from prefix_runtime import Bundle
 
 _WIDTH = 120
-"""Characters of a line in a pipe, where there is no terminal to ask."""
+"""Characters in a line, and in a pipe."""
 _SHOWN_SECONDS = 2.0
-"""A phase that takes less is left out of the summary."""
+"""The summary does not show shorter phases."""
 
 
 def print_summary(result: BuildResult) -> None:
-    """Print what was built, how it compares with the source framework, and where the time went."""
+    """Print the bundle, its comparison with the source framework, and the time of each phase."""
     for line in (_headline(result), phase_line(result.phase_seconds)):
         if line:
             click.echo(folded(line, line_width()))
@@ -35,18 +35,18 @@ def print_summary(result: BuildResult) -> None:
 
 
 def print_parity(bundle: Bundle, parity: Mapping[str | None, TaskParity]) -> None:
-    """Print a comparison with the source framework and what rounding costs, a line for each task."""
+    """Print the comparison with the source framework and the cost of quantization, one line for each task."""
     from prefix_runtime.bundle.certificate import agreement, quality_of
 
     manifest = bundle.manifest
     for task, result in parity.items():
-        said = agreement(asdict(result), quality_of(manifest, task), is_quantized=manifest.quantizer is not None)
-        click.echo(folded(f"{'the bare model' if task is None else task}: {said}", line_width()))
+        line = agreement(asdict(result), quality_of(manifest, task), is_quantized=manifest.quantizer is not None)
+        click.echo(folded(f"{'the bare model' if task is None else task}: {line}", line_width()))
 
 
 def phase_line(seconds: Mapping[str, float]) -> str:
-    """The phases that took long, as "time: export 12 s, compare 9 s"; empty if none did."""
-    shown = [f"{name} {taken:.0f} s" for name, taken in seconds.items() if taken >= _SHOWN_SECONDS]
+    """The long phases, such as "time: export 12 s, compare 9 s"; empty if there were none."""
+    shown = [f"{name} {duration:.0f} s" for name, duration in seconds.items() if duration >= _SHOWN_SECONDS]
     return f"time: {', '.join(shown)}" if shown else ""
 
 

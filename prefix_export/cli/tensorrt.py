@@ -1,4 +1,4 @@
-"""`prefix-export tensorrt` and `tensorrt-refit`: engines from a bundle."""
+"""`prefix-export tensorrt` and `tensorrt-refit`: build TensorRT engines from a bundle."""
 
 from __future__ import annotations
 
@@ -20,32 +20,35 @@ _BACKEND = click.option(
     "--backend",
     default="tensorrt-rtx",
     show_default=True,
-    help="tensorrt-rtx needs no GPU; tensorrt builds for the machine's own.",
+    help="tensorrt-rtx needs no GPU; tensorrt builds for this machine's GPU.",
 )
 
 
 @click.command()
 @click.argument("bundle", type=PATH)
-@click.option("--output", type=PATH, help="Folder of engines. Default: tensorrt, inside BUNDLE.")
+@click.option("--output", type=PATH, help="Folder for engines. Default: tensorrt, inside BUNDLE.")
 @_BACKEND
 @click.option(
     "--compute-capability",
     "compute_capabilities",
     metavar="X.Y",
     multiple=True,
-    help="Of the GPUs that one engine is for: 7.5, 8.0, 8.6, 8.9, 12.0, 12.1. Repeatable. Default: 8.0 and above.",
+    help="Compute capability of the GPUs: 7.5, 8.0, 8.6, 8.9, 12.0, 12.1. Repeatable. Default: 8.0 and above.",
 )
-@click.option("--max-batch", type=int, help="Rows that decode together. Default: 8.")
-@click.option("--max-prompt", type=int, help="Tokens of a prompt. Default: all that the model has room for.")
-@click.option("--max-prefix", type=int, help="Positions of a fed prefix. Default: the longest task's.")
-@click.option("--precision", help="With TensorRT before 11: also compute in fp16 or bf16. Default: as the graph.")
-@click.option("--refit", "is_refittable", is_flag=True, help="Baked prefixes may be replaced; needs a GPU.")
+@click.option("--max-batch", type=int, help="Maximum number of rows that decode together. Default: 8.")
+@click.option("--max-prompt", type=int, help="Maximum number of tokens in a prompt. Default: the model's room.")
+@click.option("--max-prefix", type=int, help="Maximum length of a fed prefix. Default: the longest task's.")
+@click.option("--precision", help="With TensorRT before 11: also compute in fp16 or bf16. Default: the graph's types.")
+@click.option("--refit", "is_refittable", is_flag=True, help="Allow baked prefixes to be replaced; needs a GPU.")
 @click.option(
-    "--version-compatible", "is_version_compatible", is_flag=True, help="Set what lets later versions run it; untried."
+    "--version-compatible",
+    "is_version_compatible",
+    is_flag=True,
+    help="Set the flags that let later versions run the engine; not tested.",
 )
-@click.option("--timing-cache", type=PATH, help="With --backend tensorrt: file of what it measured, read and written.")
+@click.option("--timing-cache", type=PATH, help="With --backend tensorrt: file of its measurements, read and written.")
 def tensorrt(bundle: Path, compute_capabilities: tuple[str, ...], **options: Any) -> None:
-    """Build a TensorRT engine of BUNDLE's graph, with a profile for prompts and one for decode steps."""
+    """Build a TensorRT engine from BUNDLE's graph, with a profile for prompts and one for decode steps."""
     from prefix_export.tensorrt.request import TensorRTEngineRequest, check_request
 
     request = TensorRTEngineRequest(bundle, compute_capabilities=compute_capabilities or None, **options)
@@ -62,12 +65,12 @@ def tensorrt(bundle: Path, compute_capabilities: tuple[str, ...], **options: Any
 @click.argument("prefix", metavar="TASK=PATH")
 @click.option("--output", type=PATH, required=True, help="Folder for the engine; must not exist.")
 @click.option("--engines", type=PATH, help="Folder of engines. Default: tensorrt, inside BUNDLE.")
-@click.option("--engine", "name", help="Name of the engine, where there are several.")
+@click.option("--engine", "name", help="Name of the engine, if there are several.")
 def refit(bundle: Path, prefix: str, output: Path, engines: Path | None, name: str | None) -> None:
-    """Copy an engine of BUNDLE that was built with --refit, with the prefix at PATH in the place of TASK's.
+    """Copy an engine of BUNDLE that was built with --refit, and replace TASK's prefix by the one at PATH.
 
-    It has the same length. The engine is opened for this, on a GPU that runs it. load() opens it where it stands in
-    BUNDLE/tensorrt in the other's place; the certificate still tells of the prefix that was there.
+    The new prefix must have the same length, and the command needs a GPU that runs the engine. To use the copy, put it
+    into BUNDLE/tensorrt instead of the original. BUNDLE's certificate still describes the old prefix.
     """
     from prefix_export.models.names import check_checkpoint
     from prefix_runtime import Bundle
@@ -92,8 +95,8 @@ def refit(bundle: Path, prefix: str, output: Path, engines: Path | None, name: s
     folded, warnings = fold_for_bundle(path, opened)
     for warning in warnings:
         click.echo(f"warning: {path}: {warning}", err=True)
-    library, engine = Library(record.backend), folder / record.file.path
-    refitted = refit_tensorrt_engine(opened, engine, record, task=task, prefix=folded, output=output, library=library)
+    library, file = Library(record.backend), folder / record.file.path
+    refitted = refit_tensorrt_engine(opened, file, record, task=task, prefix=folded, output=output, library=library)
     click.echo(f"{output / refitted.file.path}: {task} replaced")
 
 

@@ -1,1 +1,1 @@
-"""Serialized engines of TensorRT, or TensorRT for RTX, from a bundle's graph."""
+"""Build serialized engines of TensorRT, or TensorRT for RTX, from a bundle's graph."""

@@ -1,4 +1,4 @@
-"""TensorRT's builder: configured, run where it can be interrupted, its phases told."""
+"""Configure and run TensorRT's builder, so that it reports its phases and can be interrupted."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from prefix_runtime.files import write_file_atomically
 from .request import TensorRTEngineRequest, capabilities
 
 _DEPTH = 2
-"""Phases within phases that are told; below, there are thousands of some milliseconds."""
+"""The deepest level of nested phases that is reported; deeper, there are thousands of a few milliseconds each."""
 
 
 def configure(request: TensorRTEngineRequest, builder: Any, library: Library) -> Any:
-    """A configuration (`IBuilderConfig`) of what was chosen.
+    """A configuration (`IBuilderConfig`) with the request's options.
 
     Raises:
-        EngineError: the library does not take it.
+        EngineError: the library does not support an option; the message names it.
     """
     api, config = library.api, builder.create_builder_config()
     flags = [request.precision.upper()] if request.precision else []
     if request.is_refittable:
-        flags.append("REFIT_INDIVIDUAL")  # of all weights the prefixes' alone, so that the others may be folded
+        flags.append("REFIT_INDIVIDUAL")  # only the prefixes, so that the builder may fold other weights
     if request.is_version_compatible:
-        # What older or newer versions run without it is not in the wheels of TensorRT for RTX.
+        # The wheels of TensorRT for RTX do not contain the lean runtime.
         flags += ["VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"]
     for flag in flags:
         if not hasattr(api.BuilderFlag, flag):
@@ -37,17 +37,17 @@ def configure(request: TensorRTEngineRequest, builder: Any, library: Library) ->
     if request.compute_capabilities:
         offered = capabilities(library)
         config.num_compute_capabilities = len(request.compute_capabilities)
-        for place, wanted in enumerate(request.compute_capabilities):
-            if not config.set_compute_capability(offered[wanted], place):
-                raise EngineError(f"compute capability: expected one that {library.name} takes, found {wanted}")
+        for place, capability in enumerate(request.compute_capabilities):
+            if not config.set_compute_capability(offered[capability], place):
+                raise EngineError(f"compute capability: expected one that {library.name} takes, found {capability}")
     return config
 
 
 def use_timing_cache(path: Path, config: Any, library: Library) -> None:
-    """Let a build begin with what another one measured; a file that is not there is an empty one.
+    """Start a build with the measurements of an earlier one; a missing file counts as empty.
 
     Raises:
-        EngineError: the file is none, or of another version or GPU.
+        EngineError: the file is not a timing cache, or is from another version or GPU; remove it.
     """
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
@@ -57,7 +57,7 @@ def use_timing_cache(path: Path, config: Any, library: Library) -> None:
 
 
 def save_timing_cache(path: Path, config: Any) -> None:
-    """Keep what a build measured."""
+    """Save the measurements of a build."""
     cache = config.get_timing_cache()
     if cache is not None:
         write_file_atomically(path, bytes(cache.serialize()))
@@ -66,12 +66,12 @@ def save_timing_cache(path: Path, config: Any) -> None:
 def run(builder: Any, network: Any, config: Any, library: Library, progress: Progress) -> bytes:
     """The serialized engine of a network.
 
-    The builder runs in a thread of its own, which lets go of the interpreter, so that an interrupt reaches the caller
-    at once: the builder is told to stop, and when it has the interrupt goes on.
+    The builder runs in a separate thread without Python's global lock, so the caller receives an interrupt at once. The
+    caller then cancels the builder, waits until it has stopped, and raises the interrupt again.
 
     Raises:
-        EngineError: TensorRT cannot build it.
-        BaseException: whatever interrupts the caller.
+        EngineError: TensorRT cannot build the engine; the message gives its reason.
+        BaseException: the exception that interrupted the caller.
     """
     work = _Work(builder, network, config, library, progress)
     thread = threading.Thread(target=work, name="tensorrt", daemon=True)
@@ -91,13 +91,13 @@ def run(builder: Any, network: Any, config: Any, library: Library, progress: Pro
 
 
 class _Work:
-    """A build, to be called in a thread.
+    """A build that a thread calls.
 
     Attributes:
-        done: set at its end.
-        cancelled: set to stop it.
-        plan: the serialized engine; None where there is none.
-        error: that was raised.
+        done: is set when the build has ended.
+        cancelled: set it to stop the build.
+        plan: the serialized engine; None if the build failed.
+        error: the exception of the build, or None.
     """
 
     def __init__(self, builder: Any, network: Any, config: Any, library: Library, progress: Progress) -> None:
@@ -121,7 +121,7 @@ class _Work:
 
 def _monitor(api: Any, cancelled: threading.Event, progress: Progress) -> Any:
     class Monitor(api.IProgressMonitor):  # type: ignore[misc]  # the base class is the bindings'
-        """Tells the outer phases, and stops the build where it is cancelled."""
+        """Reports the outer phases, and stops a cancelled build."""
 
         def __init__(self) -> None:
             api.IProgressMonitor.__init__(self)
@@ -143,12 +143,12 @@ def _monitor(api: Any, cancelled: threading.Event, progress: Progress) -> Any:
 
 
 def _why(library: Library) -> str:
-    """What a person can do about a build that failed, as far as TensorRT's own words tell."""
+    """The message for a failed build, with advice if TensorRT's own words allow it."""
     lines = " ".join(library.logger.lines)
-    said = library.complaint()
+    complaint = library.complaint()
     if "Turing" in lines and "FP32" in lines:
         return (
             f"compute capability 7.5: expected a graph in float16, as {library.name} multiplies no float32 matrices "
-            f"for it, found float32; build the bundle with --precision fp16 {said}"
+            f"for it, found float32; build the bundle with --precision fp16 {complaint}"
         )
-    return f"{library.name} cannot build an engine of the graph {said}"
+    return f"{library.name} cannot build an engine of the graph {complaint}"

@@ -1,4 +1,4 @@
-"""A bundle's graph as a network of TensorRT's: parsed, compared with the manifest, with its profiles."""
+"""Parse a bundle's graph into a TensorRT network, and add its profiles."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from prefix_runtime.bundle.graph_contract import NUM_LOGITS_TO_KEEP
 
 
 def parse(bundle: Bundle, builder: Any, library: Library, *, is_strongly_typed: bool) -> tuple[Any, Any]:
-    """The network of a bundle's graph, and the parser, which holds its weights and must live as long.
+    """The network of a bundle's graph, and the parser. The parser holds the weights and must live as long.
 
     Raises:
-        EngineError: an operator or a type that TensorRT does not take, or a graph that is none.
+        EngineError: the graph has an operator or type that TensorRT does not support, takes prefixes as optional
+            inputs, or is not an ONNX graph.
     """
     if any(name.endswith(ADAPTER_SUFFIX) for name in bundle.manifest.files):
         raise EngineError(
-            f"{bundle.root}: expected a bundle without adapter files, whose graph takes prefixes as inputs that may be "
-            "left out, found some; build it with --target tensorrt"
+            f"{bundle.root}: expected a bundle without adapter files, because their graph has optional inputs, found "
+            "some; build it with --target tensorrt"
         )
     api = library.api
     flags = 1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if is_strongly_typed else 0
@@ -47,39 +48,36 @@ def tensors(network: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
 
 
 def add_profiles(profiles: Sequence[Profile], builder: Any, config: Any) -> tuple[Profile, ...]:
-    """Give a configuration its profiles; returns them as TensorRT keeps them.
+    """Add profiles to a configuration; returns them as read back from TensorRT.
 
     Raises:
-        EngineError: a range that TensorRT does not take.
+        EngineError: TensorRT refuses a range; the message names the profile and the input.
     """
     return tuple(_add_profile(profile, builder, config) for profile in profiles)
 
 
 def _add_profile(profile: Profile, builder: Any, config: Any) -> Profile:
-    made = builder.create_optimization_profile()
-    kept: dict[str, Any] = {}
+    added = builder.create_optimization_profile()
+    read_ranges: dict[str, Any] = {}
     for name, shapes in profile.inputs.items():
         is_value = name == NUM_LOGITS_TO_KEEP
         try:
-            (made.set_shape_input if is_value else made.set_shape)(name, *shapes)
+            (added.set_shape_input if is_value else added.set_shape)(name, *shapes)
         except ValueError as error:
             raise EngineError(f"profile {profile.name}: {name}: expected a range, found {shapes}: {error}") from error
-        read_shapes = made.get_shape_input(name) if is_value else made.get_shape(name)
-        kept[name] = tuple(tuple(shape) for shape in read_shapes)
-    if config.add_optimization_profile(made) < 0:
+        read_shapes = added.get_shape_input(name) if is_value else added.get_shape(name)
+        read_ranges[name] = tuple(tuple(shape) for shape in read_shapes)
+    if config.add_optimization_profile(added) < 0:
         raise EngineError(f"profile {profile.name}: expected ranges of all inputs that TensorRT takes, found others")
-    return Profile(profile.name, kept)
+    return Profile(profile.name, read_ranges)
 
 
 def _graph(bundle: Bundle) -> bytes:
-    """The graph, without its weights, whose `num_logits_to_keep` must be given.
-
-    What may be left out is a constant to TensorRT.
-    """
+    """The graph without weights. `num_logits_to_keep` loses its default, which TensorRT would make a constant."""
     try:
         model = onnx.load(bundle.graph_path, load_external_data=False)
     except Exception as error:  # protobuf's errors share no base with others
-        raise EngineError(f"{bundle.graph_path}: expected an ONNX graph, found a file that is none") from error
+        raise EngineError(f"{bundle.graph_path}: expected an ONNX graph, found another file") from error
     defaults = [tensor for tensor in model.graph.initializer if tensor.name == NUM_LOGITS_TO_KEEP]
     for tensor in defaults:
         model.graph.initializer.remove(tensor)

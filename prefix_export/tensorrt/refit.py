@@ -1,4 +1,4 @@
-"""Another prefix in the place of one that an engine holds, without building it anew."""
+"""Replace a prefix in an engine, without building the engine again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from prefix_runtime.prefix.cache_format import CACHE_TYPES
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a graph holds an array of its prefixes, [tasks, heads, positions, head_dim], the last two turned or not."""
+    """The weight of a graph that holds an array of its prefixes, [tasks, heads, positions, head_dim] or transposed."""
 
     key: str
     weight: str
@@ -33,19 +33,19 @@ class _Place:
 
 
 def prefix_weights(bundle: Bundle) -> dict[str, str]:
-    """By each array of the bundle's prefixes (`0.key`) the weight of the graph that holds it.
+    """For each array of the bundle's prefixes, such as `0.key`, the name of the weight in the graph that holds it.
 
     Raises:
-        EngineError: the graph holds one of them in another form, or not at all.
+        EngineError: the graph does not hold one of the arrays in that form; build the engine again for another prefix.
     """
     return {place.key: place.weight for place in _places(bundle)}
 
 
 def mark_prefixes(network: Any, weights: Mapping[str, str]) -> None:
-    """Let a network's builder keep some weights as they are, so that others may take their places.
+    """Mark the weights of prefixes as refittable, so that the builder does not fold them.
 
     Raises:
-        EngineError: the network has no such weight.
+        EngineError: the network has no such weight; the message names it.
     """
     for key, name in weights.items():
         if not network.mark_weights_refittable(name):
@@ -62,20 +62,21 @@ def refit_tensorrt_engine(
     output: Path,
     library: Library,
 ) -> TensorRTEngineRecord:
-    """Write a copy of an engine that holds another prefix in the place of a task's; this needs a GPU that runs it.
+    """Write a copy of an engine with another prefix for one task. It needs a GPU that runs the engine.
 
     Args:
-        bundle: that the engine was built of.
-        engine: its file.
-        record: of it.
-        task: whose prefix is replaced.
-        prefix: of the same length and position base.
-        output: a folder for the copy and its record, which must not exist yet.
+        bundle: the bundle from which the engine was built.
+        engine: the engine's file.
+        record: the engine's record.
+        task: the task whose prefix is replaced.
+        prefix: the new prefix, of the same length and position base.
+        output: a folder for the copy and its record; it must not exist.
         library: TensorRT.
 
     Raises:
-        EngineError: the engine may not be refitted, or cannot be here.
-        UnknownTaskError, PrefixMismatchError: there is no such task, or the prefix does not fit in its place.
+        EngineError: the engine was not built with `--refit`, or this machine has no GPU that runs it.
+        UnknownTaskError: the bundle has no such task; the message lists its tasks.
+        PrefixMismatchError: the prefix has another length or position base; build the bundle and the engine with it.
         OSError: the disk is full or not writable.
     """
     check_output(output)
@@ -96,7 +97,7 @@ def refit_tensorrt_engine(
 
 
 def _refitted(engine: Any, weights: Mapping[str, np.ndarray], library: Library) -> bytes:
-    """The serialized engine with new weights, which may be replaced again."""
+    """The serialized engine with new weights, which can be replaced again."""
     api = library.api
     refitter = api.Refitter(engine, library.logger)
     for name, array in weights.items():
@@ -106,7 +107,7 @@ def _refitted(engine: Any, weights: Mapping[str, np.ndarray], library: Library) 
             )
     if missing := refitter.get_missing_weights():
         raise EngineError(
-            f"refit: expected prefixes to be all that changes, found more that must: {', '.join(missing)}"
+            f"refit: expected only prefixes to change, found other weights that must: {', '.join(missing)}"
         )
     if not refitter.refit_cuda_engine():
         raise EngineError(f"refit: {library.name} cannot replace the weights {library.complaint()}")
@@ -120,16 +121,16 @@ def _check(bundle: Bundle, task: str, prefix: Prefix) -> None:
     if entry is None:
         raise unknown_task(task, bundle.manifest.tasks)
     bundle.check_prefix(prefix, f"task {task!r}")
-    wanted, actual = (entry.prefix_length, entry.position_base), (prefix.prefix_length, prefix.position_base)
-    if wanted != actual:
+    expected, actual = (entry.prefix_length, entry.position_base), (prefix.prefix_length, prefix.position_base)
+    if expected != actual:
         raise PrefixMismatchError(
-            f"task {task!r}: expected a prefix of length {wanted[0]} and position base {wanted[1]}, which the engine "
-            f"has room for, found {actual[0]} and {actual[1]}; build the bundle and the engine with it"
+            f"task {task!r}: expected a prefix of length {expected[0]} and position base {expected[1]}, which the "
+            f"engine has room for, found {actual[0]} and {actual[1]}; build the bundle and the engine with it"
         )
 
 
 def _weights(bundle: Bundle, task: str, prefix: Prefix) -> dict[str, np.ndarray]:
-    """The weights of a graph with another prefix for a task, by their names."""
+    """The weights of a graph with another prefix for a task, by name."""
     prefixes = {name: bundle.prefix(name) for name in bundle.tasks} | {task: prefix}
     arrays = dict(_arrays(prefixes, bundle))
     return {
@@ -139,23 +140,25 @@ def _weights(bundle: Bundle, task: str, prefix: Prefix) -> dict[str, np.ndarray]
 
 
 def _places(bundle: Bundle) -> list[_Place]:
-    """Where the graph holds each array of its prefixes: torch's export names some by the step that made them."""
+    """The weight for each array of the prefixes, found by value: torch's export does not keep the names of all."""
     model = onnx.load(bundle.graph_path, load_external_data=False)
     prefixes = {task: bundle.prefix(task) for task in bundle.tasks}
     left = list(model.graph.initializer)
     places = []
     for key, array in _arrays(prefixes, bundle):
         for tensor in left:
-            held = _held(tensor, array.size, bundle.graph_path.parent)
-            is_same, is_turned = (held is not None and np.array_equal(held, each) for each in (array, _turned(array)))
+            weight = _weight(tensor, array.size, bundle.graph_path.parent)
+            is_same, is_turned = (
+                weight is not None and np.array_equal(weight, each) for each in (array, _turned(array))
+            )
             if is_same or is_turned:
                 left.remove(tensor)
                 places.append(_Place(key, tensor.name, is_transposed=not is_same))
                 break
         else:
             raise EngineError(
-                f"refit: {key}: expected a weight of the graph that holds the prefix as it is, found none; an engine "
-                "of this model has to be built anew for another prefix"
+                f"refit: {key}: expected a weight of the graph that equals the prefix, found none; build the bundle "
+                "and the engine again for another prefix"
             )
     return places
 
@@ -171,8 +174,8 @@ def _turned(array: np.ndarray) -> np.ndarray:
     return array.swapaxes(-1, -2)
 
 
-def _held(tensor: onnx.TensorProto, size: int, folder: Path) -> np.ndarray | None:
-    """What a tensor holds, where it has four axes and as many numbers."""
+def _weight(tensor: onnx.TensorProto, size: int, folder: Path) -> np.ndarray | None:
+    """The array of a tensor with four axes and this size; None for other tensors."""
     if len(tensor.dims) != 4 or int(np.prod(tensor.dims)) != size:
         return None
     if uses_external_data(tensor):

@@ -1,4 +1,4 @@
-"""What an engine is to be: the choices, what is refused of them, and what of them changes the engine."""
+"""The options of an engine, and their checks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prefix_runtime.backends.tensorrt.tensorrt_engine_file import BACKENDS, tens
 
 RTX = "tensorrt-rtx"
 PRECISIONS = ("fp16", "bf16")
-"""Not int8: the scales of weights are the graph's, which is then computed in its own types."""
+"""Not int8: a graph with int8 weights has its own scales, and TensorRT then computes in the graph's types."""
 
 
 @dataclass(frozen=True)
@@ -22,19 +22,20 @@ class TensorRTEngineRequest:
     """What to build.
 
     Attributes:
-        bundle: its folder.
-        output: the folder that the engine goes to, made where it is not there; None takes the bundle's `tensorrt`.
-        backend: "tensorrt-rtx", which needs no GPU, or "tensorrt", which builds for the machine's own.
-        compute_capabilities: of the GPUs that it is to run on, as "8.6"; TensorRT for RTX alone. None leaves the choice
-            to it: 8.0 and above.
-        max_batch: rows that decode together; None takes 8.
-        max_prompt: tokens of a prompt; None takes what the model has room for.
-        max_prefix: positions of a fed prefix; None takes the longest task's.
-        precision: what weights may be computed in where a network's types are TensorRT's to choose, before its version
-            11: "fp16" or "bf16". None computes as the graph says.
-        is_refittable: whether another prefix may take the place of those that the graph holds.
-        is_version_compatible: whether the flags are set that let later versions of the library run it; tried with none.
-        timing_cache: a file of what TensorRT measured, read and written; None for none.
+        bundle: the bundle's folder.
+        output: the folder for the engine, created if necessary; None takes `tensorrt` in the bundle.
+        backend: "tensorrt-rtx", which needs no GPU, or "tensorrt", which builds for this machine's GPU.
+        compute_capabilities: the compute capabilities of the GPUs, such as "8.6", for TensorRT for RTX. None lets the
+            library choose: 8.0 and above.
+        max_batch: the maximum number of rows that decode together; None takes 8.
+        max_prompt: the maximum number of tokens in a prompt; None takes the model's room.
+        max_prefix: the maximum number of positions of a fed prefix; None takes the longest task's.
+        precision: "fp16" or "bf16" lets TensorRT before version 11 also compute in that type. None computes in the
+            graph's types.
+        is_refittable: whether the engine's prefixes can be replaced later.
+        is_version_compatible: whether to set the flags that let later versions of the library run the engine. No later
+            version was tested.
+        timing_cache: a file of TensorRT's measurements, read and written; None for none.
     """
 
     bundle: Path
@@ -50,7 +51,7 @@ class TensorRTEngineRequest:
     timing_cache: Path | None = None
 
     def options(self) -> dict[str, Any]:
-        """What of this changes the engine, the sizes aside, which its profiles hold."""
+        """The options that change the engine, without the sizes, which are in its profiles."""
         return {
             "compute_capabilities": list(self._capabilities),
             "precision": self.precision,
@@ -60,18 +61,18 @@ class TensorRTEngineRequest:
 
     @property
     def name(self) -> str:
-        """The engine's: the backend, and what it is made for."""
+        """The engine's name: the backend and the compute capabilities."""
         return "-".join([self.backend, *self._capabilities])
 
     @property
     def _capabilities(self) -> list[str]:
-        """In order: an engine is the same however they were given."""
-        return sorted(self.compute_capabilities or (), key=lambda wanted: tuple(map(int, wanted.split("."))))
+        """The compute capabilities in ascending order, so that the order of options does not change the engine."""
+        return sorted(self.compute_capabilities or (), key=lambda capability: tuple(map(int, capability.split("."))))
 
 
 @dataclass(frozen=True)
 class CheckedRequest:
-    """A request that only the library can still refuse: its bundle, the ranges of sizes, and where the engine goes."""
+    """A request that only the library can still refuse: its bundle, the ranges of sizes, and the engine's folder."""
 
     bundle: Bundle
     ranges: tuple[Profile, ...]
@@ -79,11 +80,11 @@ class CheckedRequest:
 
 
 def check_request(request: TensorRTEngineRequest) -> CheckedRequest:
-    """Refuse what is wrong with a request whatever the library offers; imports neither TensorRT nor onnx.
+    """Check a request without importing TensorRT or onnx.
 
     Raises:
-        EngineError: an option.
-        PrefixRuntimeError: no bundle, or a limit out of its range.
+        EngineError: an option is wrong; the message names it and its choices.
+        PrefixRuntimeError: there is no bundle, or a limit is out of range.
     """
     if request.backend not in BACKENDS:
         raise EngineError(f"backend: expected one of {', '.join(BACKENDS)}, found {request.backend!r}")
@@ -93,9 +94,9 @@ def check_request(request: TensorRTEngineRequest) -> CheckedRequest:
         raise EngineError(
             "refit: expected a bundle whose graph holds prefixes (--mode bake), found one that feeds them"
         )
-    given = request.compute_capabilities or ()
-    if len(set(given)) < len(given):
-        raise EngineError(f"compute capability: expected each once, found {', '.join(given)}")
+    listed = request.compute_capabilities or ()
+    if len(set(listed)) < len(listed):
+        raise EngineError(f"compute capability: expected each once, found {', '.join(listed)}")
     _check_precision(request.precision, bundle)
     folder = request.output or tensorrt_engines_folder(bundle)
     _check_places(folder, request.timing_cache)
@@ -110,37 +111,37 @@ def _check_precision(precision: str | None, bundle: Bundle) -> None:
         raise EngineError(f"precision: expected one of {', '.join(PRECISIONS)}, found {precision!r}{hint}")
     if bundle.manifest.precision == "int8":
         raise EngineError(
-            "precision: expected none for a graph whose weights have 8 bits, which is computed in its own types, "
+            "precision: expected none for a graph whose weights have 8 bits, because TensorRT computes in its types, "
             f"found {precision!r}"
         )
 
 
 def _check_places(folder: Path, timing_cache: Path | None) -> None:
-    for what, path in (("output", folder), ("timing cache", timing_cache)):
+    for option, path in (("output", folder), ("timing cache", timing_cache)):
         if path is not None and not path.absolute().parent.is_dir():
-            raise EngineError(f"{what}: {path.absolute().parent}: expected a folder to write into, found none")
+            raise EngineError(f"{option}: {path.absolute().parent}: expected a folder to write into, found none")
     if folder.exists() and not folder.is_dir():
         raise EngineError(f"output: {folder}: expected a folder, or nothing there yet, found a file")
 
 
 def check_choices(request: TensorRTEngineRequest, library: Library) -> None:
-    """Refuse what the library does not offer.
+    """Refuse options that the library does not offer.
 
     Raises:
-        EngineError: naming the option and its choices.
+        EngineError: an option is not offered; the message names it and its choices.
     """
     _check_gpu(request, library)
     offered = capabilities(library)
-    for wanted in request.compute_capabilities or ():
+    for capability in request.compute_capabilities or ():
         if not offered:
             raise EngineError(
                 f"compute capability: expected none, as {library.name} builds for the GPU of this machine, found "
-                f"{wanted}; take --backend {RTX}, or build on that GPU"
+                f"{capability}; take --backend {RTX}, or build on that GPU"
             )
-        if wanted not in offered:
+        if capability not in offered:
             raise EngineError(
                 f"compute capability: expected one of {', '.join(offered)}, which {library.name} builds for, found "
-                f"{wanted!r}"
+                f"{capability!r}"
             )
     if request.precision is not None and not hasattr(library.api.BuilderFlag, request.precision.upper()):
         raise EngineError(
@@ -150,10 +151,10 @@ def check_choices(request: TensorRTEngineRequest, library: Library) -> None:
 
 
 def check_timing_cache(timing_cache: Path | None, library: Library) -> None:
-    """Refuse a timing cache that the library has no use for.
+    """Refuse a timing cache that the library would not use.
 
     Raises:
-        EngineError: leave the timing cache out; TensorRT for RTX measures nothing while it builds.
+        EngineError: TensorRT for RTX measures nothing while it builds; leave the timing cache out.
     """
     if timing_cache is not None and library.backend == RTX:
         raise EngineError(
@@ -177,7 +178,7 @@ def _check_gpu(request: TensorRTEngineRequest, library: Library) -> None:
 
 
 def capabilities(library: Library) -> dict[str, Any]:
-    """The compute capabilities that a library builds for without such a GPU, as "8.6", with its names for them."""
+    """The compute capabilities, such as "8.6", for which a library builds without a GPU, and its names for them."""
     listed = getattr(library.api, "ComputeCapability", None)
     members = getattr(listed, "__members__", {})
     names = [name for name in members if name.startswith("SM")]

@@ -1,4 +1,4 @@
-"""The recipe: a bundle's graph to a serialized engine and its record."""
+"""Build a serialized engine and its record from a bundle's graph."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ Tensors = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class TensorRTEngineResult:
-    """What was built.
+    """The result of a build.
 
     Attributes:
-        folder: that the engine lies in.
-        record: of it.
-        seconds: that the whole took; 0 where the engine that was there is up to date.
+        folder: the engine's folder.
+        record: the engine's record.
+        seconds: the duration of the build; 0 if an existing engine was up to date.
     """
 
     folder: Path
@@ -48,17 +48,18 @@ class TensorRTEngineResult:
 def build_tensorrt_engine(
     request: TensorRTEngineRequest, progress: Progress = SILENT, library: Library | None = None
 ) -> TensorRTEngineResult:
-    """Parse a bundle's graph, build a serialized engine for the sizes that its manifest implies, and record it.
+    """Build a serialized engine from a bundle's graph, and record it. An engine that is up to date is kept.
 
     Args:
         request: what to build.
-        progress: told of TensorRT's phases, in a thread of its own.
-        library: TensorRT; None finds the backend's.
+        progress: receives TensorRT's phases, in another thread.
+        library: TensorRT; None imports the backend's.
 
     Raises:
-        EngineError: TensorRT does not take the graph or what was chosen.
-        PrefixRuntimeError: no bundle, a damaged graph, a limit out of its range, no such library.
-        OSError: the disk is full or not writable; the folder is as it was.
+        EngineError: TensorRT does not support the graph or an option; the message names it.
+        PrefixRuntimeError: there is no bundle, its graph is damaged, a limit is out of range, or the library is not
+            installed.
+        OSError: the disk is full or not writable; the folder is unchanged.
     """
     started = time.perf_counter()
     checked = check_request(request)
@@ -66,7 +67,7 @@ def build_tensorrt_engine(
     library = library or Library(request.backend)
     check_choices(request, library)
     check_timing_cache(request.timing_cache, library)
-    bundle.verify_graph()  # an engine is known by the graph's hash
+    bundle.verify_graph()  # the graph's hash identifies the engine
     if (known := _up_to_date(folder, request, bundle, library, ranges)) is not None:
         return TensorRTEngineResult(folder, known, 0.0)
     record, plan = _build(request, bundle, library, ranges, progress)
@@ -78,16 +79,16 @@ def build_tensorrt_engine(
 def _up_to_date(
     folder: Path, request: TensorRTEngineRequest, bundle: Bundle, library: Library, ranges: tuple[Profile, ...]
 ) -> TensorRTEngineRecord | None:
-    """The engine of this very recipe, where it is there and whole."""
-    wanted = recipe_hash(graph_hash(bundle.manifest), library.backend, library.version, request.options(), ranges)
-    here = _capabilities_here(library)
+    """The undamaged engine with the same recipe; None if there is none."""
+    recipe = recipe_hash(graph_hash(bundle.manifest), library.backend, library.version, request.options(), ranges)
+    capabilities = _capabilities_here(library)
     for record in read_tensorrt_engines(folder):
-        recipe = recipe_hash(record.graph, record.backend, record.version, record.options, record.profiles)
-        if recipe == wanted and here in ((), record.compute_capabilities):
+        recorded = recipe_hash(record.graph, record.backend, record.version, record.options, record.profiles)
+        if recorded == recipe and capabilities in ((), record.compute_capabilities):
             try:
                 check_tensorrt_engine(folder, record, bundle)
             except BundleIntegrityError:
-                return None  # missing or damaged: to be built anew
+                return None  # missing or damaged: build it again
             return record
     return None
 
@@ -104,21 +105,21 @@ def _build(
     builder = library.api.Builder(library.logger)
     network, parser = networks.parse(bundle, builder, library, is_strongly_typed=request.precision is None)
     where = str(bundle.graph_path)
-    given = networks.tensors(network)
-    check_tensors(expected, given, where)
+    network_tensors = networks.tensors(network)
+    check_tensors(expected, network_tensors, where)
     config = configure(request, builder, library)
-    kept = networks.add_profiles(ranges, builder, config)
-    check_profiles(ranges, kept, where)
+    network_profiles = networks.add_profiles(ranges, builder, config)
+    check_profiles(ranges, network_profiles, where)
     refittable = prefix_weights(bundle) if request.is_refittable else {}
     mark_prefixes(network, refittable)
     if request.timing_cache is not None:
         use_timing_cache(request.timing_cache, config, library)
     plan = run(builder, network, config, library, progress)
-    del parser  # it held the weights
+    del parser  # it holds the weights
     if request.timing_cache is not None:
         save_timing_cache(request.timing_cache, config)
     progress.phase("read the engine back")
-    read_back = _read_back(plan, library, given, kept)
+    read_back = _read_back(plan, library, network_tensors, network_profiles)
     check_tensors(expected, read_back.tensors, "the engine")
     check_profiles(ranges, read_back.profiles, "the engine")
     inputs, outputs = read_back.tensors
@@ -140,7 +141,7 @@ def _build(
 
 
 def _capabilities_here(library: Library) -> tuple[str, ...]:
-    """What an engine runs on that is built for no compute capability by name: this machine's GPU's, of TensorRT."""
+    """The compute capability of this machine's GPU, for which TensorRT builds; empty for TensorRT for RTX."""
     capability = gpu_capability(0) if library.backend != RTX else None
     return () if capability is None else (capability,)
 
@@ -152,32 +153,38 @@ class _ReadBack:
     source: str
 
 
-def _read_back(plan: bytes, library: Library, given: Tensors, kept: tuple[Profile, ...]) -> _ReadBack:
-    """What an engine takes and gives: read from it on a GPU that runs it, else from the network it was built of."""
-    for tensor in (*given[0], *given[1]):
+def _read_back(plan: bytes, library: Library, network_tensors: Tensors, profiles: tuple[Profile, ...]) -> _ReadBack:
+    """The inputs, outputs and profiles of an engine: from itself on a GPU that runs it, otherwise from its network."""
+    for tensor in (*network_tensors[0], *network_tensors[1]):
         if tensor.name.encode() not in plan:
             raise EngineError(f"the engine: expected a tensor named {tensor.name}, found none")
     engine = library.open(plan) if library.has_gpu else None
     if engine is None:
-        return _ReadBack(given, kept, "network")
-    names = tuple(profile.name for profile in kept)
+        return _ReadBack(network_tensors, profiles, "network")
+    names = tuple(profile.name for profile in profiles)
     return _ReadBack(library.tensors(engine), library.profiles(engine, names), "engine")
 
 
 def find_tensorrt_engine(folder: Path, bundle: Bundle, name: str | None = None) -> TensorRTEngineRecord:
-    """The engine of a folder, by its name where there are several; it is of the bundle's graph, and whole.
+    """The engine in a folder, checked against the bundle.
+
+    Args:
+        folder: the folder of engines.
+        bundle: the bundle.
+        name: the engine's name; None takes the only engine.
 
     Raises:
-        EngineError: there is none, or several and no name.
-        BundleError, BundleIntegrityError: it is stale, or damaged.
+        EngineError: there is no engine, or there are several and no name; the message says what to do.
+        BundleError: the engine was built from another graph; build it again.
+        BundleIntegrityError: the engine's file is missing or damaged; build it again.
     """
     records = read_tensorrt_engines(folder)
     fitting = [record for record in records if name in (None, record.name)]
     if len(fitting) != 1:
         listed = ", ".join(record.name for record in records)
-        wanted = "one engine" if name is None else f"an engine {name!r}"
+        expected = "one engine" if name is None else f"an engine {name!r}"
         advice = "name one of them" if records else f"build it with: prefix-export tensorrt {bundle.root}"
-        raise EngineError(f"{folder}: expected {wanted}, found {listed or 'none'}; {advice}")
+        raise EngineError(f"{folder}: expected {expected}, found {listed or 'none'}; {advice}")
     bundle.verify_graph()
     check_tensorrt_engine(folder, fitting[0], bundle)
     return fitting[0]

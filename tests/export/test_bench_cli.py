@@ -81,8 +81,8 @@ def test_how_it_is_built_is_passed_on_and_a_failure_leaves_nothing(config, aside
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "give either BUNDLE or --model"),
-        (["bundle", "--model", "gpt2", "--random"], "give either BUNDLE or --model"),
+        ([], "name either BUNDLE or --model"),
+        (["bundle", "--model", "gpt2", "--random"], "name either BUNDLE or --model"),
         (["--model", "gpt2"], "--model needs --random"),
         (["--model", "gpt2", "--random", "--task", "e2e"], "--task goes with BUNDLE"),
         (["bundle", "--random"], "--random goes with --model"),

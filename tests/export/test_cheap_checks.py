@@ -175,7 +175,7 @@ USAGE = [
     (["fold", "--model", "m", "--output", "o"], "expected one of SOURCE, --text and --text-file"),
     (["fold", "--text", "x", "--part", "a", "--model", "m", "--output", "o"], "--part goes with SOURCE"),
     (["compose", "x", "--weight", "1", "--output", "o"], "--weight: expected --average with it, found none"),
-    (["bench"], "give either BUNDLE or --model"),
+    (["bench"], "name either BUNDLE or --model"),
     (["bench", "--model", "gpt2"], "--model needs --random"),
     (["generate", "b", "hi", "--token-ids", "1"], "give either PROMPT or --token-ids"),
 ]

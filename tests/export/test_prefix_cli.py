@@ -90,7 +90,7 @@ class TestFold:
 
     def test_a_text_is_of_no_format(self, model, tmp_path):
         result = run("fold", "--text", "fox", "--format", "peft", "--model", model, "--output", tmp_path / "x", code=2)
-        assert "--format goes with SOURCE; a text is of no format" in result.stderr
+        assert "--format goes with SOURCE; a text has no format" in result.stderr
 
     def test_what_is_there_is_not_written_over(self, model, adapter, tmp_path):
         (tmp_path / "mine").write_text("precious")

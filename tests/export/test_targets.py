@@ -35,7 +35,7 @@ def test_what_is_not_given_is_the_targets(given, expected):
         ((None, "melt", None, None, None), "mode: expected one of feed, bake, found 'melt'"),
         (
             ("cpu", "bake", None, None, None),
-            "target cpu: mode: expected feed, found 'bake'; for it take portable, web, tensorrt",
+            "target cpu: mode: expected feed, found 'bake'; targets with it: portable, web, tensorrt",
         ),
         (("cpu", "feed", "fp16", None, None), "target cpu: precision: expected one of fp32, int8, int4, found 'fp16'"),
         (("cuda", "feed", "int4", "int8", None), "cuda, precision int4: cache: expected one of fp16, found 'int8'"),
