@@ -113,7 +113,13 @@ class Expectation:
         return max(FLOORS[self.arithmetic.activations], FACTOR * self.yardstick)
 
     def by_kind(self) -> list[Expectation]:
-        """The same of the texts and of the random tokens; each kind of prompts has a yardstick of its own."""
+        """The same of the texts and of the random tokens; each kind of prompts has a yardstick of its own.
+
+        With a rounded cache all prompts have one. There a single number that is rounded the other way decides, and few
+        prompts have few of those.
+        """
+        if self.arithmetic.cache is not None:
+            return [self]
         kinds = self.prompts[: self.text_prompts], self.prompts[self.text_prompts :]
         return [replace(self, prompts=prompts) for prompts in kinds if prompts]
 
