@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 10, 100])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=WORK, help="environments and converted weights are kept there")
-    parser.add_argument("--output", type=Path, help="write the report there as JSON, and beside it as Markdown")
+    parser.add_argument("--output", type=Path, help="write the report to this file as JSON, and beside it as Markdown")
     arguments = parser.parse_args()
     report = measure(arguments)
     text = to_markdown(report)

@@ -102,7 +102,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}-python", type=Path, help="an interpreter in place of one that is made")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=WORK, help="environments and converted weights are kept there")
-    parser.add_argument("--output", type=Path, help="write the report there as JSON, and beside it as Markdown")
+    parser.add_argument("--output", type=Path, help="write the report to this file as JSON, and beside it as Markdown")
     return parser.parse_args()
 
 

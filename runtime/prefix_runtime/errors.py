@@ -1,22 +1,22 @@
-"""Every error that the runtime raises on purpose.
+"""All errors that the runtime raises on purpose.
 
 PrefixRuntimeError
-├── BundleError                 the bundle folder or its manifest cannot be used
-│   └── BundleIntegrityError    a file is missing, resized or not the one that the manifest names
-├── PrefixError                 a prefix, or the file that should hold one, is malformed
-│   ├── PrefixMismatchError     a sound prefix that does not fit this model
-│   └── CompositionError        prefixes that cannot be composed
-├── TaskError                   something about a task's name
-│   ├── TaskNameError           a name that cannot be one
-│   ├── UnknownTaskError        no task of this name
-│   └── DuplicateTaskError      the name is taken
-├── RequestError                what `generate` was asked for cannot be done
-│   ├── BusyError               running requests take all the memory that they may
-│   └── ContextOverflowError    prefix, prompt and new tokens do not fit the context
-├── ProviderError               onnxruntime cannot open or run the graph
-└── BenchError                  what `bench` was asked for cannot be done, or its report cannot be read or shown
+├── BundleError                 the bundle's folder or manifest cannot be used
+│   └── BundleIntegrityError    a file is missing, or differs from the manifest
+├── PrefixError                 a prefix or its file is malformed
+│   ├── PrefixMismatchError     a valid prefix does not fit this model
+│   └── CompositionError        prefixes cannot be composed
+├── TaskError                   a problem with a task's name
+│   ├── TaskNameError           the text is not a valid task name
+│   ├── UnknownTaskError        there is no task of this name
+│   └── DuplicateTaskError      there is already a task of this name
+├── RequestError                a request cannot be run
+│   ├── BusyError               running requests use all permitted memory; try again later
+│   └── ContextOverflowError    prefix, prompt and new tokens do not fit into the context
+├── ProviderError               onnxruntime or TensorRT cannot open or run the graph
+└── BenchError                  a benchmark cannot be run, or its report cannot be read or drawn
 
-A message says what was expected, what was found, where, and what to do. Anything else that escapes is a bug.
+A message says what was expected, what was found, where, and what to do. Any other exception is a bug.
 """
 
 from __future__ import annotations
@@ -45,56 +45,56 @@ class PrefixRuntimeError(Exception):
 
 
 class BundleError(PrefixRuntimeError):
-    """The bundle folder or its manifest cannot be used."""
+    """The bundle's folder or manifest cannot be used."""
 
 
 class BundleIntegrityError(BundleError):
-    """A file of the bundle is missing, resized or not the one that the manifest names."""
+    """A file of the bundle is missing, or differs from the manifest: copy or build the bundle again."""
 
 
 class PrefixError(PrefixRuntimeError):
-    """A prefix, or the file that should hold one, is malformed."""
+    """A prefix or its file is malformed."""
 
 
 class PrefixMismatchError(PrefixError):
-    """A sound prefix that does not fit this model."""
+    """A valid prefix does not fit this model."""
 
 
 class CompositionError(PrefixError):
-    """Prefixes that make no sense together."""
+    """Prefixes cannot be composed, because they differ in something that must agree."""
 
 
 class TaskError(PrefixRuntimeError):
-    """Something about a task's name."""
+    """A problem with a task's name."""
 
 
 class TaskNameError(TaskError):
-    """A name that cannot name a task."""
+    """The text is not a valid task name."""
 
 
 class UnknownTaskError(TaskError):
-    """No task of this name."""
+    """There is no task of this name; the message lists the tasks."""
 
 
 class DuplicateTaskError(TaskError):
-    """The name is taken."""
+    """There is already a task of this name: choose another, or remove the task first."""
 
 
 class RequestError(PrefixRuntimeError):
-    """What `generate` was asked for cannot be done."""
+    """A request cannot be run; the message names the option."""
 
 
 class BusyError(RequestError):
-    """Running requests take all the memory that they may; the same request may be answered later."""
+    """Running requests use all permitted memory; try the same request again later."""
 
 
 class ContextOverflowError(RequestError):
-    """Prefix, prompt and new tokens do not fit the context."""
+    """Prefix, prompt and new tokens do not fit into the context: shorten the prompt, or ask for fewer tokens."""
 
 
 class ProviderError(PrefixRuntimeError):
-    """onnxruntime cannot open or run the graph."""
+    """The provider, onnxruntime or TensorRT, cannot open or run the graph."""
 
 
 class BenchError(PrefixRuntimeError):
-    """What `bench` was asked for cannot be done, or its report cannot be read or shown."""
+    """A benchmark cannot be run, or its report cannot be read or drawn."""

@@ -177,7 +177,7 @@ USAGE = [
     (["compose", "x", "--weight", "1", "--output", "o"], "--weight: expected --average with it, found none"),
     (["bench"], "name either BUNDLE or --model"),
     (["bench", "--model", "gpt2"], "--model needs --random"),
-    (["generate", "b", "hi", "--token-ids", "1"], "give either PROMPT or --token-ids"),
+    (["generate", "b", "hi", "--token-ids", "1"], "use either PROMPT or --token-ids"),
 ]
 
 

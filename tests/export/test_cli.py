@@ -108,7 +108,7 @@ def test_a_build_in_a_pipe_prints_a_summary_and_nothing_else(built):
 
 
 def test_the_bundle_that_was_built_verifies(made):
-    assert succeed("verify", made) == f"{made}: 8 files and 2 prefixes are as the manifest says\n"
+    assert succeed("verify", made) == f"{made}: 8 files and 2 prefixes match the manifest\n"
 
 
 def test_verify_with_the_model_compares_every_task_with_it(made, model):
@@ -272,7 +272,7 @@ def test_several_prefixes_make_one_bundle(monkeypatch):
         (["build", "--model", "m", "--flavour", "fast"], "No such option"),
         (["nonsense"], "No such command 'nonsense'"),
         (["tasks", "add"], "Missing argument 'BUNDLE'"),
-        (["generate", "bundle", "hello", "--token-ids", "1"], "give either PROMPT or --token-ids"),
+        (["generate", "bundle", "hello", "--token-ids", "1"], "use either PROMPT or --token-ids"),
     ],
 )
 def test_a_usage_error_ends_with_status_2(arguments, said):

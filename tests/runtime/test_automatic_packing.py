@@ -325,7 +325,7 @@ def test_what_was_asked_for_stays(kept, cache):
 
 def test_what_was_removed_begins_anew(kept, cache):
     removed = CliRunner().invoke(main, ["prepare", "--remove", str(kept.root)])
-    assert removed.output == f"removed what was kept of {kept.root}\n"
+    assert removed.output == f"removed the packed copy of {kept.root}\n"
     assert not list(cache.iterdir())
     load(kept)
     assert suffixes(cache) == ["", ".kept"]

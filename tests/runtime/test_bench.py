@@ -202,7 +202,7 @@ class TestChoices:
             opened.add_task(name, make_prefix(2))
         report = bench(bundle, SMALL)
         assert [each.task for each in report.cells if each.task] == ["a", "b", "p20"]
-        assert report.skipped == ("2 more tasks: of a bundle the first 3 are measured, unless others are named",)
+        assert report.skipped == ("2 more tasks: only the first 3 of a bundle are measured, unless you name others",)
 
     def test_a_bundle_without_tasks_and_tokenizer_is_measured(self, bundle):
         opened = Bundle.open(bundle)

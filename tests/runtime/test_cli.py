@@ -124,7 +124,7 @@ class TestInspect:
 class TestVerify:
     def test_a_whole_bundle_is_told_in_one_line(self, printed, shared_bundle):
         line = printed("verify", shared_bundle)
-        assert line == f"{shared_bundle}: 8 files and 2 prefixes are as the manifest says\n"
+        assert line == f"{shared_bundle}: 8 files and 2 prefixes match the manifest\n"
 
     @pytest.mark.parametrize("name", ["model.onnx.data", "prefixes/p3.safetensors", "tokenizer.json"])
     def test_a_damaged_file_is_named(self, refused, bundle, name):

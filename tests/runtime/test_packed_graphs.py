@@ -427,8 +427,8 @@ def test_the_command_line_prepares_and_removes(opened, cache):
     assert made.exit_code == 0
     assert made.output.startswith(f"{cache}/prepared/")
     assert made.output.endswith(" MB\n")
-    assert run(main, ["prepare", "--remove", str(opened.root)]).output == f"removed what was kept of {opened.root}\n"
-    assert run(main, ["prepare", "--remove", str(opened.root)]).output == "nothing was kept\n"
+    assert run(main, ["prepare", "--remove", str(opened.root)]).output == f"removed the packed copy of {opened.root}\n"
+    assert run(main, ["prepare", "--remove", str(opened.root)]).output == "there is no packed copy\n"
 
 
 def test_features_name_the_processor():

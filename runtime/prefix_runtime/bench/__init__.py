@@ -1,1 +1,1 @@
-"""The benchmark: what is measured, measuring it, and its figures."""
+"""The benchmark: measure a bundle, and report the figures."""

@@ -1,4 +1,4 @@
-"""The bandwidth that memory is read at, the host's or a GPU's, which bounds how fast a decode step can be."""
+"""Measure the read bandwidth of memory, the host's or a GPU's, which limits the speed of a decode step."""
 
 from __future__ import annotations
 
@@ -14,53 +14,53 @@ if TYPE_CHECKING:
     from prefix_runtime.backends.gpu.device import Device
 
 MOST_BYTES = 1 << 30
-"""Of the array that is read: several times what most processors cache."""
+"""Size of the array: several times the cache of most processors."""
 
 _SHARE_OF_FREE_MEMORY = 4
 _PASSES = 4
-_COPIES = 8  # that one pass on a GPU asks for, so that asking costs little beside them
+_COPIES = 8  # copies in one pass on a GPU, so that the calls take little of the time
 
 
 class Probe(Protocol):
-    """Something that measures bandwidth again and again."""
+    """Measures bandwidth, any number of times."""
 
     def measure(self) -> float:
-        """Bytes a second."""
+        """The bandwidth in bytes per second."""
 
 
 class BandwidthProbe:
-    """Reads a large array again and again, each of `threads` threads its own slice; the array is freed with it.
+    """Reads a large array in host memory; each thread reads its own slice.
 
     Args:
-        threads: that read at once; None takes one a processor that this process may use.
+        threads: threads that read at once; None takes one for each processor that this process may use.
     """
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads or usable_processors()
-        # Ones, not zeros: pages that were never written are all one page of zeros, which stays in the cache.
+        # Ones, not zeros: the system maps all unwritten pages to one page of zeros, which stays in the cache.
         self._slices = np.array_split(np.ones(_bytes_to_read() // 8, np.int64), self._threads)
 
     def measure(self) -> float:
-        """Bytes a second: the best of a few passes, because whatever disturbs one can only make it slower."""
+        """The bandwidth in bytes per second: the best of a few passes, because disturbances only slow a pass down."""
         with ThreadPoolExecutor(self._threads) as pool:
             return sum(part.nbytes for part in self._slices) / min(self._pass(pool) for _ in range(_PASSES))
 
     def _pass(self, pool: ThreadPoolExecutor) -> float:
         started = time.perf_counter()
-        # A sum of int64 streams fastest of what numpy has, without the interpreter's lock: float32 sums are pairwise,
-        # a dot product multiplies, a maximum compares; each read 10 to 20 % less on the same machine.
+        # A sum of int64 streams fastest in numpy, and releases the interpreter's lock. float32 sums (pairwise), dot
+        # products and maxima each read 10 to 20 % less per second on the same machine.
         list(pool.map(np.add.reduce, self._slices))
         return time.perf_counter() - started
 
 
 class CopyProbe:
-    """Copies a large piece of a GPU's memory to another, which reads it and writes it.
+    """Copies a large piece of a GPU's memory to another, which reads and writes.
 
     Args:
         device: the GPU.
 
     Raises:
-        ProviderError: it has no room for both.
+        ProviderError: the GPU does not have enough free memory.
     """
 
     def __init__(self, device: Device) -> None:
@@ -68,7 +68,7 @@ class CopyProbe:
         self._source, self._target = device.allocate(MOST_BYTES), device.allocate(MOST_BYTES)
 
     def measure(self) -> float:
-        """Bytes that are read and written a second: the best of a few passes."""
+        """The bandwidth in bytes read and written per second: the best of a few passes."""
         return 2 * _COPIES * self._source.nbytes / min(self._pass() for _ in range(_PASSES))
 
     def _pass(self) -> float:

@@ -1,4 +1,4 @@
-"""A bench's files: JSON, which is read again to compare with, and CSV, a line a row."""
+"""The files of a bench: JSON, which later runs can be compared with, and CSV with one line per row."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from .measurements import BYTES_PER_VALUE, BenchReport, Cell, Ratio, quartiles
 FORMAT = "prefix-export.bench"
 FORMAT_VERSION = 2
 MOST_BYTES = 256 << 20
-"""Of a report that is read; a larger file is none."""
+"""Maximum size of a report."""
 
 FIGURES = ("time_to_first_token", "task_selection", "prefill", "first_step", "inter_token_latency", "tokens_per_second")
-"""Of a `Sample`, by their names."""
+"""Names of the figures of a `Sample`."""
 
-# Of seconds and of bytes a second: ratios of what lies between stay numbers.
+# Limits of seconds and of bytes per second: ratios of numbers between them stay finite.
 _LEAST, _MOST = 1e-12, 1e15
 _LONGEST_TEXT = 10_000
 
 
 def to_json(report: BenchReport, against: BenchReport | None = None) -> str:
-    """A report's text: every sample, and under `summary` what follows from them; the other's under `against`."""
+    """A report as JSON: every sample, derived figures under `summary`, and another report under `against`."""
     content = _document(report)
     if against is not None:
         content["against"] = _document(against)
@@ -38,10 +38,10 @@ def to_json(report: BenchReport, against: BenchReport | None = None) -> str:
 
 
 def from_json(text: str, where: str) -> BenchReport:
-    """The report in a text; its `summary` and `against` are not read. `where` names it in messages.
+    """The report in a JSON text, without its `summary` and `against`. `where` names it in messages.
 
     Raises:
-        BenchError: naming the field, what was expected and what was found.
+        BenchError: the text is not a report, is of another version, or a field is wrong; the message names it.
     """
     try:
         content = json.loads(text, parse_constant=_refuse_constant)
@@ -62,7 +62,7 @@ def from_json(text: str, where: str) -> BenchReport:
 
 
 def to_csv(reports: Sequence[BenchReport]) -> str:
-    """One line a row of one or more reports, with a header; seconds, and ratios against prefix 0."""
+    """The rows of one or more reports as CSV with a header: seconds, and ratios against prefix length 0."""
     rows = [row for report in reports for row in summary(report)]
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
@@ -72,7 +72,7 @@ def to_csv(reports: Sequence[BenchReport]) -> str:
 
 
 def summary(report: BenchReport) -> list[dict[str, object]]:
-    """What follows from the samples, by row: quartiles in seconds, floors, overhead against prefix 0."""
+    """The derived figures of each row: quartiles in seconds, floors, overhead against prefix length 0."""
     return [_summary_of(report, cell) for cell in report.cells]
 
 
@@ -142,7 +142,7 @@ def _unexpected(kind: type, value: Any, where: str) -> BenchError:
 
 
 def _is_control(character: str) -> bool:
-    """Whether it would steer a terminal, or is half of a character, which no file takes."""
+    """Whether a character controls a terminal, or is half of a surrogate pair, which cannot be written."""
     return unicodedata.category(character) in ("Cc", "Cs")
 
 
@@ -156,7 +156,7 @@ _READER = DataclassReader(BenchError, {int: _read_count, float: _read_float, str
 
 
 def _check(report: BenchReport, where: str) -> None:
-    """Refuse what no bench writes and what could not be divided by."""
+    """Refuse reports that no bench writes, and numbers that cannot be divisors."""
     rounds = report.request.rounds
     counts = {
         "bandwidth": [len(report.bandwidth)],

@@ -1,4 +1,4 @@
-"""What it takes a fresh process to open a bundle and to run a row: time and memory."""
+"""Measure time and memory of a fresh process that opens a bundle and runs one row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .measurements import Opening
 from .plan import BenchRow
 from .request import BenchRequest
 
-# The module is imported here, and not by the interpreter's -m, so that its own import can be timed.
+# Not with the interpreter's -m, so that the child can time the import itself.
 _CHILD = """
 import sys, time
 started = time.perf_counter()
@@ -31,13 +31,13 @@ sys.stdout.write(observe(seconds, *sys.argv[1:]))
 
 
 def run_in_fresh_process(path: Path, row: BenchRow, request: BenchRequest) -> Opening:
-    """What a fresh interpreter measures that opens a bundle and generates what a row asks for.
+    """The measurements of a fresh interpreter that opens a bundle and runs one row.
 
     Raises:
-        BenchError: it fails.
+        BenchError: the process failed; the message gives its reason.
     """
-    wanted = asdict(row) | {key: getattr(request, key) for key in ("provider", "threads", "new_tokens")}
-    command = [sys.executable, "-c", _CHILD, str(path), json.dumps(wanted)]
+    settings = asdict(row) | {key: getattr(request, key) for key in ("provider", "threads", "new_tokens")}
+    command = [sys.executable, "-c", _CHILD, str(path), json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # this interpreter
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
@@ -46,11 +46,11 @@ def run_in_fresh_process(path: Path, row: BenchRow, request: BenchRequest) -> Op
     return Opening(**asdict(row), **json.loads(done.stdout))
 
 
-def observe(import_seconds: float, path: str, wanted: str) -> str:
-    """Open a bundle in this process, generate what is wanted, and return what an `Opening` measures, as JSON."""
+def observe(import_seconds: float, path: str, settings: str) -> str:
+    """Open a bundle in this process, run a row, and return the measurements of an `Opening` as JSON."""
     from prefix_runtime.engine import load
 
-    request = json.loads(wanted)
+    request = json.loads(settings)
     provider, threads, new_tokens = (request.pop(key) for key in ("provider", "threads", "new_tokens"))
     row = BenchRow(**request)
     started = time.perf_counter()

@@ -1,7 +1,7 @@
-"""What a bench measured, as values; figures that follow from these are computed here.
+"""The measurements of a bench, and the figures that are computed from them.
 
-Seconds and bytes throughout. Every row keeps one sample a round, in the order of the rounds, so that two rows can be
-compared round by round: what slows the machine for a while slows both.
+All units are seconds and bytes. Every row has one sample per round, in the order of the rounds. So two rows can be
+compared round by round, and a disturbance of the machine slows both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from prefix_runtime.bundle.folder import Bundle
 from .request import BenchRequest
 
 BYTES_PER_VALUE = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
-"""Of keys and values, by the type of their buffers."""
+"""Bytes of one key or value, by the type of the cache."""
 
 _CONFIDENCE = 0.95
 
@@ -34,7 +34,7 @@ class Quartiles:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A median of ratios with its 95 % confidence interval, None where there are too few rounds for one."""
+    """A median of ratios with its 95 % confidence interval; the interval is None with too few rounds."""
 
     median: float
     interval: tuple[float, float] | None
@@ -46,10 +46,10 @@ class Sample:
 
     Attributes:
         task_selection: seconds to find the prefix and a buffer that holds it.
-        time_to_first_token: seconds, until every row of the batch has its first token; the selection is part of it.
+        time_to_first_token: seconds until every row of the batch has its first token, including the selection.
         first_step: seconds of the first decode step.
-        inter_token_latency: seconds of a decode step, the median.
-        tokens_per_second: new tokens of the whole batch over the seconds that the call took.
+        inter_token_latency: median seconds of a decode step.
+        tokens_per_second: new tokens of the whole batch, divided by the seconds of the call.
     """
 
     task_selection: float
@@ -60,20 +60,20 @@ class Sample:
 
     @property
     def prefill(self) -> float:
-        """Seconds of the time to first token that are not the task's selection."""
+        """Seconds to the first token without the task's selection."""
         return self.time_to_first_token - self.task_selection
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What was measured for one prefix, prompt length and batch size.
+    """The measurements for one prefix, prompt length and batch size.
 
     Attributes:
-        task: of the bundle, or None: a random prefix, or no prefix where its length is 0.
-        prefix_length: positions.
-        prompt_length: tokens.
-        batch_size: rows.
-        samples: one a round.
+        task: a task of the bundle; None for a random prefix, or for no prefix if the length is 0.
+        prefix_length: positions of the prefix.
+        prompt_length: tokens of the prompt.
+        batch_size: rows that decode together.
+        samples: one sample for each round.
     """
 
     task: str | None
@@ -89,28 +89,28 @@ class Cell:
 
     @property
     def setting(self) -> tuple[int, int]:
-        """What it shares with the rows that it is compared with: prompt length and batch size."""
+        """Prompt length and batch size; only rows with the same setting are compared."""
         return self.prompt_length, self.batch_size
 
     @property
     def key(self) -> tuple[str | None, int, int, int]:
-        """What finds the same row in another report."""
+        """Identifies the same row in another report."""
         return self.task, self.prefix_length, self.prompt_length, self.batch_size
 
     def figure(self, name: str) -> list[float]:
-        """One of the samples' figures, by its name, a round each."""
+        """The values of a figure, one for each round; `name` is a field of `Sample`."""
         return [getattr(sample, name) for sample in self.samples]
 
     def quartiles(self, name: str) -> Quartiles:
-        """The quartiles of one of the samples' figures."""
+        """The quartiles of a figure; `name` is a field of `Sample`."""
         return quartiles(self.figure(name))
 
 
 @dataclass(frozen=True)
 class Switch:
-    """Seconds to select a task, a sample a round: `cold`, its first request in an engine, and `warm`, a later one.
+    """Seconds to select a task in each round: `cold` for its first request in an engine, `warm` for a later one.
 
-    A cold selection reads the prefix where it is a task of the bundle, makes a buffer and copies the prefix into it.
+    A cold selection reads the prefix (of a task of the bundle), makes a buffer and copies the prefix into it.
     """
 
     task: str | None
@@ -120,21 +120,24 @@ class Switch:
 
     @property
     def label(self) -> str:
-        """As `Cell.label`."""
+        """See `Cell.label`."""
         return self.task or str(self.prefix_length)
 
 
 @dataclass(frozen=True)
 class Opening:
-    """A fresh process that opened the bundle and ran one row.
+    """The measurements of a fresh process that opened the bundle and ran one row.
 
     Attributes:
-        task, prefix_length, prompt_length, batch_size: of the row; see `Cell`.
-        import_seconds: to import the module.
-        open_seconds: to open the bundle: `load`.
-        opened_bytes: of the process that are in memory then; None where the system does not tell.
-        generated_bytes: that were in memory at once, at the most, up to the row's end.
-        resident_bytes: that are in memory after the row.
+        task: see `Cell`.
+        prefix_length: see `Cell`.
+        prompt_length: see `Cell`.
+        batch_size: see `Cell`.
+        import_seconds: seconds to import the module.
+        open_seconds: seconds to open the bundle with `load`.
+        opened_bytes: memory of the process after opening; None if the system does not report it.
+        generated_bytes: peak memory of the process up to the end of the row, or None.
+        resident_bytes: memory of the process after the row, or None.
     """
 
     task: str | None
@@ -149,21 +152,21 @@ class Opening:
 
     @property
     def key(self) -> tuple[str | None, int, int, int]:
-        """As `Cell.key`."""
+        """See `Cell.key`."""
         return self.task, self.prefix_length, self.prompt_length, self.batch_size
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The bundle that was measured.
+    """The measured bundle.
 
     Attributes:
-        name: of its folder.
-        model: as the manifest names it.
-        precision: of the weights.
-        cache: the type of the key/value buffers: "fp32", "fp16", "bf16" or "int8".
-        weight_bytes: that one decode step reads.
-        values_per_position: numbers in the keys and values of one position, all layers.
+        name: the name of its folder.
+        model: the model's name in the manifest.
+        precision: the precision of the weights.
+        cache: the type of cached keys and values: "fp32", "fp16", "bf16" or "int8".
+        weight_bytes: bytes of weights that one decode step reads.
+        values_per_position: numbers in the keys and values of one position, all layers together.
     """
 
     name: str
@@ -175,7 +178,7 @@ class Subject:
 
     @classmethod
     def of(cls, bundle: Bundle) -> Subject:
-        """A bundle, as it is measured."""
+        """The description of a bundle."""
         manifest = bundle.manifest
         return cls(
             name=bundle.root.resolve().name,
@@ -192,40 +195,40 @@ class Subject:
         return f"{self.model} {self.precision}" + (f", {self.cache} keys and values" if self.cache != "fp32" else "")
 
     def key_value_bytes(self, positions: float) -> float:
-        """Bytes that attention reads for one row with so many positions behind it."""
+        """Bytes of keys and values that attention reads for one row with this number of past positions."""
         return positions * self.values_per_position * BYTES_PER_VALUE[self.cache]
 
 
 @dataclass(frozen=True)
 class Floor:
-    """Seconds that reading takes at the machine's bandwidth: the weights once, keys and values of every row."""
+    """Seconds to read the weights once, and the keys and values of every row, at the machine's bandwidth."""
 
     weights: float
     key_values: float
 
     @property
     def seconds(self) -> float:
-        """Both."""
+        """The sum of both."""
         return self.weights + self.key_values
 
 
 @dataclass(frozen=True)
 class BenchReport:
-    """Everything that a bench measured.
+    """All measurements of a bench.
 
     Attributes:
-        command: that made it, without folders.
+        command: the command, without folders.
         created: date and time, ISO 8601, UTC.
-        versions: of the runtime and what it runs on, by name.
-        machine: processor, number of processors that may be used, and system, by these names; "gpu", where one ran;
-            "graph", where what was opened had been kept there as onnxruntime packs it.
+        versions: versions of the runtime and its libraries, by name.
+        machine: the processor, the number of usable processors, and the system, by these names. "gpu" if one ran the
+            graph; "graph" if the runtime opened a packed copy.
         subject: the bundle.
-        request: what was asked for.
-        bandwidth: bytes a second that the machine read memory at, one a round.
-        cells: the rows, by batch size, prompt length, prefix length; tasks of the bundle last.
-        switches: selection of a task, by prefix length.
-        openings: of the bundle by fresh processes, the first one first; each row at least once.
-        skipped: what does not fit, a line each with the reason.
+        request: the options.
+        bandwidth: the machine's read bandwidth in bytes per second, one value for each round.
+        cells: the rows, by batch size, prompt length and prefix length; tasks of the bundle come last.
+        switches: selections of a task, by prefix length.
+        openings: openings by fresh processes in order; each row at least once.
+        skipped: one line for each row that does not fit, with the reason.
     """
 
     command: str
@@ -242,7 +245,7 @@ class BenchReport:
 
     @property
     def settings(self) -> list[tuple[int, int]]:
-        """Prompt length and batch size of the rows, each pair once."""
+        """All pairs of prompt length and batch size, each once."""
         return list(dict.fromkeys(cell.setting for cell in self.cells))
 
     def cells_of(self, setting: tuple[int, int]) -> list[Cell]:
@@ -250,21 +253,21 @@ class BenchReport:
         return [cell for cell in self.cells if cell.setting == setting]
 
     def find(self, key: tuple[str | None, int, int, int]) -> Cell | None:
-        """The row of a `Cell.key`."""
+        """The row with a `Cell.key`; None if there is none."""
         return self._by_key.get(key)
 
     def peak_bytes(self, cell: Cell) -> int | None:
-        """The most memory that a fresh process took to run a row; None where the system does not tell."""
+        """The largest peak memory of fresh processes that ran a row; None if the system does not report it."""
         peaks = [opening.generated_bytes for opening in self.openings if opening.key == cell.key]
         return max((each for each in peaks if each is not None), default=None)
 
     def open_seconds(self, cell: Cell) -> float | None:
-        """The median of what fresh processes that ran a row took to open the bundle."""
+        """The median seconds to open the bundle, of fresh processes that ran a row; None if there were none."""
         seconds = [opening.open_seconds for opening in self.openings if opening.key == cell.key]
         return quartiles(seconds).median if seconds else None
 
     def switch(self, cell: Cell) -> Switch | None:
-        """The selection of a row's task; None where none was measured."""
+        """The selection of a row's task; None if it was not measured."""
         return next((each for each in self.switches if (each.task, each.prefix_length) == cell.key[:2]), None)
 
     @cached_property
@@ -272,25 +275,25 @@ class BenchReport:
         return {cell.key: cell for cell in self.cells}
 
     def overhead(self, cell: Cell, figure: str) -> Ratio | None:
-        """A figure of a row over the bare model's, round by round; None for that itself, or where it has no row."""
+        """A figure of a row over the bare model's, round by round; None for the bare model, or without its row."""
         bare = self.find((None, 0, *cell.setting))
         return None if bare is None or bare is cell else paired_ratio(cell.figure(figure), bare.figure(figure))
 
     @property
     def bytes_per_second(self) -> float:
-        """The bandwidth: the median of the rounds, as every other figure, so that both saw the same machine."""
+        """The median bandwidth of the rounds, in which the other figures were measured too."""
         return quartiles(self.bandwidth).median
 
     def step_floor(self, cell: Cell) -> Floor:
-        """Of the decode step in the middle of a row's generation; a batch reads the weights once."""
+        """The floor of the decode step in the middle of a row's generation; a batch reads the weights once."""
         return self._floor(cell, cell.prefix_length + cell.prompt_length + self.request.new_tokens / 2)
 
     def first_token_floor(self, cell: Cell) -> Floor:
-        """Of a prefill: the weights and the prefix have to be read, however short the prompt."""
+        """The floor of a prefill, which has to read the weights and the prefix even for a short prompt."""
         return self._floor(cell, cell.prefix_length)
 
     def most_tokens_per_second(self, cell: Cell) -> float:
-        """New tokens a second of a row's whole batch, if every step took its floor."""
+        """New tokens per second of a row's whole batch if every step took exactly its floor."""
         steps = self.request.new_tokens - 1
         seconds = self.first_token_floor(cell).seconds + steps * self.step_floor(cell).seconds
         return cell.batch_size * self.request.new_tokens / seconds
@@ -305,9 +308,9 @@ class Comparison:
     """Two reports side by side.
 
     Attributes:
-        report: that is looked at.
-        against: that it is compared with.
-        interleaved: whether their rows were measured in the same rounds; else the machine may have changed between.
+        report: the first report.
+        against: the report to compare with.
+        interleaved: whether both were measured in the same rounds; otherwise the machine may have changed in between.
     """
 
     report: BenchReport
@@ -316,7 +319,7 @@ class Comparison:
 
     @property
     def labels(self) -> tuple[str, str]:
-        """A name for each, by model and precision where these tell them apart, else by folder too."""
+        """A name for each: model and precision, and also the folder if those are equal."""
         first, second = self.report.subject, self.against.subject
         if first.label != second.label:
             return first.label, second.label
@@ -331,27 +334,27 @@ class Comparison:
         return [(cell, other) for cell, other in pairs if other]
 
     def ratio(self, cell: Cell, other: Cell, figure: str) -> Ratio:
-        """A figure of the report over the other's: round by round if they were interleaved, else of the medians."""
+        """A figure of the report over the other's: round by round if interleaved, otherwise of the medians."""
         if self.interleaved:
             return paired_ratio(cell.figure(figure), other.figure(figure))
         return Ratio(cell.quartiles(figure).median / other.quartiles(figure).median, None)
 
 
 def quartiles(values: Sequence[float]) -> Quartiles:
-    """The quartiles of one or more figures."""
+    """The quartiles of one or more values."""
     return Quartiles(*(float(value) for value in np.percentile(values, (25, 50, 75))))
 
 
 def paired_ratio(over: Sequence[float], under: Sequence[float]) -> Ratio:
     """The median of the ratios of two rows' figures, round by round, with an interval of that median.
 
-    The interval lies between two of the sorted ratios, the innermost pair that holds the median with a probability of
-    95 % or more, whatever the ratios' distribution; it takes six rounds. Source: David & Nagaraja, "Order Statistics",
-    2003, section 7.1.
+    The interval's ends are two of the sorted ratios: the innermost pair that contains the median with a probability of
+    at least 95 %, for any distribution. It needs six rounds. Source: David & Nagaraja, "Order Statistics", 2003,
+    section 7.1.
     """
     ratios = np.sort(np.divide(over, under))
     count, outside, place = len(ratios), 0.0, -1
-    # As many coins fall on one side as ratios lie below the median: `outside` is the chance of `place` or fewer.
+    # Each ratio is below the median with probability 1/2: `outside` is the probability that at most `place` are.
     while (outside := outside + math.comb(count, place + 1) / 2**count) <= (1 - _CONFIDENCE) / 2:
         place += 1
     interval = (float(ratios[place]), float(ratios[count - 1 - place])) if place >= 0 else None

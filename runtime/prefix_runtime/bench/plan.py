@@ -1,4 +1,4 @@
-"""Which rows of a bundle a bench measures, and why it leaves others out."""
+"""Choose the rows of a bundle that a bench measures, and say why it skips others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .request import MOST_TASKS, BenchRequest
 
 @dataclass(frozen=True)
 class BenchRow:
-    """What a row runs under; `task` is the bundle's, or None where the prefix is random or there is none."""
+    """The prefix, prompt and batch of a row. `task` is a task of the bundle, or None for a random prefix or none."""
 
     task: str | None
     prefix_length: int
@@ -24,7 +24,7 @@ class BenchRow:
 
     @property
     def prefix(self) -> str:
-        """What it runs under, in words."""
+        """The row's prefix in words."""
         return f"task {self.task}" if self.task else f"prefix {self.prefix_length}"
 
     def __str__(self) -> str:
@@ -33,7 +33,7 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """The rows of one bundle: those to measure, the prefixes that occur in them, and why others are not measured."""
+    """The rows of one bundle to measure, the prefixes in them, and reasons why other rows are skipped."""
 
     bundle: Bundle
     rows: tuple[BenchRow, ...]
@@ -42,26 +42,26 @@ class BenchPlan:
 
     @property
     def selections(self) -> tuple[BenchRow, ...]:
-        """Prefixes whose selection is measured; one that the graph holds is never new to an engine."""
+        """The prefixes whose selection is measured; none for a baked bundle, whose graph holds them all the time."""
         return self.prefixes if self.bundle.manifest.mode == "feed" else ()
 
 
 def plan_rows(bundle: Bundle, request: BenchRequest) -> BenchPlan:
-    """What of a request fits a bundle.
+    """The rows of a request that fit a bundle.
 
     Raises:
-        BenchError: nothing does.
-        UnknownTaskError: a task that was named is not there.
+        BenchError: no row fits; the message gives the reasons.
+        UnknownTaskError: the request names a task that the bundle does not have.
     """
-    wanted, unmeasured = _tasks(bundle, request)
+    requested, unmeasured = _tasks(bundle, request)
     if bundle.manifest.mode == "bake":
         unmeasured.append("random prefixes and selecting a task: the graph holds its own prefixes")
     else:
-        wanted = [*(BenchRow(None, length) for length in request.prefix_lengths), *wanted]
-    room = {row: _room(bundle, row) for row in wanted}
+        requested = [*(BenchRow(None, length) for length in request.prefix_lengths), *requested]
+    room = {row: _room(bundle, row) for row in requested}
     limit = bundle.manifest.max_length
-    fitting = [row for row in wanted if room[row] >= LEAST_TEXT]
-    skipped = [f"{row.prefix}: leaves no room for text in {limit} positions" for row in wanted if row not in fitting]
+    fitting = [row for row in requested if room[row] >= LEAST_TEXT]
+    skipped = [f"{row.prefix}: leaves no room for text in {limit} positions" for row in requested if row not in fitting]
     rows = []
     for row in _settings(fitting, request):
         if row.prompt_length + request.new_tokens <= room[BenchRow(row.task, row.prefix_length)]:
@@ -77,18 +77,18 @@ def plan_rows(bundle: Bundle, request: BenchRequest) -> BenchPlan:
 
 
 def _tasks(bundle: Bundle, request: BenchRequest) -> tuple[list[BenchRow], list[str]]:
-    """The tasks to measure, and a line about those that are left out."""
+    """The tasks to measure, and a line about the tasks that are skipped."""
     names = bundle.tasks[:MOST_TASKS] if request.tasks is None else request.tasks
     for name in names:
         if name not in bundle.manifest.tasks:
             raise UnknownTaskError(f"{bundle.root.name}: {unknown_task(name, bundle.tasks)}")
     left = len(bundle.tasks) - len(names) if request.tasks is None else 0
-    lines = [f"{left} more tasks: of a bundle the first {MOST_TASKS} are measured, unless others are named"]
+    lines = [f"{left} more tasks: only the first {MOST_TASKS} of a bundle are measured, unless you name others"]
     return [BenchRow(name, bundle.manifest.tasks[name].prefix_length) for name in names], lines[: bool(left)]
 
 
 def _room(bundle: Bundle, row: BenchRow) -> int:
-    """Tokens of text that fit behind a row's prefix."""
+    """The number of text tokens that fit behind a row's prefix."""
     manifest = bundle.manifest
     base = manifest.tasks[row.task].position_base if row.task else row.prefix_length
     return min(manifest.max_length - row.prefix_length, manifest.geometry.context_length - base)

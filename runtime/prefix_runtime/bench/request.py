@@ -1,4 +1,4 @@
-"""What a bench is asked for."""
+"""The options of a bench."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from prefix_runtime.errors import BenchError
 
 DEFAULT_PREFIX_LENGTHS = (0, 1, 5, 10, 20, 50, 100, 200)
 MOST_TASKS = 8
-"""Of a bundle that are measured where none are named."""
+"""The number of tasks that are measured if the request names none."""
 
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """What to measure; lists are sorted and each value is kept once.
+    """What to measure. Lists are sorted, without duplicates.
 
     Attributes:
-        prefix_lengths: of random prefixes; 0 is the bare model, which the others are compared with.
-        tasks: of the bundle; None takes the first `MOST_TASKS`.
+        prefix_lengths: positions of random prefixes; 0 is the bare model, and the others are compared with it.
+        tasks: tasks of the bundle; None takes the first `MOST_TASKS`.
         prompt_lengths: tokens of random prompts.
-        batch_sizes: rows that are decoded together.
-        new_tokens: of each generation, at least 2: the first comes from the prefill, the others are decode steps.
-        rounds: that are kept; one more warms up.
-        threads: of one run; None leaves the choice to onnxruntime.
+        batch_sizes: rows that decode together.
+        new_tokens: new tokens of each generation, at least 2: the prefill gives the first, decode steps the others.
+        rounds: measured rounds; one more round warms up.
+        threads: CPU threads for one run; None lets onnxruntime decide.
         provider: the execution provider.
 
     Raises:
-        BenchError: naming the field, what was expected and what was found.
+        BenchError: a value is out of range; the message names the field, and what was expected and found.
     """
 
     prefix_lengths: tuple[int, ...] = DEFAULT_PREFIX_LENGTHS
@@ -53,8 +53,8 @@ class BenchRequest:
             raise BenchError(f"provider: expected a name, found {self.provider!r}")
         if self.provider in TENSORRT_PROVIDERS:
             raise BenchError(
-                f"provider: expected cpu, cuda or tensorrt-engine, found {self.provider!r}, of which onnxruntime does "
-                "not tell whose memory a floor is to be measured of"
+                f"provider: expected cpu, cuda or tensorrt-engine, found {self.provider!r}: onnxruntime does not say "
+                "which GPU runs it, so its bandwidth cannot be measured"
             )
         if self.tasks is not None:
             if not isinstance(self.tasks, Sequence) or not all(isinstance(task, str) for task in self.tasks):

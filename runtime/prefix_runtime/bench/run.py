@@ -1,4 +1,4 @@
-"""Measuring a bundle: rows in interleaved rounds, so that a noisy machine does not favour one of them."""
+"""Measure bundles: rows run in interleaved rounds, so that noise on the machine does not favour one of them."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
     from prefix_runtime.backends.gpu.device import Device
 
 StepListener = Callable[[int, int, str], None]
-"""Told what begins, before it begins: steps done, steps in all, and what it is."""
+"""A function that is called before each step: finished steps, all steps, and the step in words."""
 
 LEAST_OPENINGS = 3
-"""Of a bundle: each row is one."""
+"""Minimum number of openings of a bundle; each row is one."""
 
 T = TypeVar("T")
 
 
 @dataclass
 class _Step(Generic[T]):
-    """Something that is measured once a round."""
+    """A measurement that runs once per round."""
 
     text: str
     measure: Callable[[], T]
@@ -50,12 +50,20 @@ class _Step(Generic[T]):
 def bench(
     path: str | Path, request: BenchRequest | None = None, on_step: StepListener = lambda done, total, text: None
 ) -> BenchReport:
-    """Measure a bundle; see `BenchRequest` for what, and for the defaults.
+    """Measure a bundle.
+
+    Args:
+        path: the bundle's folder.
+        request: what to measure; None takes the defaults of `BenchRequest`.
+        on_step: is called before each step, see `StepListener`.
+
+    Returns:
+        All samples, and figures computed from them.
 
     Raises:
-        BenchError: nothing of what was asked for fits the bundle, or a process that opens it fails.
-        UnknownTaskError: a task that was named is not there.
-        BundleError, BundleIntegrityError, ProviderError: as `load`.
+        BenchError: no requested row fits the bundle, or a process that opens it failed; the message gives the reason.
+        UnknownTaskError: the request names a task that the bundle does not have.
+        BundleError, BundleIntegrityError, ProviderError: see `load`.
 
     >>> bench("bundle", BenchRequest(prefix_lengths=(0, 100), rounds=3)).bytes_per_second  # doctest: +SKIP
     """
@@ -67,7 +75,7 @@ def bench_together(
     request: BenchRequest | None = None,
     on_step: StepListener = lambda done, total, text: None,
 ) -> list[BenchReport]:
-    """Measure bundles side by side, the rows of all of them in the same rounds; a report each, errors as `bench`."""
+    """Measure several bundles in the same rounds; returns a report for each. See `bench` for arguments and errors."""
     request = request or BenchRequest()
     plans = [plan_rows(Bundle.open(path), request) for path in paths]
     progress = _Progress(on_step)
@@ -94,9 +102,9 @@ def _openings_of(plans: Sequence[BenchPlan]) -> int:
 
 
 def _openings(plans: Sequence[BenchPlan], request: BenchRequest, progress: _Progress) -> list[tuple[Opening, ...]]:
-    """Each bundle's openings, in turn: every row in a process of its own."""
+    """The openings of each bundle, in turn: every row runs in a process of its own."""
     openings: list[list[Opening]] = [[] for _ in plans]
-    # Before this process opens the bundles itself, so that there is memory for both.
+    # Before this process opens the bundles itself, so that the memory suffices.
     for number in range(_openings_of(plans)):
         for opened, plan in zip(openings, plans, strict=True):
             row = plan.rows[number % len(plan.rows)]
@@ -106,7 +114,7 @@ def _openings(plans: Sequence[BenchPlan], request: BenchRequest, progress: _Prog
 
 
 def _run_rounds(steps: Sequence[_Step[Any]], rounds: int, progress: _Progress) -> None:
-    """Measure every step once a round, each round in another order; the first round warms up and is forgotten."""
+    """Measure every step once per round, in another order each time. The first round warms up and does not count."""
     random = np.random.default_rng(0)
     for number in range(rounds + 1):
         for index in random.permutation(len(steps)):
@@ -129,7 +137,7 @@ class _Progress:
 
 
 class _Contestant:
-    """One bundle's engine, its rows, and what was measured of them."""
+    """One bundle's engine, its rows, and their samples."""
 
     def __init__(self, plan: BenchPlan, request: BenchRequest, progress: _Progress) -> None:
         progress.begin(f"opening {plan.bundle.root.name}")
@@ -149,12 +157,12 @@ class _Contestant:
 
     @property
     def device(self) -> Device | None:
-        """The GPU that it runs on."""
+        """The engine's GPU, or None."""
         return self._engine.device
 
     @property
     def steps(self) -> list[_Step[Any]]:
-        """What is measured once a round."""
+        """The measurements of each round."""
         return [*self._generations.values(), *self._selections.values()]
 
     def report(self, bandwidth: tuple[float, ...], openings: tuple[Opening, ...]) -> BenchReport:
@@ -177,8 +185,8 @@ class _Contestant:
 
     def _machine(self) -> dict[str, str]:
         description = machine.describe(None if self.device is None else self.device.name)
-        is_kept = self._request.provider == "cpu" and packed_graph(self._plan.bundle) is not None
-        return description | {"graph": "graph kept as it was packed"} if is_kept else description
+        is_packed = self._request.provider == "cpu" and packed_graph(self._plan.bundle) is not None
+        return description | {"graph": "graph kept as it was packed"} if is_packed else description
 
     def _add_random(self, length: int) -> str:
         name = free_name(f"prefix-{length}", self._engine.tasks)
@@ -195,7 +203,7 @@ class _Contestant:
         return _Step(f"selecting {row.prefix}", partial(self._select, row))
 
     def _select(self, row: BenchRow) -> tuple[float, float]:
-        """Seconds of the first selection of a prefix that the engine has never seen, and of its second."""
+        """Seconds of the first and of the second selection of a prefix that is new to the engine."""
         started = time.perf_counter()
         if row.task:
             prefix = self._plan.bundle.prefix(row.task)

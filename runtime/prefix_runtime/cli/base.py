@@ -1,4 +1,4 @@
-"""What all commands of both command lines share: how errors end them, paths, colour, and text that any stream takes."""
+"""Shared parts of both command lines: errors, paths, colour, and text for any stream's encoding."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _PLAIN_ERRORS = "prefix_runtime.plain"
 
 
 class UserPath(click.Path):
-    """A path as a user gives it; `~` is the home folder also where no shell expands it, as in `--output=~/bundle`."""
+    """A path from the user; `~` is the home folder even if no shell expands it, as in `--output=~/bundle`."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(path_type=Path, **options)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The path, its home folder expanded."""
+        """The path with its home folder expanded."""
         return super().convert(expanded(value), param, ctx)
 
 
@@ -45,23 +45,23 @@ STANDARD_OUTPUT = Path("-")
 
 
 class ErrorReportingGroup(click.Group):
-    """A group whose commands end with one line and exit code 1 for a library's own error; a bug keeps its traceback."""
+    """A group whose commands turn the library's own errors into one line and exit code 1; a bug keeps its traceback."""
 
     expected_errors: tuple[type[Exception], ...] = (PrefixRuntimeError, OSError, MemoryError)
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.context_settings.setdefault("help_option_names", ["-h", "--help"])  # and of all commands below
+        self.context_settings.setdefault("help_option_names", ["-h", "--help"])  # subcommands inherit it
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, its expected errors turned into click's."""
+        """Run the command, and turn expected errors into click's."""
         ctx.color = wants_color()
         _print_anything()
         with ending_when_stopped():
             try:
                 return super().invoke(ctx)
             except BrokenPipeError:
-                raise  # click ends quietly when the reader of a pipe has gone
+                raise  # click exits quietly if the reader of a pipe has closed it
             except self.expected_errors as error:
                 raise click.ClickException(as_line(error)) from error
             except (ImportError, RuntimeError) as error:
@@ -71,7 +71,7 @@ class ErrorReportingGroup(click.Group):
 
 
 def as_line(error: Exception) -> str:
-    """An error as one line for a person."""
+    """An error as one line for people."""
     from prefix_runtime.files import without_partial_names
     from prefix_runtime.os_errors import described
 
@@ -89,19 +89,19 @@ def _is_onnxruntime_missing(error: Exception) -> bool:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether torch could not allocate, which is a RuntimeError there (2.13: on a CPU, and on a GPU a subclass)."""
+    """Whether torch could not allocate memory: a RuntimeError on a CPU, a subclass of it on a GPU (2.13)."""
     return isinstance(error, RuntimeError) and any(part in str(error) for part in _OUT_OF_MEMORY)
 
 
 def expanded(path: Any) -> Any:
-    """A path with its home folder expanded, unless something of that very name is there."""
+    """A path with its home folder expanded, unless a file has exactly that name."""
     if isinstance(path, str) and path.startswith("~") and not os.path.lexists(path):
-        return os.path.expanduser(path)  # noqa: PTH111  # Path's raises for a user that there is not
+        return os.path.expanduser(path)  # noqa: PTH111  # Path's raises for an unknown user
     return path
 
 
 def wants_color() -> bool | None:
-    """Whether the environment asks for colour and styles; None leaves it to the stream: a terminal has them.
+    """Whether the environment asks for colour and styles; None lets the stream decide: only a terminal has them.
 
     Source: no-color.org; bixense.com/clicolors. NO_COLOR and FORCE_COLOR count if they are not empty.
     """
@@ -116,21 +116,21 @@ def is_dumb_terminal() -> bool:
 
 
 def line_width() -> int | None:
-    """Characters that a line of text may take before it is folded: the terminal's; None in a pipe."""
+    """The width of the terminal in characters, for wrapping text; None in a pipe."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def table_width() -> int | None:
-    """Characters that a table may take: the terminal's, or COLUMNS in a pipe too; None if neither is known."""
+    """The width for tables in characters: the terminal's, or COLUMNS even in a pipe; None if neither is known."""
     is_known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
     return shutil.get_terminal_size().columns if is_known else None
 
 
 def write_output(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all, or to standard output.
+    """Write a file atomically, or to standard output.
 
     Raises:
-        OSError: the disk is full or not writable; the old file is as it was.
+        OSError: the disk is full or not writable; an existing file is unchanged.
     """
     from prefix_runtime.files import write_file_atomically
 
@@ -141,7 +141,7 @@ def write_output(path: Path, content: bytes) -> None:
 
 
 def print_fields(fields: dict[str, str], as_json: bool) -> None:
-    """Print names and values, a line each or as JSON."""
+    """Print names and values, one per line or as JSON."""
     if as_json:
         click.echo(json.dumps(fields))
         return
@@ -151,7 +151,7 @@ def print_fields(fields: dict[str, str], as_json: bool) -> None:
 
 
 def _print_anything() -> None:
-    """Let characters that a stream's encoding lacks be printed in plain ones, not end the program."""
+    """Replace characters that a stream's encoding lacks by plain ones, instead of failing."""
     codecs.register_error(_PLAIN_ERRORS, _in_plain)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":

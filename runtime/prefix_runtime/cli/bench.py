@@ -1,4 +1,4 @@
-"""`bench` on the command line: its flags, its progress and its output; the exporter's command adds to these."""
+"""The command `bench`: its options, progress and output. The exporter's command adds options to these."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _numbers(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> tuple[int, ...]:
-    """The whole numbers of an option that may be repeated and has them with commas between."""
+    """The whole numbers of a repeatable option with comma-separated values."""
     try:
         return tuple(int(part) for value in values for part in value.split(","))
     except ValueError as error:
@@ -43,10 +43,10 @@ _OPTIONS = (
         callback=_numbers,
         multiple=True,
         metavar="N,N,...",
-        help="Of random prefixes, 0 for none; not of baked bundles. Repeatable. Default: 0,1,5,10,20,50,100,200.",
+        help="Lengths of random prefixes, 0 for none; not if baked. Repeatable. Default: 0,1,5,10,20,50,100,200.",
     ),
     click.option(
-        "--task", "tasks", multiple=True, help="A task of the bundle to measure too. Repeatable. Default: the first 8."
+        "--task", "tasks", multiple=True, help="Also measure this task of the bundle. Repeatable. Default: the first 8."
     ),
     click.option(
         "--prompt-length",
@@ -54,7 +54,7 @@ _OPTIONS = (
         callback=_numbers,
         multiple=True,
         metavar="N,N,...",
-        help="Tokens of random prompts. Repeatable. Default: 32.",
+        help="Lengths of random prompts in tokens. Repeatable. Default: 32.",
     ),
     click.option(
         "--batch-size",
@@ -62,26 +62,32 @@ _OPTIONS = (
         callback=_numbers,
         multiple=True,
         metavar="N,N,...",
-        help="Rows that are decoded together. Repeatable. Default: 1.",
+        help="Rows that decode together. Repeatable. Default: 1.",
     ),
-    click.option("--new-tokens", type=int, help="Of each generation, 2 or more. Default: 32."),
-    click.option("--rounds", type=int, help="In which every row runs once, in shuffled order. Default: 7."),
-    click.option("--threads", type=int, help="Of one run. Default: onnxruntime's choice."),
-    click.option("--provider", help="Execution provider: cpu or cuda. Default: cpu."),
-    click.option("--against", type=PATH, help="Another bundle, measured in the same rounds, or a report's JSON."),
+    click.option("--new-tokens", type=int, help="New tokens of each generation, 2 or more. Default: 32."),
+    click.option("--rounds", type=int, help="Rounds; every row runs once in each, in shuffled order. Default: 7."),
+    click.option("--threads", type=int, help="CPU threads for one run. Default: onnxruntime decides."),
+    click.option("--provider", help="Execution provider: cpu, cuda or tensorrt-engine. Default: cpu."),
+    click.option(
+        "--against", type=PATH, help="Compare with this bundle, in the same rounds, or with this JSON report."
+    ),
     click.option(
         "--json",
         type=PATH,
-        help="Write the report there as JSON, for --against and for programs; - is standard output.",
+        help="Write the report to this file as JSON, for --against and for programs; - is standard output.",
     ),
-    click.option("--csv", type=PATH, help="Write the rows there as CSV; - is standard output."),
-    click.option("--html", type=PATH, help="Write the report there as one HTML page with plots; - is standard output."),
-    click.option("--png", type=PATH, help="Write the plots there; needs matplotlib: prefix-runtime[report]."),
+    click.option("--csv", type=PATH, help="Write the rows to this file as CSV; - is standard output."),
+    click.option(
+        "--html", type=PATH, help="Write the report to this file as an HTML page with charts; - is standard output."
+    ),
+    click.option(
+        "--png", type=PATH, help="Write the charts to this file; needs matplotlib, in prefix-runtime[report]."
+    ),
 )
 
 
 def bench_options(function: F) -> F:
-    """The options of every `bench` command, for `run`."""
+    """Add the options of every `bench` command, for `run`."""
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
@@ -93,8 +99,8 @@ def bench_options(function: F) -> F:
 def bench(bundle: Path, **flags: Any) -> None:
     """Measure BUNDLE at several prefix lengths, and its tasks, in interleaved rounds.
 
-    Prints time to first token, inter-token latency and tokens a second beside what reading memory allows, the overhead
-    against no prefix, the cost of selecting a task and of opening the bundle.
+    Prints time to first token, inter-token latency, tokens per second beside the limit of memory bandwidth, the
+    overhead against no prefix, and the cost of selecting a task and of opening the bundle.
     """
     check_flags(flags)
     check_bundle(bundle, flags)
@@ -103,13 +109,13 @@ def bench(bundle: Path, **flags: Any) -> None:
 
 
 def run(bundle: Path, flags: dict[str, Any], on_step: StepListener) -> None:
-    """Measure a bundle as the flags of `bench_options` say, print the tables and write the files."""
+    """Measure a bundle with the flags of `bench_options`, print the tables and write the files."""
     from prefix_runtime.bench.report.tables import as_text
 
     report, comparison = _measure(bundle, flags, on_step)
     on_step(0, 0, "")
     if STANDARD_OUTPUT not in (flags[name] for name in _OUTPUTS):
-        # Before the files, so that it is not lost if one of them cannot be written.
+        # Print before writing files, so that the result is not lost if a file cannot be written.
         click.echo(as_text(report, comparison, line_width=line_width(), table_width=table_width()), nl=False)
     for name in _OUTPUTS:
         if flags[name]:
@@ -117,10 +123,12 @@ def run(bundle: Path, flags: dict[str, Any], on_step: StepListener) -> None:
 
 
 def check_bundle(bundle: Path, flags: dict[str, Any]) -> None:
-    """Refuse a bundle that is none, or that nothing of what is to be measured fits.
+    """Check that there is a bundle, and that at least one row fits it.
 
     Raises:
-        BundleError, BundleIntegrityError, BenchError, UnknownTaskError
+        BundleError, BundleIntegrityError: there is no bundle, or its files are missing.
+        BenchError: no row fits the bundle.
+        UnknownTaskError: the bundle does not have a named task.
     """
     from prefix_runtime.bench.plan import plan_rows
     from prefix_runtime.bundle.folder import Bundle
@@ -131,12 +139,12 @@ def check_bundle(bundle: Path, flags: dict[str, Any]) -> None:
 
 
 def check_flags(flags: dict[str, Any]) -> None:
-    """Refuse what cannot be measured, compared with or written, before anything is built or measured.
+    """Check the options before anything is built or measured.
 
     Raises:
-        BenchError: a number out of range, a report that is none, a folder that is missing or in the way, two outputs
-            in one file, or the picture's library is not installed.
-        ProviderError: the provider is unknown or not installed, or cannot have so many threads.
+        BenchError: a number is out of range, a file is not a report, an output cannot be written, two outputs name one
+            file, or matplotlib is not installed.
+        ProviderError: the provider is unknown or not installed, or cannot use that number of threads.
     """
     from prefix_runtime.backends.options import check_threads
     from prefix_runtime.backends.registry import check_known
@@ -160,7 +168,7 @@ def check_flags(flags: dict[str, Any]) -> None:
             raise BenchError(f"--{name} {path}: expected a file in a folder that exists, or -, found {obstacle}")
     if flags["png"]:
         _check_png(flags["png"])
-    if request.provider != "cpu":  # which every onnxruntime has, so that it need not be imported
+    if request.provider != "cpu":  # every onnxruntime has cpu: no need to import it
         from prefix_runtime.backends.onnxruntime.providers import check_provider
 
         check_provider(request.provider)
@@ -170,24 +178,24 @@ def _check_png(path: Path) -> None:
     from prefix_runtime.bench.report.png import check_library
 
     if path == STANDARD_OUTPUT and sys.stdout.isatty():
-        raise BenchError("--png -: expected a pipe or a file to write a picture to, found a terminal")
+        raise BenchError("--png -: expected a pipe or a file for the image, found a terminal")
     check_library()
 
 
 def _obstacle(path: Path) -> str | None:
-    """What keeps a file from being written."""
+    """The reason why a file cannot be written; None if it can."""
     if path.is_dir():
         return "a folder of that name"
     if not path.parent.is_dir():
         return f"no folder {path.parent}"
     if path.exists() and not path.is_file():
-        return "something of that name that is no file"
+        return "something of that name that is not a file"
     return None if os.access(path.parent, os.W_OK) else f"that {path.parent} is not writable"
 
 
 @contextmanager
 def progress() -> Iterator[StepListener]:
-    """A line with what is measured and the time that is left, on a terminal; silence in a pipe."""
+    """Show the current step and the remaining time in one line on a terminal, and nothing in a pipe."""
     if not sys.stderr.isatty() or is_dumb_terminal():
         yield lambda done, total, text: None
         return
@@ -199,7 +207,7 @@ def progress() -> Iterator[StepListener]:
 
 
 class _ProgressLine:
-    """One line of standard error, written over and over; an empty text clears it."""
+    """One line on standard error that is overwritten each time; an empty text clears it."""
 
     def __init__(self) -> None:
         self._started: float | None = None
@@ -212,7 +220,7 @@ class _ProgressLine:
         click.echo(f"\r\x1b[2K{shown[:width]}", err=True, nl=False)
 
     def _left(self, done: int, total: int) -> str:
-        # Opening takes another time than a row: until some rows are done there is nothing to go by.
+        # Opening and rows take different times: an estimate needs some finished rows.
         if self._started is None or done * 10 < total:
             return ""
         seconds = (time.perf_counter() - self._started) / done * (total - done)
@@ -249,13 +257,13 @@ def _read_report(path: Path) -> BenchReport:
 
 
 def _request(flags: dict[str, Any]) -> BenchRequest:
-    """What was asked for; what was not is left to the request's own defaults."""
+    """The request with the options that the user named; the others keep the request's defaults."""
     from prefix_runtime.bench.request import BenchRequest
 
-    lists = ("prefix_lengths", "prompt_lengths", "batch_sizes", "tasks")
-    given = {name: flags[name] for name in lists if flags[name]}
+    names = ("prefix_lengths", "prompt_lengths", "batch_sizes", "tasks")
+    lists = {name: flags[name] for name in names if flags[name]}
     plain = {name: flags[name] for name in ("new_tokens", "rounds", "threads", "provider") if flags[name] is not None}
-    return BenchRequest(**given, **plain)
+    return BenchRequest(**lists, **plain)
 
 
 def _content(name: str, report: BenchReport, comparison: Comparison | None) -> bytes:
@@ -276,7 +284,7 @@ def _content(name: str, report: BenchReport, comparison: Comparison | None) -> b
 
 
 def _shown_command(context: click.Context) -> str:
-    """The command as it was given, without the folders of files, which may name people."""
+    """The command line, without the folders of files, because they may contain personal names."""
     parts = [context.command_path]
     for parameter in context.command.params:
         name = parameter.name or ""
@@ -289,7 +297,7 @@ def _shown_command(context: click.Context) -> str:
 
 
 def _shown_values(value: Any) -> list[str]:
-    """One text for each time that the option has to be given; an empty one where it takes no value."""
+    """One text for each repetition of the option; an empty one for a flag."""
     if isinstance(value, tuple):
         return [",".join(map(str, value))] if value and isinstance(value[0], int) else list(value)
     if value is True:

@@ -1,4 +1,4 @@
-"""The command `generate`: flags, and the text that it prints."""
+"""The command `generate`: its options and output."""
 
 from __future__ import annotations
 
@@ -31,64 +31,76 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "se
 @click.command()
 @click.argument("bundle", type=BUNDLE)
 @click.argument("prompt", required=False)
-@click.option("--token-ids", metavar="IDS", help="Token ids with commas between them, in place of PROMPT.")
-@click.option("--task", "names", multiple=True, help="Whose prefix to use; repeat to compare. Default: the bare model.")
-@click.option("--max-new-tokens", type=int, help="New tokens at most. Default: the model's, or else 256.")
-@click.option("--temperature", type=float, help="0 takes the most likely token. Default: the model's, or else 0.")
-@click.option("--top-k", type=int, help="Keep the k most likely tokens. Default: the model's, or else all.")
+@click.option("--token-ids", metavar="IDS", help="Comma-separated token ids instead of PROMPT.")
+@click.option("--task", "names", multiple=True, help="Task to use; repeat to compare. Default: the bare model.")
+@click.option("--max-new-tokens", type=int, help="Maximum number of new tokens. Default: the model's, otherwise 256.")
+@click.option("--temperature", type=float, help="0 takes the most likely token. Default: the model's, otherwise 0.")
+@click.option("--top-k", type=int, help="Sample from the k most likely tokens. Default: the model's, otherwise all.")
 @click.option(
-    "--top-p", type=float, help="Keep tokens that make up this probability. Default: the model's, or else all."
+    "--top-p",
+    type=float,
+    help="Sample from the most likely tokens with this total probability. Default: the model's, otherwise all.",
 )
 @click.option(
-    "--min-p", type=float, help="Keep tokens this likely against the best. Default: the model's, or else all."
-)
-@click.option("--repetition-penalty", type=float, help="Above 1 discourages. Default: the model's, or else 1.")
-@click.option("--seed", type=int, help="Makes sampling repeatable.")
-@click.option("--num-beams", type=int, help="Beams of a beam search; 1 for none. Default: the model's, or else 1.")
-@click.option(
-    "--num-return-sequences", type=int, help="Texts to print, the best first. Default: the model's, or else 1."
+    "--min-p",
+    type=float,
+    help="Sample from tokens at least this likely relative to the best. Default: the model's, otherwise all.",
 )
 @click.option(
-    "--length-penalty", type=float, help="With beams, above 0 favours long texts. Default: the model's, or else 1."
+    "--repetition-penalty",
+    type=float,
+    help="Above 1 makes repeated tokens less likely. Default: the model's, otherwise 1.",
 )
-@click.option("--stop", multiple=True, help="End before this text; repeatable. Default: the model's.")
+@click.option("--seed", type=int, help="Seed of sampling, for repeatable text.")
+@click.option("--num-beams", type=int, help="Beams of a beam search; 1 for none. Default: the model's, otherwise 1.")
+@click.option(
+    "--num-return-sequences",
+    type=int,
+    help="Number of texts from a beam search, best first. Default: the model's, otherwise 1.",
+)
+@click.option(
+    "--length-penalty",
+    type=float,
+    help="With beams: above 0 favours long texts. Default: the model's, otherwise 1.",
+)
+@click.option("--stop", multiple=True, help="End before this text. Repeatable. Default: the model's.")
 @click.option(
     "--end-token",
     "ends",
     multiple=True,
     metavar="ID|TOKEN",
-    help="End at this token; repeatable. Default: the model's.",
+    help="End at this token. Repeatable. Default: the model's.",
 )
 @click.option(
     "--set",
     "settings",
     multiple=True,
     metavar="NAME=JSON",
-    help="Another setting of generation_config.json, such as min_new_tokens=5; null turns it off. Repeatable.",
+    help="Any other setting of generation_config.json, such as min_new_tokens=5; null turns it off. Repeatable.",
 )
 @click.option(
     "--provider",
     default="cpu",
     show_default=True,
-    help="Execution provider: cpu, cuda, tensorrt, tensorrt-rtx; tensorrt-engine runs an engine of the bundle.",
+    help="Execution provider: cpu, cuda, tensorrt, tensorrt-rtx; tensorrt-engine runs the bundle's TensorRT engine.",
 )
-@click.option("--threads", type=int, help="Of one run. Default: onnxruntime's choice.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a task when it is done, do not stream.")
-@click.option("--metrics/--no-metrics", default=None, help="Print latencies to stderr. Default: on a terminal.")
+@click.option("--threads", type=int, help="CPU threads for one run. Default: onnxruntime decides.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per task at its end, without streaming.")
+@click.option("--metrics/--no-metrics", default=None, help="Print latencies to stderr. Default: only on a terminal.")
 def generate(bundle: Path, prompt: str | None, token_ids: str | None, names: tuple[str, ...], **flags: Any) -> None:
-    """Generate text from PROMPT with BUNDLE; without PROMPT it is read from standard input.
+    """Generate text from PROMPT with BUNDLE. Without PROMPT, the command reads standard input.
 
-    The text streams, except with beams: they are printed when the search is over, several with their scores.
+    The text streams. With beams, the command prints it when the search has ended, and several texts with their scores.
     """
     if prompt is not None and token_ids is not None:
-        raise click.UsageError("give either PROMPT or --token-ids")
+        raise click.UsageError("use either PROMPT or --token-ids")
     settings = _settings(flags["settings"])
     _check_generation(bundle, names, flags)
     request = _prompt(prompt, token_ids)
 
     from prefix_runtime.engine import load  # after the checks, as it imports onnxruntime
 
-    # A large bundle's graph is kept, for seconds, at the first opening.
+    # The first opening of a large bundle takes seconds longer, because the runtime packs a copy of its graph.
     with _log_on_stderr():
         engine = load(bundle, provider=flags["provider"], threads=flags["threads"])
     options = _options(flags, settings, engine)
@@ -136,14 +148,14 @@ def _prompt(prompt: str | None, token_ids: str | None) -> dict[str, Any]:
             ) from error
     if prompt is None:
         try:
-            prompt = sys.stdin.read().removesuffix("\n")  # the one that ends a line of text, not part of it
+            prompt = sys.stdin.read().removesuffix("\n")  # a newline at the end is not part of the prompt
         except UnicodeDecodeError as error:
             raise RequestError(f"standard input: expected UTF-8 text, found {error}") from error
     return {"prompt": prompt}
 
 
 def _check_generation(bundle: Path, names: tuple[str, ...], flags: dict[str, Any]) -> None:
-    """Refuse what a bundle cannot run, before onnxruntime is imported and the prompt is read."""
+    """Check the options before onnxruntime is imported and the prompt is read."""
     from prefix_runtime.backends.options import check_threads
     from prefix_runtime.backends.registry import check_fits
     from prefix_runtime.bundle.folder import Bundle
@@ -160,18 +172,18 @@ def _check_generation(bundle: Path, names: tuple[str, ...], flags: dict[str, Any
     if flags["threads"] is not None:
         check_threads(flags["threads"])
     opened = Bundle.open(bundle)
-    asked = {name: flags[name] for name in _BEAMS}
-    GenerationDefaults.of_config(asked, opened.manifest.geometry.vocab_size)
+    beams = {name: flags[name] for name in _BEAMS}
+    GenerationDefaults.of_config(beams, opened.manifest.geometry.vocab_size)
     check_fits(flags["provider"], opened)
     store = TaskStore(opened)
     for name in names:
         store.get(name)
 
 
-def _settings(given: tuple[str, ...]) -> dict[str, Any]:
-    """The settings of `NAME=JSON` texts."""
+def _settings(texts: tuple[str, ...]) -> dict[str, Any]:
+    """The settings in texts `NAME=JSON`."""
     settings: dict[str, Any] = {}
-    for text in given:
+    for text in texts:
         name, separator, value = text.partition("=")
         try:
             settings[name] = json.loads(value)
@@ -198,11 +210,11 @@ def _options(flags: dict[str, Any], settings: dict[str, Any], engine: Engine) ->
 
 
 def _is_searched(engine: Engine, options: GenerationOptions) -> bool:
-    """Whether beams are searched, whose text cannot be streamed."""
+    """Whether the request is a beam search, whose text cannot be streamed."""
     defaults = engine.generation_defaults(cast("GenerationConfig | None", options["generation_config"]))
     sampling = cast("Sampling | None", options["sampling"]) or defaults.sampling
-    asked = options["num_beams"]
-    return (asked or defaults.num_beams) > 1 and (sampling.is_greedy or asked is not None)
+    requested = options["num_beams"]
+    return (requested or defaults.num_beams) > 1 and (sampling.is_greedy or requested is not None)
 
 
 def _print_title(parts: list[str]) -> None:
@@ -256,5 +268,5 @@ def _as_json(result: GenerationResult) -> dict[str, Any]:
 
 def _sequence(sequence: GeneratedSequence) -> dict[str, Any]:
     shown = asdict(sequence)
-    del shown["token_logprobs"]  # no flag asks for them
+    del shown["token_logprobs"]  # there is no option for them
     return shown

@@ -1,7 +1,6 @@
-"""`prefix-runtime`, the command line of the device: flags and printed text, nothing else.
+"""The command line `prefix-runtime`: flags and printed text, nothing else.
 
-The commands are plain `click` objects; `prefix_export.cli.main` offers those that need no more than the runtime as its
-own.
+The commands are plain `click` objects; `prefix_export.cli.main` also offers those that need only the runtime.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ if TYPE_CHECKING:
 @click.group(cls=ErrorReportingGroup)
 @click.version_option(__version__)
 def main() -> None:
-    """Run a frozen model under trained prefixes, one per task."""
+    """Run a frozen model with trained prefixes, one per task."""
 
 
 @main.command()
 @click.argument("path", type=BUNDLE)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(path: Path, as_json: bool) -> None:
-    """Say what the bundle or prefix file at PATH holds."""
+    """Describe the bundle or prefix file at PATH."""
     from prefix_runtime.bundle.folder import Bundle
     from prefix_runtime.prefix.prefix import Prefix
 
@@ -59,23 +58,24 @@ def verify(bundle: Path) -> None:
 
 @main.command()
 @click.argument("bundle", type=BUNDLE)
-@click.option("--remove", is_flag=True, help="Remove what was kept instead.")
+@click.option("--remove", is_flag=True, help="Remove the packed copy instead.")
 def prepare(bundle: Path, remove: bool) -> None:
-    """Keep BUNDLE's graph as onnxruntime packs it for this processor, so that it opens faster from now on.
+    """Save a copy of BUNDLE's graph, packed for this processor, so that BUNDLE opens faster from now on.
 
-    It is kept in the user's cache folder, or in PREFIX_RUNTIME_CACHE, and takes about twice the bundle's size. Of a
-    bundle of a gigabyte or more the first opening does so by itself, unless its weights have 4 bits. What was kept
-    before is compared with its SHA-256.
+    The copy is saved in your cache folder, or in PREFIX_RUNTIME_CACHE, and takes about twice the bundle's size. The
+    first opening of a bundle of 1 GB or more saves it automatically, unless its weights have 4 bits. An existing copy
+    is compared with its SHA-256.
     """
     from prefix_runtime.bundle.folder import Bundle
 
     opened = Bundle.open(bundle)
     from prefix_runtime.backends.onnxruntime import (
-        automatic_packing as packing,  # after the bundle was found, as it imports onnxruntime
+        automatic_packing as packing,  # imports onnxruntime: only after the bundle was opened
     )
 
     if remove:
-        click.echo(f"removed what was kept of {bundle}" if packing.discard_packed(opened) else "nothing was kept")
+        is_removed = packing.discard_packed(opened)
+        click.echo(f"removed the packed copy of {bundle}" if is_removed else "there is no packed copy")
         return
     graph = packing.pack_for_good(opened, compares=True)
     size = sum(path.stat().st_size for path in graph.parent.iterdir())
@@ -128,7 +128,7 @@ main.add_command(generate)
 
 
 def add_to_bundle(bundle: Path, prefix: str, read: Callable[[Path, Bundle], Prefix]) -> None:
-    """Add what `read` makes of `[TASK=]PATH` to a bundle and print that; the name is checked first."""
+    """Add the prefix that `read` returns for `[TASK=]PATH` to a bundle, after a check of the name, and print it."""
     from prefix_runtime.bundle.folder import Bundle
     from prefix_runtime.bundle.task_names import check_new_task_name
 
@@ -141,21 +141,21 @@ def add_to_bundle(bundle: Path, prefix: str, read: Callable[[Path, Bundle], Pref
 
 
 def split_task(text: str) -> tuple[str, Path]:
-    """The task and the path in `[TASK=]PATH`; without a task the file's or the folder's name."""
+    """The task and the path in `[TASK=]PATH`; without a task, the name of the file or folder."""
     name, path = split_named(text)
     if name is not None:
         return name, path
-    # A Hub id may have a revision behind it, which names no task.
-    told = path if path.exists() else Path(str(path).partition("@")[0])
-    # PEFT's file is called alike in every folder: the folder's name tells more.
-    named = told.absolute().parent if told.stem == "adapter_model" else told.absolute()
-    return (named.name if told.is_dir() or named != told.absolute() else named.stem), path
+    # The revision of a Hub id is not part of the name.
+    plain = path if path.exists() else Path(str(path).partition("@")[0])
+    # PEFT's file has the same name in every folder: use the folder's name.
+    source = plain.absolute().parent if plain.stem == "adapter_model" else plain.absolute()
+    return (source.name if plain.is_dir() or source != plain.absolute() else source.stem), path
 
 
 def split_named(text: str) -> tuple[str | None, Path]:
-    """The task, or None, and the path in `[TASK=]PATH`; a path that is there and has a `=` in it is a path."""
+    """The task, or None, and the path in `[TASK=]PATH`; an existing path with a `=` in it is a path."""
     name, separator, rest = text.partition("=")
-    if not separator or os.path.exists(text):  # noqa: PTH110  # Path's raises where the name is too long for one
+    if not separator or os.path.exists(text):  # noqa: PTH110  # Path's raises if the name is too long
         return None, Path(expanded(text))
     if not rest:
         raise click.UsageError(f"expected [TASK=]PATH, found {text!r} without a path")
@@ -163,15 +163,15 @@ def split_named(text: str) -> tuple[str | None, Path]:
 
 
 def verified(bundle: Bundle) -> str:
-    """Verify a bundle's hashes and prefixes; returns the line that says so."""
+    """Verify a bundle's hashes and prefixes, and return a line with the result."""
     bundle.verify()
     for name in bundle.tasks:
         bundle.prefix(name)
-    return f"{bundle.root}: {len(bundle.entries())} files and {len(bundle.tasks)} prefixes are as the manifest says"
+    return f"{bundle.root}: {len(bundle.entries())} files and {len(bundle.tasks)} prefixes match the manifest"
 
 
 def print_bundle(bundle: Bundle, as_json: bool) -> None:
-    """Print what a bundle holds."""
+    """Print a description of a bundle."""
     from prefix_runtime.bundle.certificate import agreement_of
     from prefix_runtime.generation.generation_config import shown_defaults
 

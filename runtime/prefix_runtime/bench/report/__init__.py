@@ -1,1 +1,1 @@
-"""Figures for people: tables, plots, a page."""
+"""The report of a benchmark for people: tables, charts, an HTML page."""

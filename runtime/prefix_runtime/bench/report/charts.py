@@ -1,4 +1,4 @@
-"""A bench as charts: what is drawn, whatever draws it. Milliseconds, because people read them."""
+"""The charts of a bench, independent of the drawing library. They show milliseconds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Row = TypeVar("_Row", Cell, Switch)
 
 @dataclass(frozen=True)
 class Point:
-    """A figure with its spread, and what it is, in words."""
+    """A value with its spread, and a description."""
 
     x: float
     y: float
@@ -31,13 +31,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one kind: "line" joins and marks them, "dashed" joins them, "marks" marks them.
+    """Points of one kind.
 
     Attributes:
-        name: for the legend.
-        colour: which of the picture's colours, from 0.
-        style: as above.
-        points: by x.
+        name: the name in the legend.
+        colour: the index of the colour, from 0.
+        style: "line" joins and marks the points, "dashed" only joins them, "marks" only marks them.
+        points: the points, by ascending x.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Series:
 
 @dataclass(frozen=True)
 class LineChart:
-    """Series over a common x; the y axis reaches down to 0."""
+    """Series over a common x axis; the y axis includes 0."""
 
     title: str
     x_label: str
@@ -58,7 +58,7 @@ class LineChart:
 
 @dataclass(frozen=True)
 class BarChart:
-    """A stacked bar for each category: parts by name, each with a value for every category."""
+    """A stacked bar for each category; each part has a name and one value for every category."""
 
     title: str
     x_label: str
@@ -87,7 +87,7 @@ def setting_charts(report: BenchReport, setting: tuple[int, int], comparison: Co
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers, about five steps, that reach from `low` or below to `high` or above."""
+    """Round numbers in about five steps that cover the range from `low` to `high`."""
     span = high - low or 1.0
     power = 10.0 ** math.floor(math.log10(span / _TICKS))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power * _TICKS >= span)
@@ -97,13 +97,13 @@ def ticks(low: float, high: float) -> list[float]:
 def line_ticks(chart: LineChart) -> tuple[list[float], list[float]]:
     """The ticks of both axes, around all points and their spread."""
     points = [point for series in chart.series for point in series.points]
-    # Positions are whole: with fewer the ticks would be fractions.
+    # Positions are whole numbers: a smaller range would have fractions as ticks.
     x = ticks(0, max([_TICKS, *(point.x for point in points)]))
     return x, ticks(min([0.0, *(point.low for point in points)]), max([0.0, *(point.high for point in points)]))
 
 
 def selection_chart(report: BenchReport) -> LineChart | None:
-    """What it costs to select a task, cold and warm; None where no row has a prefix."""
+    """The cost of selecting a task, cold and warm; None if no row has a prefix."""
     if not report.switches:
         return None
     kinds = (("cold: a task's first request", "cold"), ("warm: later requests", "warm"))
@@ -150,7 +150,7 @@ def _first_token(name: str, cells: list[Cell]) -> BarChart:
 def _step(name: str, report: BenchReport, cells: list[Cell]) -> BarChart:
     floors = [report.step_floor(cell) for cell in cells]
     medians = [cell.quartiles("inter_token_latency").median for cell in cells]
-    # A step that is faster than the floor has nothing left: a bar cannot be negative.
+    # A step faster than the floor leaves no rest, because a bar cannot be negative.
     rest = (max(0.0, median - floor.seconds) for median, floor in zip(medians, floors, strict=True))
     return BarChart(
         _named("A decode step", name),
@@ -167,10 +167,10 @@ def _step(name: str, report: BenchReport, cells: list[Cell]) -> BarChart:
 def _both(
     names: tuple[str, str], colour: int, rows: Iterable[_Row], points: Callable[[Iterable[_Row]], Iterable[Point]]
 ) -> list[Series]:
-    """Random prefixes, joined by their length, and the bundle's tasks, as marks."""
-    held = list(rows)
-    plain = sorted((row for row in held if not row.task), key=lambda row: row.prefix_length)
-    tasks = [row for row in held if row.task]
+    """Random prefixes as a line over their length, and the bundle's tasks as marks."""
+    listed = list(rows)
+    plain = sorted((row for row in listed if not row.task), key=lambda row: row.prefix_length)
+    tasks = [row for row in listed if row.task]
     return [
         Series(names[0], colour, "line", tuple(points(plain))),
         Series(names[1], colour, "marks", tuple(points(tasks))),
@@ -178,12 +178,12 @@ def _both(
 
 
 def _drawn(series: Iterable[Series]) -> tuple[Series, ...]:
-    """Those that have points."""
+    """The series that have points."""
     return tuple(each for each in series if each.points)
 
 
-def _named(what: str, name: str) -> str:
-    return f"{what}, {name}" if name else what
+def _named(content: str, name: str) -> str:
+    return f"{content}, {name}" if name else content
 
 
 def _points(cells: Iterable[Cell], figure: str) -> Iterable[Point]:

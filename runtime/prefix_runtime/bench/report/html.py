@@ -1,4 +1,4 @@
-"""A bench as one HTML page that needs nothing else: tables, and plots legible in light and in dark."""
+"""A bench as one self-contained HTML page: tables, and charts for light and dark mode."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ tbody th { font-weight: 400; }
 
 
 def as_html(report: BenchReport, comparison: Comparison | None = None) -> str:
-    """A report, and what it is compared with, as the text of an HTML page."""
+    """A report, with an optional comparison, as an HTML page."""
     title = f"Bench of {report.subject.label}"
     parts = [*_introduction(report, title, comparison), *_settings(report, comparison), *_general(report, comparison)]
     return (

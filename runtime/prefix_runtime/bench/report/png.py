@@ -1,4 +1,4 @@
-"""A bench's charts as a PNG picture, drawn by matplotlib."""
+"""The charts of a bench as a PNG image, drawn by matplotlib."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _MARGIN = 0.04
 
 
 def as_png(report: BenchReport, comparison: Comparison | None = None) -> bytes:
-    """A report's charts, and what it is compared with, as the content of a PNG file.
+    """The charts of a report, with an optional comparison, as the bytes of a PNG file.
 
     Raises:
-        BenchError: matplotlib is not installed.
+        BenchError: matplotlib is not installed; the message says how to install it.
     """
     check_library()
     from matplotlib.figure import Figure
@@ -50,17 +50,17 @@ def as_png(report: BenchReport, comparison: Comparison | None = None) -> bytes:
 
 
 def check_library() -> None:
-    """Refuse to draw where there is nothing to draw with.
+    """Check that matplotlib is installed.
 
     Raises:
-        BenchError: matplotlib is not installed.
+        BenchError: it is not; the message says how to install it.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise BenchError("PNG: expected matplotlib, found none; pip install 'prefix-runtime[report]'")
 
 
 def _charts(report: BenchReport, comparison: Comparison | None) -> list[tuple[Chart, str]]:
-    """Every chart, with what it belongs to."""
+    """Every chart, with its setting or bundle."""
     charts = [
         (chart, setting_name(setting))
         for setting in report.settings
@@ -78,7 +78,7 @@ def _draw(chart: Chart, axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if not axes.get_legend_handles_labels()[0]:
         return
-    # Below, where it can cover nothing.
+    # Below the chart, where it does not cover anything.
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=_LEGEND_COLUMNS, frameon=False, fontsize=8)
 
 
@@ -86,7 +86,7 @@ def _draw_lines(chart: LineChart, axes: Axes) -> None:
     for series in chart.series:
         _draw_series(series, axes)
     x_ticks, y_ticks = line_ticks(chart)
-    # A little more than the ticks, so that no mark is cut in half.
+    # Slightly beyond the ticks, so that no mark is cut in half.
     axes.set_xlim(-_MARGIN * x_ticks[-1], (1 + _MARGIN) * x_ticks[-1])
     axes.set_ylim((1 + _MARGIN) * y_ticks[0], y_ticks[-1] + _MARGIN * (y_ticks[-1] - y_ticks[0]))
     axes.set_xlabel(chart.x_label)

@@ -1,4 +1,4 @@
-"""Charts as SVG, for an HTML page whose style gives the colours: `--c0`, `--c1` and so on, for light and for dark."""
+"""Charts as SVG, for an HTML page whose style sheet defines the colours `--c0`, `--c1` and so on."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def describe(chart: Chart) -> str:
 
 
 def legend(chart: Chart) -> list[tuple[str, str]]:
-    """What a chart's colours stand for: name and class of the sample."""
+    """The legend of a chart: name and CSS class of each entry."""
     if isinstance(chart, LineChart):
         return [(each.name, f"c{each.colour % COLOURS} {each.style}") for each in chart.series]
     return [(part, f"c{index % COLOURS} bar") for index, (part, _) in enumerate(chart.parts)]
 
 
 class _Scale:
-    """Where on the picture a value lies."""
+    """Maps a value to its coordinate in the image."""
 
     def __init__(self, low: float, high: float, start: float, end: float) -> None:
         self._low, self._start = low, start

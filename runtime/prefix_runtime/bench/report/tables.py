@@ -1,4 +1,4 @@
-"""A bench as tables: what stands in them, and how they look on a terminal. Milliseconds, because people read them."""
+"""The tables of a bench, and their layout on a terminal. They show milliseconds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prefix_runtime.bench.measurements import (
 from prefix_runtime.text_table import as_table, folded
 
 WIDTH = 100
-"""Characters that a table takes on a terminal, at the most, where its first column can be cut to that."""
+"""Maximum width of a table in characters, if its first column can be shortened to fit."""
 
 _OPENING_SECONDS = ("import_seconds", "open_seconds")
 _OPENING_BYTES = ("opened_bytes", "generated_bytes", "resident_bytes")
@@ -42,13 +42,13 @@ def as_text(
     line_width: int | None = None,
     table_width: int | None = None,
 ) -> str:
-    """A report for a terminal, and what it is compared with.
+    """A report, with an optional comparison, as text for a terminal.
 
     Args:
-        report: what was measured.
-        comparison: with another report.
-        line_width: characters after which lines of text are folded; None folds none.
-        table_width: characters that a table may take; at most, and by default, `WIDTH`.
+        report: the report.
+        comparison: the comparison with another report.
+        line_width: characters after which text is wrapped; None does not wrap.
+        table_width: maximum characters of a table's line; `WIDTH` if None, and never more.
     """
     blocks = ["\n".join(folded(line, line_width) for line in headline(report))]
     printed = [*tables(report), *(comparison_tables(comparison) if comparison else ())]
@@ -58,7 +58,7 @@ def as_text(
 
 
 def headline(report: BenchReport) -> list[str]:
-    """What was measured, on what, and how, a line each."""
+    """The bundle, the machine, the versions and the method, one line each."""
     machine, request = report.machine, report.request
     threads = f"threads {request.threads}" if request.threads else "onnxruntime's choice of threads"
     bandwidth = quartiles(report.bandwidth)
@@ -73,13 +73,13 @@ def headline(report: BenchReport) -> list[str]:
 
 
 def tables(report: BenchReport) -> list[ReportTable]:
-    """Everything that a report says in figures."""
+    """All tables of a report."""
     tables_of_all = [table for setting in report.settings for table in setting_tables(report, setting)]
     return tables_of_all + general_tables(report)
 
 
 def setting_tables(report: BenchReport, setting: tuple[int, int]) -> list[ReportTable]:
-    """The tables of one prompt length and batch size: latencies, overhead where there is a prefix 0, breakdown."""
+    """The tables of one prompt length and batch size: latency, overhead if prefix 0 was measured, and breakdown."""
     cells, name = report.cells_of(setting), setting_name(setting)
     latency = ("prefix", "ms to first token", "floor", "ms a token", "floor", "tokens/s", "ceiling")
     overhead = ("prefix", *(f"{shown}, 95 % interval" for _, shown in _LATENCIES))
@@ -96,7 +96,7 @@ def setting_tables(report: BenchReport, setting: tuple[int, int]) -> list[Report
 
 
 def general_tables(report: BenchReport) -> list[ReportTable]:
-    """The tables that no prompt length or batch size belongs to: selecting a task, opening the bundle."""
+    """The tables for all settings: selecting a task, and opening the bundle."""
     general = []
     if report.switches:
         selecting = ("prefix", "ms cold, first request", "ms warm, later requests")
@@ -114,7 +114,7 @@ def general_tables(report: BenchReport) -> list[ReportTable]:
 
 
 def comparison_tables(comparison: Comparison) -> list[ReportTable]:
-    """Both reports' latencies and their ratios, for the rows that both have."""
+    """The latencies of both reports and their ratios, for the rows that both have."""
     compared = []
     for setting in comparison.report.settings:
         pairs = [pair for pair in comparison.cells if pair[0].setting == setting]
@@ -126,7 +126,7 @@ def comparison_tables(comparison: Comparison) -> list[ReportTable]:
 
 
 def notes(report: BenchReport, comparison: Comparison | None = None) -> list[str]:
-    """What a reader has to know to read the figures right, and what was not measured, a line each."""
+    """Explanations of the figures, and rows that were not measured, one line each."""
     return [*_notes(report), *(_comparison_notes(comparison) if comparison else ())]
 
 
@@ -136,7 +136,7 @@ def setting_name(setting: tuple[int, int]) -> str:
 
 
 def row_name(row: Cell | Opening | Switch) -> str:
-    """A row's name: its prefix length, with the task that it belongs to."""
+    """A row's name: its prefix length, with its task."""
     return f"{row.task} ({row.prefix_length})" if row.task else str(row.prefix_length)
 
 
@@ -195,7 +195,7 @@ def _overhead_row(report: BenchReport, cell: Cell) -> tuple[str, ...]:
 def _breakdown_row(report: BenchReport, cell: Cell) -> tuple[str, ...]:
     floor = report.step_floor(cell)
     parts = [cell.quartiles(name).median for name in ("task_selection", "prefill", "first_step")]
-    # A step that is faster than the floor, which a note tells of, has nothing left.
+    # A step faster than the floor has no rest; a note says so.
     rest = max(0.0, cell.quartiles("inter_token_latency").median - floor.seconds)
     return (row_name(cell), *map(milliseconds, (*parts, floor.weights, floor.key_values, rest)))
 
@@ -205,7 +205,7 @@ def _switch_row(switch: Switch) -> tuple[str, ...]:
 
 
 def _opening_name(opening: Opening, *, several: bool) -> str:
-    """A row's name, with its prompt length and batch size where the bench has several."""
+    """A row's name, with its prompt length and batch size if the bench has several settings."""
     setting = f", {setting_name((opening.prompt_length, opening.batch_size))}" if several else ""
     return row_name(opening) + setting
 
@@ -248,7 +248,7 @@ def _spread(spread: Quartiles, scale: float, digits: int) -> str:
 
 
 def _digits(value: float) -> int:
-    """Digits behind the point that leave about four in all."""
+    """The number of decimals for about four digits in total."""
     return 1 if value >= 100 else 2 if value >= 1 else 3
 
 
