@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from prefix_export import targets
 from prefix_export.errors import ExportError, ModelError
 from prefix_export.models import BaseModel
@@ -19,9 +17,10 @@ from prefix_export.prefixes.reference import PrefixSource, SourcedPrefixes
 from prefix_export.progress import Progress
 from prefix_export.quantize.options import BITS
 from prefix_export.trace.attention import check_fast_flavour
-from prefix_runtime import LayerPrefix, Prefix
+from prefix_runtime import Prefix
 from prefix_runtime.bundle.task_names import check_free_task_name, task_key
 from prefix_runtime.files import check_room
+from prefix_runtime.prefix.cache_format import in_float16
 from prefix_runtime.prefix.geometry import LEAST_TEXT
 
 from .request import BuildRequest, CheckedRequest
@@ -94,7 +93,7 @@ def _fold_all(
             taken[task_key(name)] = name
             base.geometry.check_prefix(prefix, f"{path}{f', {part}' if part else ''}", base.fingerprint, max_length)
             own = replace(prefix, base_fingerprint=base.fingerprint)
-            prefixes[name] = _in_float16(own) if plan.cache == "fp16" else own
+            prefixes[name] = in_float16(own) if plan.cache == "fp16" else own
             sources[name] = PrefixSource(path, part)
             if prefix.head:
                 warnings.append(f"task {name!r}: its head ({', '.join(sorted(prefix.head))}) is not exported")
@@ -124,15 +123,6 @@ def _check_held_out_tasks(request: BuildRequest, prefixes: Mapping[str, Prefix])
     for task, path in request.held_out.items():
         if task is not None and task not in prefixes:
             raise ExportError(f"held-out text {path}: expected one of the tasks that are built, found {task!r}")
-
-
-def _in_float16(prefix: Prefix) -> Prefix:
-    """A prefix as keys and values of float16 take it, in half the bytes."""
-    sites = {
-        site: tuple(LayerPrefix(layer.key.astype(np.float16), layer.value.astype(np.float16)) for layer in layers)
-        for site, layers in prefix.sites.items()
-    }
-    return replace(prefix, sites=sites)
 
 
 def _max_length(request: BuildRequest, base: BaseModel) -> int:

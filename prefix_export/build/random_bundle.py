@@ -6,13 +6,12 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from prefix_export.models import BaseModel
 from prefix_export.models.random_model import random_base_model
 from prefix_export.progress import SILENT, Progress
-from prefix_runtime import Geometry, LayerGeometry, LayerPrefix, Prefix
+from prefix_runtime.prefix.random_prefix import random_prefix
 
 from .recipe import BuildRequest, BuildResult, build
 
@@ -44,17 +43,3 @@ def build_random(
             return base
 
         return build(replace(request, prefixes=paths, verify=False), progress, load)
-
-
-def random_prefix(geometry: Geometry, length: int, seed: int) -> Prefix:
-    """A prefix of normal random numbers for a model, the same for the same seed, float32."""
-    random = np.random.default_rng(seed)
-
-    def drawn(layer: LayerGeometry) -> np.ndarray:
-        return random.standard_normal((layer.key_value_heads, length, layer.head_dim), np.float32)
-
-    sites = {
-        site: tuple(LayerPrefix(drawn(layer), drawn(layer)) for layer in layers)
-        for site, layers in geometry.sites.items()
-    }
-    return Prefix(sites, position_base=length)

@@ -24,8 +24,13 @@ def expect(kind: type[T], value: Any, where: str, error: type[Exception]) -> T:
     """
     # JSON's true is Python's 1: a number must not be a truth value.
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise error(f"{where}: expected {kind.__name__}, found {type(value).__name__} {str(value)[:60]!r}")
+        raise unexpected(kind, value, where, error)
     return value
+
+
+def unexpected(kind: type, value: object, where: str, error: type[Exception]) -> Exception:
+    """The error for a value that is not what its type promises."""
+    return error(f"{where}: expected {kind.__name__}, found {type(value).__name__} {str(value)[:60]!r}")
 
 
 class Fields:
@@ -46,17 +51,17 @@ class Fields:
         self._content, self.where, self.error = content, where, error
 
     def has(self, key: str) -> bool:
-        """Whether there is such a field."""
+        """Whether the object has this field."""
         return key in self._content
 
     def get(self, key: str, kind: type[T]) -> T:
-        """The value of a field, of a type."""
+        """The value of a field, checked for its type."""
         if key not in self._content:
             raise self.error(f"{self.where}: {key}: expected {kind.__name__}, found nothing")
         return expect(kind, self._content[key], f"{self.where}: {key}", self.error)
 
     def optional(self, key: str, kind: type[T]) -> T | None:
-        """The value of a field, or None if there is none."""
+        """The value of a field, or None if the field is missing or null."""
         return None if self._content.get(key) is None else self.get(key, kind)
 
     def count(self, key: str, least: int = 0, most: int = 2**63 - 1) -> int:
@@ -77,7 +82,7 @@ class Fields:
         return [Fields(item, f"{self.where}: {key}[{index}]", self.error) for index, item in items]
 
     def named(self, key: str, read: Callable[[Fields], T]) -> dict[str, T]:
-        """An object whose values are objects, each of them read."""
+        """Read each object in an object of objects."""
         items = self.get(key, dict)
         places = {name: f"{self.where}: {key}.{name[:MOST_QUOTED]}" for name in items}
         return {name: read(Fields(item, places[name], self.error)) for name, item in items.items()}
@@ -127,10 +132,11 @@ class DataclassReader:
     def _object(self, kind: type[Any], value: Any, where: str) -> Any:
         content = self._scalar(dict, value, where)
         hints = get_type_hints(kind)
-        missing = [each.name for each in fields(kind) if each.name not in content]
+        names = [each.name for each in fields(kind)]
+        missing = [name for name in names if name not in content]
         if missing:
             raise self._error(f"{where}: {missing[0]}: expected a value, found nothing")
-        values = {name: self.read(hints[name], content[name], f"{where}: {name}") for name in _names(kind)}
+        values = {name: self.read(hints[name], content[name], f"{where}: {name}") for name in names}
         try:
             return kind(**values)
         except self._error as error:
@@ -147,7 +153,3 @@ class DataclassReader:
     def _scalar(self, kind: type[Any], value: Any, where: str) -> Any:
         read = self._scalars.get(kind)
         return expect(kind, value, where, self._error) if read is None else read(value, where)
-
-
-def _names(kind: type[Any]) -> list[str]:
-    return [each.name for each in fields(kind)]

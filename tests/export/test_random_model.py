@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from prefix_export.build.random_bundle import random_prefix
 from prefix_export.errors import ModelError, UnsupportedArchitectureError
 from prefix_export.models import fingerprint
 from prefix_export.models.random_model import KNOWN, random_base_model, random_config
+from prefix_runtime.prefix.random_prefix import random_prefix
 
 # Of the weights that their authors publish, tied ones once.
 PARAMETERS = {

@@ -12,7 +12,7 @@ from typing import Any
 
 from prefix_runtime.checks import is_finite, is_whole
 from prefix_runtime.errors import BenchError
-from prefix_runtime.json_reader import DataclassReader
+from prefix_runtime.json_reader import DataclassReader, expect, unexpected
 
 from .measurements import BYTES_PER_VALUE, BenchReport, Cell, Ratio, quartiles
 
@@ -125,20 +125,15 @@ def _refuse_constant(name: str) -> None:
 
 def _read_count(value: Any, where: str) -> int:
     if not is_whole(value, 0, _MOST):
-        raise _unexpected(int, value, where)
+        raise unexpected(int, value, where, BenchError)
     return value
 
 
 def _read_text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise _unexpected(str, value, where)
-    if len(value) > _LONGEST_TEXT or any(map(_is_control, value)):
-        raise BenchError(f"{where}: expected at most {_LONGEST_TEXT} characters, no control ones, found {value[:60]!r}")
-    return value
-
-
-def _unexpected(kind: type, value: Any, where: str) -> BenchError:
-    return BenchError(f"{where}: expected {kind.__name__}, found {type(value).__name__} {str(value)[:60]!r}")
+    text = expect(str, value, where, BenchError)
+    if len(text) > _LONGEST_TEXT or any(map(_is_control, text)):
+        raise BenchError(f"{where}: expected at most {_LONGEST_TEXT} characters, no control ones, found {text[:60]!r}")
+    return text
 
 
 def _is_control(character: str) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from prefix_runtime.bundle.folder import Bundle
-from prefix_runtime.prefix.cache_format import LARGEST
-from prefix_runtime.prefix.geometry import LayerGeometry
+from prefix_runtime.prefix.cache_format import LARGEST, in_float16
 from prefix_runtime.prefix.prefix import DECODER, LayerPrefix, Prefix
+from prefix_runtime.prefix.random_prefix import random_prefix as random_prefix_of
 
 from .plan import BenchRow
 
@@ -22,27 +23,13 @@ def random_prefix(bundle: Bundle, length: int, seed: int | None = None) -> Prefi
         length: positions of the prefix; text begins behind them.
         seed: the seed; None takes the length.
     """
-    random = np.random.default_rng(length if seed is None else seed)
-    manifest = bundle.manifest
-    sites = {site: _random_layers(random, layers, length) for site, layers in manifest.geometry.sites.items()}
+    prefix = random_prefix_of(bundle.manifest.geometry, length, length if seed is None else seed)
     if scales := bundle.cache_format.scales:
         # Within the range of int8, with the scale of each channel.
-        layers = zip(sites[DECODER], scales, strict=True)
-        sites[DECODER] = [
-            LayerPrefix(_within(own.key, scale.key), _within(own.value, scale.value)) for own, scale in layers
-        ]
-    if manifest.cache == "fp16":  # as `build` stores prefixes
-        sites = {site: [_in_float16(layer) for layer in layers] for site, layers in sites.items()}
-    return Prefix({site: tuple(layers) for site, layers in sites.items()}, position_base=length)
-
-
-def _random_layers(random: np.random.Generator, layers: Sequence[LayerGeometry], length: int) -> list[LayerPrefix]:
-    shapes = [(2, layer.key_value_heads, length, layer.head_dim) for layer in layers]
-    return [LayerPrefix(*random.standard_normal(shape, np.float32)) for shape in shapes]
-
-
-def _in_float16(layer: LayerPrefix) -> LayerPrefix:
-    return LayerPrefix(layer.key.astype(np.float16), layer.value.astype(np.float16))
+        layers = zip(prefix.sites[DECODER], scales, strict=True)
+        scaled = [LayerPrefix(_within(own.key, scale.key), _within(own.value, scale.value)) for own, scale in layers]
+        return replace(prefix, sites={**prefix.sites, DECODER: tuple(scaled)})
+    return in_float16(prefix) if bundle.manifest.cache == "fp16" else prefix  # as `build` stores prefixes
 
 
 def _within(numbers: np.ndarray, scale: np.ndarray) -> np.ndarray:

@@ -29,6 +29,10 @@ class Row:
         """The position of the next token of text."""
         return self.length + self.offset
 
+    def copy_from(self, other: Row) -> None:
+        """Hold the same prefix, length and offset as another row."""
+        self.prefix, self.length, self.offset = other.prefix, other.length, other.offset
+
     def begin(self) -> int:
         """Go back to where text begins, behind its prefix if it has one; returns the positions that are filled."""
         prefix = self.prefix

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +80,15 @@ class CacheFormat:
                         f"found one {reached:.2f} times as large; build the bundle anew with this prefix, or with "
                         "--cache fp32"
                     )
+
+
+def in_float16(prefix: Prefix) -> Prefix:
+    """The prefix with keys and values in float16, as a float16 cache stores it, in half the bytes."""
+    sites = {
+        site: tuple(LayerPrefix(layer.key.astype(np.float16), layer.value.astype(np.float16)) for layer in layers)
+        for site, layers in prefix.sites.items()
+    }
+    return replace(prefix, sites=sites)
 
 
 def bfloat16_bits(array: np.ndarray) -> np.ndarray:

@@ -57,7 +57,7 @@ def _in_order(prefixes: Sequence[Prefix]) -> Sequence[Prefix]:
     """
     if all(TABLE not in prefix.metadata for prefix in prefixes):
         return prefixes
-    unique: dict[int, Prefix] = {}
+    by_place: dict[int, Prefix] = {}
     for index, prefix in enumerate(prefixes):
         where = f"prefix {index + 1} of {len(prefixes)}"
         table, place = prefix.metadata.get(TABLE, "of something else"), prefix.metadata.get(PLACE, "")
@@ -65,13 +65,13 @@ def _in_order(prefixes: Sequence[Prefix]) -> Sequence[Prefix]:
             raise CompositionError(
                 f"{where}: expected single parts of Control Prefixes, all at once, found one {table!r}"
             )
-        if int(place) in unique:
+        if int(place) in by_place:
             raise CompositionError(
                 f"{where}: expected one general prefix of Control Prefixes and at most one label of each attribute, "
                 f"found a second of {table!r}"
             )
-        unique[int(place)] = prefix
-    ordered = [unique[place] for place in sorted(unique)]
+        by_place[int(place)] = prefix
+    ordered = [by_place[place] for place in sorted(by_place)]
     if ordered[-1].metadata[TABLE] != GENERAL:
         raise CompositionError(
             f"expected the general prefix of Control Prefixes ({GENERAL}) among its labels, found "

@@ -74,11 +74,11 @@ class PrefixStore:
 
     def _find(self, prefix: Prefix) -> DeviceBuffer | None:
         with self._lock:
-            if (buffer := self._held.get(id(prefix))) is None:
+            if (entry := self._held.get(id(prefix))) is None:
                 return None
             with suppress(KeyError):  # it is forgotten at this moment
                 self._held.move_to_end(id(prefix))
-            return buffer[1]
+            return entry[1]
 
     def _brought_in(self, prefix: Prefix) -> DeviceBuffer:
         needed = prefix.prefix_length * self._format.dtype.itemsize * self._geometry.values_per_position

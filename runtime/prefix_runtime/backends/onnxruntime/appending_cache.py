@@ -106,8 +106,7 @@ class AppendingCache(Cache):
 
     def _take_over(self, source: int, target: int) -> None:
         """Let a row be described as another is."""
-        left, right = self.rows[source], self.rows[target]
-        right.prefix, right.length, right.offset = left.prefix, left.length, left.offset
+        self.rows[target].copy_from(self.rows[source])
         self._task_ids[target] = self._task_ids[source]
 
     def prefill(self, row: int, token_ids: Sequence[int], keep_all_logits: bool = False) -> np.ndarray:

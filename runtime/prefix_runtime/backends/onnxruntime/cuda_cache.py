@@ -122,22 +122,22 @@ class CudaCache(Cache):
         with self._device.turn():
             self._copy_awaited()
             self._buffer.copy_row(target, self._buffer, source, left.length, start)
-        right.prefix, right.offset, right.length = left.prefix, left.offset, left.length
+        right.copy_from(left)
 
     def prefill(self, row: int, token_ids: Sequence[int], keep_all_logits: bool = False) -> np.ndarray:
         """See `Cache`."""
         held, count = self.rows[row], len(token_ids)
         self._check_room(held, count)
         kept = count if keep_all_logits else 1
-        last_logits = self._host_logits[:1]
+        host_logits = self._host_logits[:1]
         logits = self._logits
         if keep_all_logits:
-            last_logits = self._device.pinned((kept, self._vocab_size), _FLOAT32)
-            logits = self._device.allocate(last_logits.nbytes)
+            host_logits = self._device.pinned((kept, self._vocab_size), _FLOAT32)
+            logits = self._device.allocate(host_logits.nbytes)
         self._run_prompt(row, token_ids, logits.address, kept)
         self._fill(row, held.length + count)
-        self._read(last_logits, logits.address)
-        return last_logits.copy() if keep_all_logits else last_logits[0]  # page-locked memory stays here
+        self._read(host_logits, logits.address)
+        return host_logits.copy() if keep_all_logits else host_logits[0]  # page-locked memory stays here
 
     def step(self, token_ids: Sequence[int]) -> np.ndarray:
         """See `Cache`."""

@@ -100,7 +100,7 @@ class TensorRTCache(Cache):
         self._prefixes[source], self._prefixes[target] = self._prefixes[target], self._prefixes[source]
         self._alone[source], self._alone[target] = self._nothing, self._alone[source]
         left, right = self.rows[source], self.rows[target]
-        right.prefix, right.length, right.offset = left.prefix, left.length, left.offset
+        right.copy_from(left)
         left.prefix, left.length, left.offset = None, 0, 0
         self._task_ids[target] = self._task_ids[source]
 
@@ -120,7 +120,7 @@ class TensorRTCache(Cache):
                 self._joined.copy_row(target, self._joined, source, count)
             self._mask[target] = self._mask[source]
         self._prefixes[target] = self._prefixes[source]
-        right.prefix, right.length, right.offset = left.prefix, left.length, left.offset
+        right.copy_from(left)
         self._task_ids[target] = self._task_ids[source]
 
     def prefill(self, row: int, token_ids: Sequence[int], keep_all_logits: bool = False) -> np.ndarray:

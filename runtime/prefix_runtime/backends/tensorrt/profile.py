@@ -91,22 +91,22 @@ def limits(
     return Limits(batch, prompt, prefix, room)
 
 
-def profiles(manifest: Manifest, limits: Limits) -> tuple[Profile, Profile]:
+def profiles(manifest: Manifest, largest: Limits) -> tuple[Profile, Profile]:
     """The profile of a prompt, which runs alone, and of a decode step, at `PREFILL` and `DECODE`."""
-    one, usual_prompt = (1, 1, 1), -(-limits.prompt // 2)
-    prefix = (0, limits.prefix, limits.prefix)
-    prompt = (1, usual_prompt, limits.prompt)
-    prefill = _ranges(manifest, one, prompt, prefix, kept=(1, 1, limits.prompt))
-    past = (1, -(-limits.length // 2), limits.length - 1)
-    decode = _ranges(manifest, (1, 1, limits.batch), one, past, kept=one)
+    one, usual_prompt = (1, 1, 1), -(-largest.prompt // 2)
+    prefix = (0, largest.prefix, largest.prefix)
+    prompt = (1, usual_prompt, largest.prompt)
+    prefill = _ranges(manifest, one, prompt, prefix, kept=(1, 1, largest.prompt))
+    past = (1, -(-largest.length // 2), largest.length - 1)
+    decode = _ranges(manifest, (1, 1, largest.batch), one, past, kept=one)
     return Profile("prefill", prefill), Profile("decode", decode)
 
 
-def covering(manifest: Manifest, profile: Limits) -> Profile:
+def covering(manifest: Manifest, largest: Limits) -> Profile:
     """One profile of prompts and decode steps, of any rows: for who cannot choose between two."""
-    past = (0, -(-profile.length // 2), profile.length - 1)
-    sequence, kept = (1, 1, profile.prompt), (0, 1, profile.prompt)
-    return Profile("any", _ranges(manifest, (1, 1, profile.batch), sequence, past, kept))
+    past = (0, -(-largest.length // 2), largest.length - 1)
+    sequence, kept = (1, 1, largest.prompt), (0, 1, largest.prompt)
+    return Profile("any", _ranges(manifest, (1, 1, largest.batch), sequence, past, kept))
 
 
 def tensors(manifest: Manifest) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
