@@ -54,11 +54,7 @@ class Geometry:
     @property
     def values_per_position(self) -> int:
         """Numbers in the keys and values of one position, all layers of the decoder's self-attention together."""
-        return self.values_at("decoder")
-
-    def values_at(self, site: str) -> int:
-        """Numbers in the keys and values of one position, all layers of a site together."""
-        return sum(2 * layer.key_value_heads * layer.head_dim for layer in self.sites[site])
+        return sum(2 * layer.key_value_heads * layer.head_dim for layer in self.layers)
 
     def room(self, prefix: Prefix | None, max_length: int) -> int:
         """Tokens of text that fit behind a prefix, or without one, in `max_length` positions of a buffer."""
