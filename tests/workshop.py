@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 if TYPE_CHECKING:
@@ -82,8 +83,6 @@ def layers_of(architecture: str) -> int:
 
 def with_families(usual: Sequence[object], others: Sequence[object]) -> list[Any]:
     """Values for `parametrize`: the usual ones, and others that `make test-families` runs alone."""
-    import pytest
-
     return [*usual, *(pytest.param(other, marks=pytest.mark.families) for other in others)]
 
 

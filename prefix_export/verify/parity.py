@@ -48,10 +48,10 @@ class TaskParity:
 
     Attributes:
         reference: the source framework and its version.
-        error: largest difference of a logit between the graph and the source model in double precision, on the kind of
-            prompts, text or random tokens, that comes closest to its limit.
-        yardstick: the largest difference of the source framework itself at the graph's precision, on the same prompts.
-        limit: the largest error that is accepted there.
+        error: the largest difference of a logit between the graph and the source model in double precision. Texts and
+            random tokens have a limit each; this is the error of the kind that comes closest to its limit.
+        yardstick: the source framework's own largest difference at the graph's precision, on the same prompts.
+        limit: the largest error that is accepted on them.
         greedy_tokens_equal: whether the tokens agree, up to the first tie.
         ties: answers, alone and in a batch, that part where two tokens are closer than twice their prompt's limit,
             because each may be off by it; nothing behind is compared.

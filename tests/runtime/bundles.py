@@ -23,7 +23,6 @@ BUNDLES = (
     {"target": "portable"},
     {"target": "cuda"},
     {"mode": "bake"},
-    {"mode": "bake", "lengths": (3, 20)},
     {"tokenizer": False, "target": "tensorrt", "mode": "feed", "verify": False},
     {"tokenizer": False, "target": "tensorrt", "mode": "bake", "verify": False},
 )

@@ -12,11 +12,6 @@ from prefix_runtime.generation.logits_processors import LogitsProcessors, Step
 
 torch = pytest.importorskip("torch", reason="what is expected comes from torch")
 transformers = pytest.importorskip("transformers", reason="what is expected comes from transformers")
-GenerationConfig, GPT2Config, GPT2LMHeadModel = (
-    transformers.GenerationConfig,
-    transformers.GPT2Config,
-    transformers.GPT2LMHeadModel,
-)
 logits_processors = pytest.importorskip("prefix_export.models.generation_defaults").logits_processors
 
 VOCAB_SIZE = 60
@@ -66,15 +61,17 @@ def logits(seed, spread=3):
 
 @pytest.fixture(scope="module")
 def model():
-    config = GPT2Config(n_embd=4, n_head=1, n_layer=1, vocab_size=VOCAB_SIZE, bos_token_id=None, eos_token_id=None)
-    return GPT2LMHeadModel(config)
+    config = transformers.GPT2Config(
+        n_embd=4, n_head=1, n_layer=1, vocab_size=VOCAB_SIZE, bos_token_id=None, eos_token_id=None
+    )
+    return transformers.GPT2LMHeadModel(config)
 
 
 def pair(model, settings, seen, prompt_length, scores):
     """Scores [vocab] by transformers and by the runtime."""
     settings = {"eos_token_id": ENDS, **settings}
     prompt, text = torch.tensor([seen[:prompt_length]]), torch.tensor([seen])
-    processors = logits_processors(model, GenerationConfig(**settings), prompt, NEW_TOKENS)
+    processors = logits_processors(model, transformers.GenerationConfig(**settings), prompt, NEW_TOKENS)
     expected = processors(text, torch.tensor(scores.copy())[None])[0].numpy()
     if "exponential_decay_length_penalty" in settings:
         # What leaves float32 in transformers stays its largest number here, so that it can be sampled.

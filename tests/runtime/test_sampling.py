@@ -16,11 +16,6 @@ from prefix_runtime.generation.sampling import distribution, make_sampler
 
 torch = pytest.importorskip("torch", reason="what is expected comes from torch")
 transformers = pytest.importorskip("transformers", reason="what is expected comes from transformers")
-GenerationConfig, GPT2Config, GPT2LMHeadModel = (
-    transformers.GenerationConfig,
-    transformers.GPT2Config,
-    transformers.GPT2LMHeadModel,
-)
 
 VOCAB_SIZE = 60
 SEEN = [3, 3, 17, 42, 0, 59]
@@ -64,7 +59,9 @@ def logits(seed, spread=3):
 @pytest.fixture(scope="module")
 def model():
     ends = {"bos_token_id": None, "eos_token_id": None}
-    return GPT2LMHeadModel(GPT2Config(n_embd=4, n_head=1, n_layer=1, vocab_size=VOCAB_SIZE, **ends))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=4, n_head=1, n_layer=1, vocab_size=VOCAB_SIZE, **ends)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +71,7 @@ def transformers_scores(model):
     def scores_of(scores, sampling):
         names = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
         settings = {name: getattr(sampling, name) for name in names}
-        config = GenerationConfig(do_sample=True, top_h=sampling.top_h or None, **settings)
+        config = transformers.GenerationConfig(do_sample=True, top_h=sampling.top_h or None, **settings)
         config.temperature = float(sampling.temperature)
         processors = model._get_logits_processor(generation_config=config, input_ids_seq_length=len(SEEN))
         return processors(torch.tensor([SEEN]), torch.tensor(scores.copy())[None])[0]

@@ -39,7 +39,7 @@ def check_new_task_name(name: str, taken: Iterable[str]) -> None:
 
 
 def check_free_task_name(name: str, taken: Mapping[str, str]) -> None:
-    """As `check_new_task_name`, for a caller that keeps the names by their `task_key`, and so looks one up.
+    """Like `check_new_task_name`, for a caller that has the names by their `task_key`.
 
     Raises:
         TaskNameError: the name cannot name a task.
@@ -65,7 +65,7 @@ def check_usable_task_name(name: str) -> None:
 
 
 def task_key(name: str) -> str:
-    """What a task's name has in common with those that some file systems take for the same file."""
+    """The key of a name. Names with one key are the same file on some file systems."""
     return name.lower()
 
 
@@ -75,7 +75,7 @@ def duplicate_task(name: str, other: str) -> DuplicateTaskError:
 
 
 def unknown_task(name: object, known: Iterable[str]) -> UnknownTaskError:
-    """The error for a task that is not there; it lists those that are, the first `_MOST_LISTED` of them."""
+    """The error for an unknown task. It lists the first `_MOST_LISTED` tasks that there are."""
     names = sorted(known)
     listed = ", ".join(names[:_MOST_LISTED]) or "none"
     more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""

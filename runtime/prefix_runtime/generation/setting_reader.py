@@ -21,7 +21,7 @@ class SettingReader:
 
     Args:
         config: names and values as in `generation_config.json`.
-        vocab_size: of the model.
+        vocab_size: the size of the model's vocabulary.
     """
 
     def __init__(self, config: Mapping[str, Any], vocab_size: int) -> None:
@@ -46,13 +46,13 @@ class SettingReader:
         return float(value)
 
     def flag(self, name: str) -> bool:
-        """True or false; false without one."""
+        """True or false. Default: false."""
         value = self._config.get(name)
         _check(name, value is None or isinstance(value, bool), "true or false", value)
         return bool(value)
 
     def stopping(self, name: str) -> bool | str:
-        """True, false or "never"; false without one."""
+        """True, false or "never". Default: false."""
         value = self._config.get(name)
         if value == "never" and isinstance(value, str):
             return value
@@ -60,7 +60,7 @@ class SettingReader:
         return bool(value)
 
     def tokens(self, name: str, most: float = math.inf) -> tuple[int, ...]:
-        """Token ids, one or a list; where the vocabulary does not limit them, those beyond it name no token."""
+        """A token id, or a list of them. Without a limit, ids beyond the vocabulary match no token."""
         value = self._config.get(name)
         if value is None:
             return ()

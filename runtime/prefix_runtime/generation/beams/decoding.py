@@ -1,4 +1,4 @@
-"""Prefill, then decode steps of all beams together, until every request of a batch has ended."""
+"""The loop of a beam search: prefill, then decode steps of all beams, until every request has ended."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .search import Fork
 
 
 class Search(Protocol):
-    """A request's beams as they grow; see `BeamSearch`."""
+    """The beam search of one request; see `BeamSearch`."""
 
     next_tokens: list[int]
     is_finished: bool
@@ -25,22 +25,22 @@ class Search(Protocol):
 
     @property
     def width(self) -> int:
-        """Slots: rows that it takes."""
+        """The number of slots. Each takes a row."""
 
     def advance(self, logits: Sequence[np.ndarray]) -> Sequence[Fork]:
-        """Choose the next beams by the logits [vocab] float32 of each slot; returns which slots go on from others."""
+        """Choose the next beams by the logits [vocab] float32 of each slot; returns the copies to make."""
 
     def note_time(self, seconds: float) -> None:
-        """Seconds that went by, in this batch, until the newest tokens were there."""
+        """Record how many seconds the batch needed up to the newest tokens."""
 
 
 class _Running:
     """A search and its rows, one for each slot.
 
     Args:
-        cache: that the rows are of.
-        search: that has not begun.
-        rows: which hold the prefix and no text.
+        cache: the cache with the rows.
+        search: a search that has not begun.
+        rows: rows that hold the prefix and no text.
     """
 
     def __init__(self, cache: Cache, search: Search, rows: list[int]) -> None:
@@ -49,7 +49,7 @@ class _Running:
         self._start = cache.rows[rows[0]].length
 
     def begin(self) -> None:
-        """Run the prompt once, and let all rows go on from there."""
+        """Run the prompt once and copy it to all rows."""
         first, *others = self.rows
         logits = self._cache.prefill(first, self.search.prompt)
         for row in others:
@@ -57,7 +57,7 @@ class _Running:
         self._advance([logits])
 
     def go_on(self, logits: np.ndarray) -> None:
-        """Choose by the logits [rows, vocab] of a step."""
+        """Choose the next beams by the logits [rows, vocab] of a step."""
         self._advance([logits[row] for row in self.rows])
 
     def _advance(self, logits: Sequence[np.ndarray]) -> None:
@@ -66,15 +66,14 @@ class _Running:
 
 
 def search_beams(cache: Cache, rows: Sequence[int], searches: Sequence[Search]) -> Iterator[Search]:
-    """Run searches together, each in as many rows as it has slots; gives each one back after each of its steps.
+    """Run searches together, one row for each slot; yields each search after each of its steps.
 
-    When a search has finished, rows of others take the places of its own, so that those that go on stay the first of
-    the batch.
+    When a search has finished, rows of the others move into its places, because a step runs the first rows of a cache.
 
     Args:
-        cache: whose first rows hold the searches' prefixes, once for each slot.
-        rows: of each slot of each search, a permutation of the first ones.
-        searches: none of them begun.
+        cache: its first rows hold the prefixes of the searches, one row for each slot.
+        rows: the row of each slot of each search, a permutation of the first rows.
+        searches: searches that have not begun.
     """
     seconds = 0.0
     left = iter(rows)
@@ -102,7 +101,7 @@ def _step(cache: Cache, running: Sequence[_Running]) -> None:
 
 
 def _close_gaps(cache: Cache, running: Sequence[_Running]) -> list[_Running]:
-    """Those that go on, their rows the first of the batch."""
+    """The searches that continue, with their rows moved to the first places."""
     going_on = [each for each in running if not each.search.is_finished]
     taken = {row for each in going_on for row in each.rows}
     free = (row for row in range(len(taken)) if row not in taken)

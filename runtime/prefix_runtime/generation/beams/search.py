@@ -1,4 +1,4 @@
-"""The beams of one request as they grow, and the best texts that they end in."""
+"""The beam search of one request: its beams, and the best texts that have ended."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from prefix_runtime.generation.text import TextCodec
 
 @dataclass(frozen=True)
 class Fork:
-    """A slot that goes on from another one.
+    """An order to continue one slot from the text of another.
 
     Attributes:
-        source: the slot that it goes on from, which goes on itself.
-        target: the slot.
-        shared: tokens at the beginning, the prompt's included, that both have been given already.
+        source: the slot to copy from. It continues too.
+        target: the slot to copy to.
+        shared: how many first tokens, the prompt's included, both slots have in common. They need no copy.
     """
 
     source: int
@@ -37,10 +37,10 @@ class _Beam:
     """A text of new tokens.
 
     Attributes:
-        slot: where it is run.
-        token_ids: the new ones.
-        logprobs: of each of them, before rules.
-        total: the sum of their log-probabilities as the rules left them, added in float32 as in transformers.
+        slot: the slot that runs it.
+        token_ids: its new tokens.
+        logprobs: the log-probability of each new token, before rules.
+        total: the sum of the log-probabilities after rules, added in float32 as in transformers.
     """
 
     slot: int
@@ -100,9 +100,13 @@ class BeamSearch:
         self.is_finished = False
 
     def advance(self, logits: Sequence[np.ndarray]) -> list[Fork]:
-        """Choose the next beams by the logits [vocab] float32 of each slot, of the first alone behind the prompt.
+        """Choose the next beams.
 
-        Returns which slots go on from others; none of these is forked itself.
+        Args:
+            logits: [vocab] float32 for each slot; after the prompt, only for the first slot.
+
+        Returns:
+            The copies to make. No slot is both copied from and copied to.
 
         Raises:
             RequestError: the rules leave no token, and no text has ended.
@@ -121,11 +125,11 @@ class BeamSearch:
         return [] if self.is_finished else self._place(going_on[: self.width])
 
     def note_time(self, seconds: float) -> None:
-        """Seconds from the batch's beginning until the newest tokens were there."""
+        """Record how many seconds the batch needed up to the newest tokens."""
         self._times.append(seconds)
 
     def result(self) -> GenerationResult:
-        """The best texts, once the search is finished."""
+        """The result. Call it when the search has finished."""
         sequences = tuple(map(self._sequence, self._ended[: self._rules.beams.returned]))
         best = sequences[0]
         return GenerationResult(
@@ -140,7 +144,7 @@ class BeamSearch:
 
     @property
     def _length(self) -> int:
-        """Tokens that each slot has been given: the prompt's and new ones."""
+        """The number of tokens in each slot: the prompt and the new ones."""
         return len(self.prompt) + len(self._beams[0].token_ids)
 
     def _candidates(self, logits: Sequence[np.ndarray]) -> list[_Beam]:
@@ -195,7 +199,7 @@ class BeamSearch:
         return beams.early_stopping is True or not self._score(going_on[0].total, length) > self._ended[-1].score
 
     def _place(self, going_on: Sequence[_Beam]) -> list[Fork]:
-        """Give each beam a slot: a slot's best continuation stays, so that as few as possible are forked."""
+        """Give each beam a slot. The best continuation of a slot keeps it, so that few slots are copied."""
         length = self._length
         staying = {beam.slot: beam for beam in reversed(going_on)}
         free = (slot for slot in range(self.width) if slot not in staying)
@@ -240,6 +244,6 @@ def best_of(scores: np.ndarray, count: int) -> np.ndarray:
 
 
 def _shared(left: np.ndarray, right: np.ndarray) -> int:
-    """How many tokens [n] at the beginning of two histories are the same."""
+    """How many first tokens two histories [n] have in common."""
     differing = np.flatnonzero(left != right)
     return int(differing[0]) if len(differing) else len(left)
